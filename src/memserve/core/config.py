@@ -1,0 +1,142 @@
+"""One frozen configuration, checked at the door and handed down in slices. Unknown fields are errors."""
+
+from __future__ import annotations
+
+import tomllib
+from typing import Any
+
+import msgspec
+
+from memserve.core.errors import ConfigError
+
+PHASES = ("pd-basic", "pd-caching-1", "pd-caching-2", "pd-caching-3", "colocated")
+POLICIES = ("round-robin", "least-load", "session-id", "prompt-tree")
+
+
+class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    pass
+
+
+class ModelConfig(_Section, frozen=True):
+    """Which model: a path, ``smollm2-135m``, or a hub id. Clients ask for it as ``served_name``."""
+
+    model: str = "smollm2-135m"
+    served_name: str | None = None
+    context: int | None = None
+    runner: str = "native"
+
+
+class PoolConfig(_Section, frozen=True):
+    """The KV arena of each instance. ``memory`` is in bytes; ``block_tokens`` in tokens."""
+
+    memory: int = 1 << 30
+    block_tokens: int = 16
+
+
+class EngineConfig(_Section, frozen=True):
+    """Batching. ``step_tokens`` bounds the rows of one forward pass, ``max_running`` the batch.
+
+    ``threads`` 0 means: cores divided by the instances on this machine, at least one.
+    """
+
+    step_tokens: int = 512
+    max_running: int = 64
+    threads: int = 0
+    phases: str = "pd-caching-3"
+    handoff_timeout: float = 60.0
+
+
+class ClusterConfig(_Section, frozen=True):
+    """Instances to start here, and how fast silence counts as death (seconds)."""
+
+    prefill: int = 1
+    decode: int = 1
+    colocated: int = 0
+    heartbeat: float = 0.25
+    dead_after: float = 1.5
+    start_timeout: float = 300.0
+
+
+class ServerConfig(_Section, frozen=True):
+    """HTTP. ``max_body`` in bytes; ``request_timeout`` in seconds from acceptance to the last token."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    max_body: int = 4 << 20
+    max_waiting: int = 256
+    request_timeout: float = 600.0
+    policy: str = "prompt-tree"
+    api_key: str | None = None
+
+
+class Config(_Section, frozen=True):
+    """Everything ``memserve serve`` can be told."""
+
+    model: ModelConfig = ModelConfig()
+    pool: PoolConfig = PoolConfig()
+    engine: EngineConfig = EngineConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    server: ServerConfig = ServerConfig()
+
+
+def parse_config(text: str, source: str = "configuration") -> Config:
+    """Parse TOML text into a checked :class:`Config`; errors name the field and ``source``."""
+    try:
+        return check_config(msgspec.convert(tomllib.loads(text), Config))
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{source} is not valid TOML: {error}") from error
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{source}: {error}") from error
+
+
+def override_config(config: Config, section: str, **values: Any) -> Config:
+    """Return ``config`` with the non-None ``values`` set in one section."""
+    given = {name: value for name, value in values.items() if value is not None}
+    if not given:
+        return config
+    changed = msgspec.structs.replace(getattr(config, section), **given)
+    return msgspec.structs.replace(config, **{section: changed})
+
+
+def check_config(config: Config) -> Config:
+    """Return ``config`` if every value makes sense, else raise ``ConfigError`` naming field and remedy."""
+    cluster, engine, pool, server = config.cluster, config.engine, config.pool, config.server
+    _require(engine.phases in PHASES, "engine.phases", engine.phases, f"one of {', '.join(PHASES)}")
+    _require(server.policy in POLICIES, "server.policy", server.policy, f"one of {', '.join(POLICIES)}")
+    runners = ("native", "reference")
+    _require(config.model.runner in runners, "model.runner", config.model.runner, "native or reference")
+    for name in ("prefill", "decode", "colocated"):
+        count = getattr(cluster, name)
+        _require(0 <= count <= 64, f"cluster.{name}", count, "a count from 0 to 64")
+    both = (cluster.prefill > 0) == (cluster.decode > 0)
+    _require(
+        both,
+        "cluster.prefill/decode",
+        f"{cluster.prefill}/{cluster.decode}",
+        "both at least 1, or both 0 with colocated instances",
+    )
+    total = cluster.prefill + cluster.decode + cluster.colocated
+    _require(total > 0, "cluster", "0 instances", "at least one colocated, or one prefill and one decode")
+    _require(pool.block_tokens == 16, "pool.block_tokens", pool.block_tokens, "16 (the kernels' block size)")
+    _require(pool.memory >= 1 << 20, "pool.memory", pool.memory, "at least 1 MiB")
+    _require(engine.step_tokens >= 16, "engine.step_tokens", engine.step_tokens, "at least 16")
+    _require(engine.max_running >= 1, "engine.max_running", engine.max_running, "at least 1")
+    _require(engine.threads >= 0, "engine.threads", engine.threads, "0 (automatic) or more")
+    _require(0 <= server.port <= 65535, "server.port", server.port, "0 (any free port) to 65535")
+    _require(server.max_body >= 1024, "server.max_body", server.max_body, "at least 1024 bytes")
+    _require(server.max_waiting >= 1, "server.max_waiting", server.max_waiting, "at least 1")
+    for name in ("heartbeat", "dead_after", "start_timeout"):
+        value = getattr(cluster, name)
+        _require(value > 0, f"cluster.{name}", value, "a positive number of seconds")
+    _require(
+        cluster.dead_after >= 2 * cluster.heartbeat,
+        "cluster.dead_after",
+        cluster.dead_after,
+        "at least two heartbeats",
+    )
+    return config
+
+
+def _require(condition: bool, field: str, value: object, accepted: str) -> None:
+    if not condition:
+        raise ConfigError(f"{field} is {value!r}; accepted: {accepted}")

@@ -1,0 +1,117 @@
+"""Every error MemServe raises on purpose. The type says whose fault it is and what was done about it."""
+
+from __future__ import annotations
+
+
+class MemServeError(Exception):
+    """Base of all errors raised by MemServe."""
+
+
+# --- the caller's side -------------------------------------------------------------------------------
+
+
+class InvalidRequest(MemServeError):
+    """A request that can never work as it stands.
+
+    Attributes
+    ----------
+    field : str
+        Name of the offending field, as the caller spelt it.
+    code : str
+        Machine-readable reason, for example ``context_length_exceeded``.
+    """
+
+    def __init__(self, message: str, *, field: str, code: str = "invalid_value") -> None:
+        super().__init__(message)
+        self.field = field
+        self.code = code
+
+
+class ConfigError(MemServeError):
+    """A setting is wrong; the message names it, its value and what would be accepted."""
+
+
+class ModelError(MemServeError):
+    """A model cannot be loaded; the message names the file and what is wrong with it."""
+
+
+# --- MemPool ------------------------------------------------------------------------------------------
+
+
+class OutOfBlocks(MemServeError):
+    """An allocation that cannot be met now, even after evicting all that may be evicted. Units: blocks."""
+
+    def __init__(self, *, asked: int, free: int, evictable: int, pinned: int) -> None:
+        super().__init__(
+            f"{asked} blocks asked for; {free} free, {evictable} evictable, "
+            f"{pinned} held by requests or leases"
+        )
+        self.asked = asked
+        self.free = free
+        self.evictable = evictable
+        self.pinned = pinned
+
+
+class StaleAddress(MemServeError):
+    """An address whose block has since been freed or belongs to an earlier incarnation of its instance."""
+
+
+class LayoutMismatch(MemServeError):
+    """Two pools whose blocks do not have the same fingerprint cannot exchange them."""
+
+
+class CorruptBlock(MemServeError):
+    """Bytes that do not agree with their checksum; they were discarded."""
+
+
+class LeaseExpired(MemServeError):
+    """A lease or reservation that ran out before it was used."""
+
+
+class TransferAborted(MemServeError):
+    """A transfer that did not publish; what it had allocated on the receiver is free again."""
+
+
+# --- processes and wires ------------------------------------------------------------------------------
+
+
+class PeerLost(MemServeError):
+    """The process at the other end of a connection is gone or does not answer."""
+
+
+class ProtocolError(MemServeError):
+    """The other side sent something that the protocol does not allow."""
+
+
+class NoInstance(MemServeError):
+    """No living instance can take the request; it may be tried again later."""
+
+
+class Overloaded(MemServeError):
+    """The request was refused because queues are full; it may be tried again later."""
+
+
+class RequestFailed(MemServeError):
+    """A request that was accepted and could not be finished; the message says why."""
+
+
+_BY_NAME: dict[str, type[MemServeError]] = {
+    cls.__name__: cls
+    for cls in (
+        StaleAddress,
+        LayoutMismatch,
+        CorruptBlock,
+        LeaseExpired,
+        TransferAborted,
+        PeerLost,
+        ProtocolError,
+        NoInstance,
+        Overloaded,
+        RequestFailed,
+    )
+}
+
+
+def error_from_wire(kind: str, message: str) -> MemServeError:
+    """Rebuild an error that another process reported; an unknown kind becomes ``RequestFailed``."""
+    return _BY_NAME.get(kind, RequestFailed)(message if kind in _BY_NAME else f"{kind}: {message}")

@@ -1,0 +1,302 @@
+"""What processes say to each other. Tagged structs; tokens travel as packed int32 (``pack_tokens``).
+
+Two protocols, each a union at the end of this file:
+control  server <-> instance (membership, requests, tokens, pool events, statistics)
+peer     instance <-> instance (MemPool handshakes and transfers)
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from memserve.core.types import (
+    FinishReason,
+    InstanceId,
+    Ledger,
+    Namespace,
+    RequestId,
+    Role,
+    SamplingParams,
+    TokenLogprob,
+)
+
+
+class Message(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Base of everything that travels; the class name is the tag."""
+
+
+class Ok(Message, frozen=True):
+    """An answer without content."""
+
+
+class Failed(Message, frozen=True):
+    """An answer that is an error: ``kind`` is the class name in ``core.errors``."""
+
+    kind: str
+    message: str
+
+
+# --- control: membership ------------------------------------------------------------------------------
+
+
+class Member(msgspec.Struct, frozen=True, array_like=True):
+    """A living instance as others need to know it. ``peer_address`` is where its MemPool listens."""
+
+    instance: InstanceId
+    incarnation: int
+    role: Role
+    peer_address: str
+
+
+class Join(Message, frozen=True):
+    """First message of an instance. ``context`` and ``blocks`` bound what it can run (tokens, blocks)."""
+
+    instance: InstanceId
+    incarnation: int
+    role: Role
+    pid: int
+
+
+class LoadProgress(Message, frozen=True):
+    """What an instance is doing before it is ready, for people: a stage's name and 0..1."""
+
+    instance: InstanceId
+    stage: str
+    fraction: float
+
+
+class Ready(Message, frozen=True):
+    """The instance can take requests. Units: tokens for ``context``, blocks for ``blocks``."""
+
+    instance: InstanceId
+    peer_address: str
+    model: str
+    context: int
+    block_tokens: int
+    blocks: int
+    layout_fingerprint: str
+    isa: str
+
+
+class Members(Message, frozen=True):
+    """All living instances; whoever is missing is dead or has left."""
+
+    members: tuple[Member, ...]
+
+
+class Heartbeat(Message, frozen=True):
+    """Sent every interval by a thread of its own; carries the load report."""
+
+    instance: InstanceId
+    incarnation: int
+    load: LoadReport
+
+
+class LoadReport(msgspec.Struct, frozen=True, array_like=True):
+    """Requests waiting and running, prompt tokens still to prefill, and blocks by state."""
+
+    waiting: int = 0
+    running: int = 0
+    tokens_to_prefill: int = 0
+    free_blocks: int = 0
+    active_blocks: int = 0
+    historical_blocks: int = 0
+    incoming_blocks: int = 0
+
+
+class Shutdown(Message, frozen=True):
+    """Stop now; requests in flight are cancelled."""
+
+
+# --- control: requests --------------------------------------------------------------------------------
+
+
+class Submit(Message, frozen=True):
+    """Run a request. With ``decode_on`` set, prefill here and hand over to that instance."""
+
+    request: RequestId
+    namespace: Namespace
+    tokens: bytes
+    sampling: SamplingParams
+    decode_on: InstanceId | None = None
+    trace: bool = False
+
+
+class Cancel(Message, frozen=True):
+    """End a request. ``reason`` stop publishes what it has computed, cancelled frees it likewise safely."""
+
+    request: RequestId
+    reason: FinishReason
+
+
+class TokenChunk(Message, frozen=True):
+    """Sampled tokens. ``offset`` counts from the first sampled token, so chunks can be put in order.
+
+    ``ledger`` comes with the first chunk, ``finish`` with the last.
+    """
+
+    request: RequestId
+    offset: int
+    tokens: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish: FinishReason | None = None
+    ledger: Ledger | None = None
+
+
+class RequestError(Message, frozen=True):
+    """An accepted request that could not be finished."""
+
+    request: RequestId
+    kind: str
+    message: str
+
+
+class Trace(Message, frozen=True):
+    """A traced request entered a room of ``docs/data-path.md``. ``at`` is the sender's monotonic clock, s."""
+
+    request: RequestId
+    instance: InstanceId
+    room: str
+    event: str
+    at: float
+
+
+# --- control: pool events -----------------------------------------------------------------------------
+
+
+class Stored(msgspec.Struct, frozen=True, array_like=True, tag="stored"):
+    """``tokens`` (a whole path from the root, full blocks) can now be found in the pool."""
+
+    namespace: Namespace
+    tokens: bytes
+
+
+class Removed(msgspec.Struct, frozen=True, array_like=True, tag="removed"):
+    """Of the path ``tokens`` only the first ``keep`` tokens are still there."""
+
+    namespace: Namespace
+    tokens: bytes
+    keep: int
+
+
+PoolEvent = Stored | Removed
+
+
+class PoolEvents(Message, frozen=True):
+    """A batch of events; ``seq`` is the number of the first. A gap means: ask for a snapshot."""
+
+    instance: InstanceId
+    incarnation: int
+    seq: int
+    events: tuple[PoolEvent, ...]
+
+
+class GetSnapshot(Message, frozen=True):
+    """Ask for everything that the pool's index holds."""
+
+
+class Snapshot(Message, frozen=True):
+    """The index as ``Stored`` paths (one per leaf); the next event will carry ``next_seq``."""
+
+    instance: InstanceId
+    incarnation: int
+    next_seq: int
+    paths: tuple[Stored, ...]
+
+
+class GetStats(Message, frozen=True):
+    """Ask for the instance's statistics."""
+
+
+class Stats(Message, frozen=True):
+    """Counters and gauges of an instance; names are those of ``docs/operations.md``."""
+
+    instance: InstanceId
+    load: LoadReport
+    counters: dict[str, float]
+
+
+# --- peer: MemPool transfers --------------------------------------------------------------------------
+
+
+class Hello(Message, frozen=True):
+    """Handshake of two pools. ``fd_address`` serves the arena's descriptors to processes of this host."""
+
+    instance: InstanceId
+    incarnation: int
+    layout_fingerprint: str
+    layout_text: str
+    host: str
+    fd_address: str
+    segments: tuple[tuple[int, int], ...]
+
+
+class Reserve(Message, frozen=True):
+    """Allocate on the receiver. ``tokens`` is empty for a plain transfer of ``blocks`` blocks.
+
+    With tokens the receiver matches first and allocates only what it lacks. ``seconds`` bounds how long
+    the reservation may stand without progress.
+    """
+
+    transfer: str
+    namespace: Namespace
+    tokens: bytes
+    blocks: int
+    seconds: float
+
+
+class Reserved(Message, frozen=True):
+    """Of the path, ``held`` blocks are already there; ``dst`` are packed addresses for the others."""
+
+    transfer: str
+    held: int
+    dst: bytes
+
+
+class Publish(Message, frozen=True):
+    """The bytes are in place: verify ``checksums`` (packed uint64, one per block), then publish.
+
+    ``attachment`` goes to the receiver's engine together with the blocks (empty: nobody takes them).
+    """
+
+    transfer: str
+    checksums: bytes
+    origin: int
+    attachment: bytes = b""
+
+
+class Published(Message, frozen=True):
+    """Readable on the receiver now. ``inserted`` counts blocks that were new in its index."""
+
+    transfer: str
+    inserted: int
+
+
+class AbortTransfer(Message, frozen=True):
+    """Forget a transfer; its reserved blocks are free again. Repeating it is harmless."""
+
+    transfer: str
+    reason: str
+
+
+ControlMessage = (
+    Ok
+    | Failed
+    | Join
+    | LoadProgress
+    | Ready
+    | Members
+    | Heartbeat
+    | Shutdown
+    | Submit
+    | Cancel
+    | TokenChunk
+    | RequestError
+    | Trace
+    | PoolEvents
+    | GetSnapshot
+    | Snapshot
+    | GetStats
+    | Stats
+)
+PeerMessage = Ok | Failed | Hello | Reserve | Reserved | Publish | Published | AbortTransfer

@@ -1,0 +1,67 @@
+"""How KV lies inside a block. Pools exchange blocks only if their layouts have the same fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+_DTYPE_BYTES = {"bf16": 2, "f32": 4}
+_ORDERS = ("tile", "plain")
+
+
+@dataclass(frozen=True, slots=True)
+class KVLayout:
+    """Shape of a block: ``block_tokens`` tokens, K and V of all layers, one contiguous piece of memory.
+
+    ``order`` names the arrangement inside a layer's piece, all indices row-major:
+
+    ``tile``   K: [kv_heads][head_dim/2][block_tokens][2], V: [kv_heads][block_tokens/2][head_dim][2];
+               neighbouring pairs are what bf16 dot-product instructions and AMX tiles read in place.
+    ``plain``  K: [kv_heads][block_tokens][head_dim], V: the same.
+
+    ``model`` identifies the weights: KV of different models is never exchanged.
+    """
+
+    model: str
+    layers: int
+    kv_heads: int
+    head_dim: int
+    block_tokens: int = 16
+    dtype: str = "bf16"
+    order: str = "tile"
+
+    def __post_init__(self) -> None:
+        assert self.dtype in _DTYPE_BYTES, f"dtype {self.dtype!r} is none of {sorted(_DTYPE_BYTES)}"
+        assert self.order in _ORDERS, f"order {self.order!r} is none of {_ORDERS}"
+
+    @property
+    def half_layer_bytes(self) -> int:
+        """Bytes of one layer's K (or V) in one block."""
+        return self.kv_heads * self.head_dim * self.block_tokens * _DTYPE_BYTES[self.dtype]
+
+    @property
+    def layer_bytes(self) -> int:
+        """Bytes of one layer's K and V in one block."""
+        return 2 * self.half_layer_bytes
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block: all layers."""
+        return self.layers * self.layer_bytes
+
+    @property
+    def text(self) -> str:
+        """The layout for people, and what the fingerprint is made of."""
+        return (
+            f"{self.model}: {self.layers} layers x {self.kv_heads} kv heads x {self.head_dim}, "
+            f"{self.block_tokens} tokens per block, {self.dtype}, {self.order} order"
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """32 hex digits that are equal exactly for equal layouts."""
+        return hashlib.blake2b(self.text.encode(), digest_size=16).hexdigest()
+
+    def blocks_for(self, tokens: int) -> int:
+        """Blocks that hold ``tokens`` tokens, the last one perhaps partly."""
+        return -(-tokens // self.block_tokens)

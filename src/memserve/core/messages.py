@@ -49,7 +49,7 @@ class Member(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Join(Message, frozen=True):
-    """First message of an instance. ``context`` and ``blocks`` bound what it can run (tokens, blocks)."""
+    """First message of an instance on its control connection."""
 
     instance: InstanceId
     incarnation: int
@@ -66,7 +66,7 @@ class LoadProgress(Message, frozen=True):
 
 
 class Ready(Message, frozen=True):
-    """The instance can take requests. Units: tokens for ``context``, blocks for ``blocks``."""
+    """The instance can take requests. ``blocks`` of ``block_bytes`` bytes, ``context`` in tokens."""
 
     instance: InstanceId
     peer_address: str
@@ -74,6 +74,7 @@ class Ready(Message, frozen=True):
     context: int
     block_tokens: int
     blocks: int
+    block_bytes: int
     layout_fingerprint: str
     isa: str
 
@@ -149,6 +150,14 @@ class RequestError(Message, frozen=True):
     request: RequestId
     kind: str
     message: str
+
+
+class RequestClosed(Message, frozen=True):
+    """Last message about a request: nothing of it is held any more. ``backflow_bytes`` went D to P."""
+
+    request: RequestId
+    instance: InstanceId
+    backflow_bytes: int = 0
 
 
 class Trace(Message, frozen=True):
@@ -292,6 +301,7 @@ ControlMessage = (
     | Cancel
     | TokenChunk
     | RequestError
+    | RequestClosed
     | Trace
     | PoolEvents
     | GetSnapshot

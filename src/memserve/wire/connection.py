@@ -208,6 +208,24 @@ async def connect(address: str, protocol: Any, handler: Handler, timeout: float)
     return connection
 
 
+def encode_notification(message: Message) -> bytes:
+    """One whole frame, for senders that have no event loop."""
+    body = msgspec.msgpack.encode(message)
+    return _HEADER.pack(len(body), 0, _NOTIFY) + body
+
+
+def open_socket(address: str, timeout: float) -> socket.socket:
+    """A blocking socket connected to ``address``, each operation bounded by ``timeout`` seconds."""
+    opened = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    opened.settimeout(timeout)
+    try:
+        opened.connect(_path(address))
+    except OSError:
+        opened.close()
+        raise
+    return opened
+
+
 def _path(address: str) -> str:
     if not address.startswith("@"):
         raise ProtocolError(f"address {address!r} is not an abstract Unix socket; write @name")

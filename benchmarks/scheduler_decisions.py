@@ -1,0 +1,264 @@
+"""Claim: the global scheduler decides faster than requests come (one process, one core).
+
+Replays the prompts of a Mooncake-format trace (or generated ones of the same shape) through
+``GlobalScheduler.route`` and the pool events that follow, at several cluster sizes, half prefill and half
+decode. Times each call alone; there is no network, no engine and no heartbeat in it. Events follow at once,
+so the trees are as full as they can be. The floor printed beside is one comparison of the prompt's tokens.
+
+    python benchmarks/scheduler_decisions.py --trace mooncake_conversation.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections import Counter, deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from memserve.core.clock import MonotonicClock
+from memserve.core.config import POLICIES
+from memserve.core.messages import Member, PoolEvent, PoolEvents, Ready, Removed, Stored
+from memserve.core.types import InstanceId, Namespace, RequestId, Role, Tokens, as_tokens, pack_tokens
+from memserve.scheduler.decision import Decision, RouteRequest
+from memserve.scheduler.policies import policy_by_name
+from memserve.scheduler.service import GlobalScheduler
+
+HASH_BLOCK = 512
+MATCH_EVERY = 8
+"""Each so many prompts the match alone is timed instead of the route, which it would warm the caches for."""
+VOCABULARY = 128_000
+SPACE = Namespace("trace")
+RESULTS = Path(__file__).parent / "results" / "scheduler_decisions.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """``ids``: one per 512 tokens, equal ids mean equal prefixes; ``length`` in tokens."""
+
+    ids: tuple[int, ...]
+    length: int
+
+
+@dataclass(slots=True)
+class Cache:
+    """What one instance would hold: whole prompts, the oldest leave when ``capacity`` tokens are exceeded."""
+
+    capacity: int
+    seq: int = 0
+    used: int = 0
+    prompts: deque[Prompt] = field(default_factory=deque)
+    references: Counter[int] = field(default_factory=Counter)
+
+    def add(self, prompt: Prompt, tokens: Tokens) -> list[PoolEvent]:
+        """Events of a pool that takes the prompt in."""
+        events: list[PoolEvent] = [Stored(SPACE, pack_tokens(tokens))]
+        self.prompts.append(prompt)
+        self.references.update(prompt.ids)
+        self.used += prompt.length
+        while self.used > self.capacity and len(self.prompts) > 1:
+            oldest = self.prompts.popleft()
+            self.references.subtract(oldest.ids)
+            self.used -= oldest.length
+            shared = next((n for n, i in enumerate(oldest.ids) if not self.references[i]), len(oldest.ids))
+            keep = min(shared * HASH_BLOCK, oldest.length)
+            events.append(Removed(SPACE, pack_tokens(expand(oldest)), keep))
+        return events
+
+
+def read_trace(path: Path, limit: int) -> list[Prompt]:
+    with path.open() as lines:
+        rows = [json.loads(line) for line, _ in zip(lines, range(limit), strict=False)]
+    return [Prompt(tuple(row["hash_ids"]), row["input_length"]) for row in rows]
+
+
+def generate_prompts(limit: int) -> list[Prompt]:
+    """Multi-turn sessions behind one shared first block; about 12k tokens per prompt on average."""
+    random = np.random.default_rng(0)
+    sessions: list[list[int]] = []
+    fresh = 1
+    prompts = []
+    for _ in range(limit):
+        if not sessions or random.random() < 0.5:
+            sessions.append([0])
+        session = sessions[max(0, len(sessions) - 1 - int(random.exponential(50)))]
+        grown = 1 + int(random.exponential(16))
+        session.extend(range(fresh, fresh + grown))
+        fresh += grown
+        prompts.append(Prompt(tuple(session), len(session) * HASH_BLOCK - int(random.integers(HASH_BLOCK))))
+    return prompts
+
+
+def expand(prompt: Prompt) -> Tokens:
+    """Token j of id = splitmix64(id * 512 + j) mod vocabulary, cut to the prompt's length."""
+    x = np.asarray(prompt.ids, np.uint64)[:, None] * np.uint64(HASH_BLOCK)
+    x = x + np.arange(HASH_BLOCK, dtype=np.uint64) + np.uint64(1)
+    x *= np.uint64(0x9E3779B97F4A7C15)
+    x ^= x >> np.uint64(30)
+    x *= np.uint64(0xBF58476D1CE4E5B9)
+    x ^= x >> np.uint64(27)
+    x *= np.uint64(0x94D049BB133111EB)
+    x ^= x >> np.uint64(31)
+    return as_tokens((x % np.uint64(VOCABULARY)).reshape(-1)[: prompt.length])
+
+
+class Cluster:
+    """A scheduler whose instances answer at once with the pool events of what they were given."""
+
+    def __init__(self, instances: int, policy: str, capacity: int) -> None:
+        self.scheduler = GlobalScheduler(policy_by_name(policy), MonotonicClock())
+        self.caches: dict[InstanceId, Cache] = {}
+        self.outstanding: deque[RequestId] = deque()
+        self.places = instances
+        for n in range(instances):
+            role = Role.PREFILL if n < instances // 2 else Role.DECODE
+            name = InstanceId(f"{role.value}-{n:04}")
+            member = Member(name, 1, role, f"@{name}")
+            ready = Ready(name, f"@{name}", "trace", 1 << 17, 16, capacity // 16, "", "")
+            self.scheduler.member_ready(member, ready)
+            self.caches[name] = Cache(capacity)
+
+    def route(self, request: RouteRequest) -> tuple[Decision, float]:
+        started = time.perf_counter()
+        decision = self.scheduler.route(request)
+        return decision, time.perf_counter() - started
+
+    def follow(self, decision: Decision, prompt: Prompt, tokens: Tokens) -> float:
+        """Let both places store the prompt and old requests end; returns seconds spent applying events."""
+        spent = 0.0
+        for name in (decision.prefill, decision.decode):
+            assert name is not None
+            events = self.caches[name].add(prompt, tokens)
+            batch = PoolEvents(name, 1, self.caches[name].seq, tuple(events))
+            self.caches[name].seq += len(events)
+            started = time.perf_counter()
+            lost = self.scheduler.on_pool_events(batch)
+            spent += time.perf_counter() - started
+            assert not lost
+        self.outstanding.append(decision.request)
+        if len(self.outstanding) > self.places:
+            self.scheduler.first_token(self.outstanding[len(self.outstanding) // 2])
+            self.scheduler.finish(self.outstanding.popleft())
+        return spent
+
+
+def measure(prompts: list[Prompt], instances: int, policy: str, capacity: int) -> dict[str, float | int | str]:
+    cluster = Cluster(instances, policy, capacity)
+    routes, matches, applied, matched = [], [], [], 0
+    for n, (prompt, tokens) in enumerate(expanded(prompts)):
+        request = RouteRequest(RequestId(str(n)), SPACE, tokens, session=str(prompt.ids[1:2]))
+        tree = cluster.scheduler.state.tree(Role.PREFILL)
+        alone = n % MATCH_EVERY == 0
+        if alone:
+            started = time.perf_counter()
+            tree.match(SPACE, tokens)
+            matches.append(time.perf_counter() - started)
+        decision, seconds = cluster.route(request)
+        if not alone:
+            routes.append(seconds)
+        matched += decision.matched_prefill
+        applied.append(cluster.follow(decision, prompt, tokens))
+    cluster.scheduler.state.check()
+    nodes = sum(cluster.scheduler.tree_sizes().values())
+    started = time.perf_counter()
+    cluster.scheduler.member_lost(decision.prefill)
+    dropped = time.perf_counter() - started
+    return {
+        "instances": instances,
+        "policy": policy,
+        "decisions": len(routes),
+        "decisions_per_second": round(len(routes) / sum(routes)),
+        "route_p50_us": percentile(routes, 50),
+        "route_p99_us": percentile(routes, 99),
+        "route_max_us": percentile(routes, 100),
+        "match_p50_us": percentile(matches, 50),
+        "match_p99_us": percentile(matches, 99),
+        "events_p50_us": percentile(applied, 50),
+        "events_p99_us": percentile(applied, 99),
+        "tree_nodes": nodes,
+        "drop_instance_ms": round(dropped * 1e3, 2),
+        "matched_ratio": round(matched / sum(prompt.length for prompt in prompts), 3),
+    }
+
+
+def expanded(prompts: list[Prompt]) -> Iterator[tuple[Prompt, Tokens]]:
+    for prompt in prompts:
+        yield prompt, expand(prompt)
+
+
+def measure_floor(prompts: list[Prompt]) -> float:
+    """p50 of comparing a prompt's tokens once with a copy of them: no exact match can be faster."""
+    times = []
+    for _, tokens in expanded(prompts[:500]):
+        copy = tokens.copy()
+        started = time.perf_counter()
+        assert not (tokens != copy).any()
+        times.append(time.perf_counter() - started)
+    return percentile(times, 50)
+
+
+def percentile(seconds: list[float], rank: float) -> float:
+    return round(float(np.percentile(seconds, rank)) * 1e6, 1)
+
+
+def describe_machine() -> dict[str, str | int | None]:
+    cpu = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.open() if line.startswith("model name")]
+        cpu = names[0] if names else cpu
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+    }
+
+
+def describe_commit() -> str:
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    found = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
+    return found.stdout.strip() or "unknown"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--trace", type=Path, help="Mooncake-format JSON lines; generated prompts without it")
+    parser.add_argument("--requests", type=int, default=4000)
+    parser.add_argument("--instances", type=int, nargs="+", default=[2, 64, 1024])
+    parser.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES))
+    parser.add_argument("--capacity", type=int, default=3_000_000, help="tokens that one instance holds")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    trace: Path | None = arguments.trace
+    prompts = read_trace(trace, arguments.requests) if trace else generate_prompts(arguments.requests)
+    rows = []
+    for policy in arguments.policies:
+        for instances in arguments.instances:
+            rows.append(measure(prompts, instances, policy, arguments.capacity))
+            print(json.dumps(rows[-1]), flush=True)
+    report = {
+        "machine": describe_machine(),
+        "commit": describe_commit(),
+        "prompts": trace.name if trace else "generated",
+        "requests": len(prompts),
+        "mean_prompt_tokens": round(statistics.fmean(prompt.length for prompt in prompts)),
+        "capacity_tokens": arguments.capacity,
+        "floor_compare_p50_us": measure_floor(prompts),
+        "rows": rows,
+    }
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"floor {report['floor_compare_p50_us']} us; written to {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()

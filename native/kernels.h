@@ -1,0 +1,152 @@
+// The one interface that every instruction-set level implements: what the model asks for, and in which units.
+// Rule of all kernels: the bits of a row's result depend on that row's own inputs only, not on the other rows of the
+// call, on how a call is split into ranges, or on the thread. Levels may round differently from each other.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace memserve {
+
+using Bf16 = uint16_t;
+
+constexpr int kBlockTokens = 16;      // tokens of a KV block; also the columns of a column group
+constexpr int kGroupColumns = 16;     // outputs that a packed matrix keeps side by side
+constexpr int kDepthMultiple = 32;    // packed matrices pad their inputs to this with zeros
+constexpr int kSegmentBlocks = 16;    // attention is summed up in segments of this many blocks, from position 0 on
+constexpr int kSegmentTokens = kSegmentBlocks * kBlockTokens;
+constexpr int kQueryRows = 16;        // most rows that one attention call takes
+constexpr int kRowPadding = 32;       // buffers of rows have room for this many garbage rows at their end
+
+struct Range {
+  int begin;
+  int end;
+  int size() const { return end - begin; }
+};
+
+// Weights [columns / 16][depth / 2][16][2] in bf16: for 16 outputs, pair after pair of inputs.
+struct PackedMatrix {
+  const Bf16* values;
+  int columns;  // outputs, unpadded
+  int depth;    // inputs, padded to kDepthMultiple
+
+  int groups() const { return (columns + kGroupColumns - 1) / kGroupColumns; }
+  size_t group_size() const { return static_cast<size_t>(depth) * kGroupColumns; }
+  const Bf16* group(int index) const { return values + static_cast<size_t>(index) * group_size(); }
+};
+
+enum class Output {
+  kStore,  // float: out = in * weights
+  kAdd,    // float: out += in * weights
+  kGate,   // bf16:  out = silu(gate) * up; column groups alternate gate, up, and there is one output per pair
+};
+
+struct Matmul {
+  PackedMatrix weights;
+  const Bf16* input;    // [rows][input_stride]
+  size_t input_stride;  // elements
+  Output output;
+  float* floats;        // [rows][output_stride] of kStore and kAdd
+  Bf16* halves;         // [rows][output_stride] of kGate
+  size_t output_stride;
+};
+
+// out[i] = bf16(x[i] / rms(x) * weight[i]); `size` counts, `padded` is a multiple of 16 with zeros at the end.
+struct Normalise {
+  const float* input;
+  const float* weight;
+  Bf16* output;
+  int size;
+  int padded;
+  float epsilon;
+};
+
+// How the heads of one layer lie in memory.
+struct Heads {
+  int queries;
+  int kv;
+  int dim;
+  size_t layer_offset;  // bytes from a block's start to this layer's K; V follows half_bytes later
+  size_t half_bytes;
+
+  int group() const { return queries / kv; }
+  size_t head_bytes() const { return static_cast<size_t>(dim) * kBlockTokens * sizeof(Bf16); }
+  const Bf16* keys(uint64_t block, int head) const {
+    return reinterpret_cast<const Bf16*>(block + layer_offset + static_cast<size_t>(head) * head_bytes());
+  }
+  const Bf16* values(uint64_t block, int head) const { return keys(block + half_bytes, head); }
+};
+
+// Rotate a row's q and k by its position; q goes to `queries` in bf16, k and v into the row's KV block.
+struct PlaceRow {
+  Heads heads;
+  const float* qkv;  // q, k, v of all heads, one after the other
+  const float* cosines;  // [dim / 2] of the row's position
+  const float* sines;
+  uint64_t block;
+  int slot;  // position inside the block
+  Bf16* queries;
+};
+
+// Attention of up to kQueryRows consecutive rows of one sequence, for the query heads of one KV head.
+struct Attention {
+  Heads heads;
+  int kv_head;
+  float scale;              // of scores, log2(e) included
+  const Bf16* queries;      // first row's; [rows][queries_stride]
+  size_t queries_stride;
+  int rows;
+  int first_position;       // of the first row; the others follow one by one
+  const uint64_t* blocks;   // of the sequence, from position 0
+  Bf16* output;             // first row's; [rows][output_stride]
+  size_t output_stride;
+  Range segments;           // of `attend`
+  float* partials;          // [segments][rows * group][partial_size]: largest, sum, values; null: merge and output
+
+  int vectors() const { return rows * heads.group(); }
+  int last_position() const { return first_position + rows - 1; }
+  int all_segments() const { return last_position() / kSegmentTokens + 1; }
+  size_t partial_size() const { return static_cast<size_t>(heads.dim) + kLanesOfPartial; }
+  static constexpr int kLanesOfPartial = 16;
+};
+
+// Copy `pieces` pieces of `bytes` bytes, or only read them when `targets` is null; one checksum per piece.
+struct CopyJob {
+  const uint64_t* targets;
+  const uint64_t* sources;
+  uint64_t* checksums;
+  size_t pieces;
+  size_t bytes;
+};
+
+struct Kernels {
+  const char* name;
+  void (*matmul)(const Matmul&, Range rows, Range groups);
+  void (*normalise)(const Normalise&);
+  void (*place_row)(const PlaceRow&);
+  size_t (*attention_scratch)(const Heads&);  // bytes that `attend` needs per thread
+  void (*attend)(const Attention&, void* scratch);
+  void (*merge_partials)(const Attention&, void* scratch);
+  void (*copy_pieces)(const CopyJob&);
+  void (*checksum_pieces)(const CopyJob&);
+  uint64_t (*read_memory)(const void* from, size_t bytes);  // as fast as loads go; the result has no meaning
+  double (*run_dots)(int64_t rounds, float* sink);          // register-fed dot products; returns FLOP done
+};
+
+namespace portable {
+extern const Kernels kernels;
+}
+namespace avx2 {
+extern const Kernels kernels;
+}
+namespace avx512_bf16 {
+extern const Kernels kernels;
+}
+namespace amx_bf16 {
+extern const Kernels kernels;
+}
+namespace amx_emulated {
+extern const Kernels kernels;
+}
+
+}  // namespace memserve

@@ -1,0 +1,233 @@
+// Sixteen floats at a time and dot products of bf16 pairs, on whatever the level's compiler flags offer.
+// Each level has its own copy in its own namespace: nothing here may be shared between levels by the linker,
+// which is also why level code uses no standard library templates.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
+namespace memserve {
+namespace MEMSERVE_LEVEL {
+namespace {
+
+constexpr int kLanes16 = 16;
+constexpr float kMinusInfinity = -__builtin_inff();
+
+#if defined(__AVX512BF16__)
+
+constexpr int kMaxSums = 24;  // accumulators of a register block; the other 8 of 32 registers hold operands
+
+using Floats = __m512;
+using Pairs = __m512i;  // sixteen pairs of bf16
+
+inline Floats splat(float x) { return _mm512_set1_ps(x); }
+inline Floats load(const float* from) { return _mm512_loadu_ps(from); }
+inline void store(float* to, Floats x) { _mm512_storeu_ps(to, x); }
+inline Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
+inline Floats subtract(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
+inline Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+inline Floats divide(Floats a, Floats b) { return _mm512_div_ps(a, b); }
+inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+inline Floats larger(Floats a, Floats b) { return _mm512_max_ps(a, b); }
+inline Floats nearest(Floats x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+
+// 2^n for whole n; 0 below the range of normal numbers.
+inline Floats power_of_two(Floats n) {
+  const __m512i exponent = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(exponent, 23));
+}
+
+// The first `count` lanes of x, the others replaced; whatever they held, NaN included, is gone.
+inline Floats first_lanes(Floats x, int count, Floats others) {
+  const __mmask16 kept = count >= kLanes16 ? 0xffff : static_cast<__mmask16>((1u << count) - 1);
+  return _mm512_mask_mov_ps(others, kept, x);
+}
+
+inline void store_bf16(uint16_t* to, Floats x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)));
+}
+
+inline Pairs load_pairs(const uint16_t* from) { return _mm512_loadu_si512(from); }
+inline Pairs splat_pair(const uint16_t* from) {
+  int pair;
+  std::memcpy(&pair, from, sizeof pair);
+  return _mm512_set1_epi32(pair);
+}
+inline Floats dot_pairs(Floats sum, Pairs a, Pairs b) {
+  return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+}
+
+#else
+
+#if defined(__AVX2__)
+constexpr int kNativeLanes = 8;
+constexpr int kMaxSums = 6;
+#elif defined(__aarch64__)
+constexpr int kNativeLanes = 4;
+constexpr int kMaxSums = 6;
+#else
+constexpr int kNativeLanes = 4;
+constexpr int kMaxSums = 2;
+#endif
+constexpr int kParts = kLanes16 / kNativeLanes;
+
+typedef float NativeFloats __attribute__((vector_size(kNativeLanes * 4)));
+typedef int32_t NativeInts __attribute__((vector_size(kNativeLanes * 4)));
+typedef uint32_t NativeWords __attribute__((vector_size(kNativeLanes * 4)));
+
+struct Floats {
+  NativeFloats part[kParts];
+};
+struct Pairs {
+  NativeWords part[kParts];
+};
+
+template <class Result, class Function>
+inline __attribute__((always_inline)) Result each_part(Function function) {
+  Result result;
+#pragma GCC unroll 4
+  for (int p = 0; p < kParts; ++p) result.part[p] = function(p);
+  return result;
+}
+
+inline NativeFloats native_multiply_add(NativeFloats a, NativeFloats b, NativeFloats c) {
+#if defined(__FMA__) || defined(__aarch64__)
+  NativeFloats result;
+#pragma GCC unroll 8
+  for (int i = 0; i < kNativeLanes; ++i) result[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return result;
+#else
+  return a * b + c;
+#endif
+}
+
+inline Floats splat(float x) {
+  return each_part<Floats>([&](int) { return x - NativeFloats{}; });
+}
+inline Floats load(const float* from) {
+  Floats x;
+  std::memcpy(&x, from, sizeof x);
+  return x;
+}
+inline void store(float* to, Floats x) { std::memcpy(to, &x, sizeof x); }
+inline Floats add(Floats a, Floats b) {
+  return each_part<Floats>([&](int p) { return a.part[p] + b.part[p]; });
+}
+inline Floats subtract(Floats a, Floats b) {
+  return each_part<Floats>([&](int p) { return a.part[p] - b.part[p]; });
+}
+inline Floats multiply(Floats a, Floats b) {
+  return each_part<Floats>([&](int p) { return a.part[p] * b.part[p]; });
+}
+inline Floats divide(Floats a, Floats b) {
+  return each_part<Floats>([&](int p) { return a.part[p] / b.part[p]; });
+}
+inline Floats multiply_add(Floats a, Floats b, Floats c) {
+  return each_part<Floats>([&](int p) { return native_multiply_add(a.part[p], b.part[p], c.part[p]); });
+}
+inline Floats larger(Floats a, Floats b) {
+  return each_part<Floats>([&](int p) { return a.part[p] > b.part[p] ? a.part[p] : b.part[p]; });
+}
+// Adding and subtracting 1.5 * 2^23 leaves no room for a fraction; right for |x| < 2^22.
+inline Floats nearest(Floats x) {
+  constexpr float kNoFraction = 12582912.0f;
+  return each_part<Floats>([&](int p) { return (x.part[p] + kNoFraction) - kNoFraction; });
+}
+
+inline Floats power_of_two(Floats n) {
+  return each_part<Floats>([&](int p) {
+    const NativeInts exponent = __builtin_convertvector(n.part[p], NativeInts) + 127;
+    return reinterpret_cast<NativeFloats>(exponent << 23);
+  });
+}
+
+inline Floats first_lanes(Floats x, int count, Floats others) {
+  float lanes[kLanes16];
+  store(lanes, others);
+  for (int i = 0; i < kLanes16 && i < count; ++i) std::memcpy(&lanes[i], reinterpret_cast<float*>(&x) + i, 4);
+  return load(lanes);
+}
+
+// Round to nearest even, as the hardware does; NaN keeps its sign and stays NaN.
+inline void store_bf16(uint16_t* to, Floats x) {
+  uint32_t bits[kLanes16];
+  std::memcpy(bits, &x, sizeof bits);
+  for (int i = 0; i < kLanes16; ++i) {
+    const bool is_nan = (bits[i] & 0x7fffffffu) > 0x7f800000u;
+    const uint32_t rounded = (bits[i] + 0x7fffu + ((bits[i] >> 16) & 1u)) >> 16;
+    to[i] = static_cast<uint16_t>(is_nan ? (bits[i] >> 16) | 0x40u : rounded);
+  }
+}
+
+inline Pairs load_pairs(const uint16_t* from) {
+  Pairs x;
+  std::memcpy(&x, from, sizeof x);
+  return x;
+}
+inline Pairs splat_pair(const uint16_t* from) {
+  uint32_t pair;
+  std::memcpy(&pair, from, sizeof pair);
+  return each_part<Pairs>([&](int) { return pair - NativeWords{}; });
+}
+inline NativeFloats first_of_pair(NativeWords x) { return reinterpret_cast<NativeFloats>(x << 16); }
+inline NativeFloats second_of_pair(NativeWords x) { return reinterpret_cast<NativeFloats>(x & 0xffff0000u); }
+inline Floats dot_pairs(Floats sum, Pairs a, Pairs b) {
+  return each_part<Floats>([&](int p) {
+    const NativeFloats first = native_multiply_add(first_of_pair(a.part[p]), first_of_pair(b.part[p]), sum.part[p]);
+    return native_multiply_add(second_of_pair(a.part[p]), second_of_pair(b.part[p]), first);
+  });
+}
+
+#endif
+
+inline Floats zeros() { return splat(0.0f); }
+
+// Lanes are combined in one fixed tree, so that the result does not depend on the compiler.
+template <class Combine>
+inline float combine_lanes(Floats x, Combine combine) {
+  float lanes[kLanes16];
+  store(lanes, x);
+  for (int half = kLanes16 / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] = combine(lanes[i], lanes[i + half]);
+  return lanes[0];
+}
+inline float sum_of_lanes(Floats x) {
+  return combine_lanes(x, [](float a, float b) { return a + b; });
+}
+inline float largest_lane(Floats x) {
+  return combine_lanes(x, [](float a, float b) { return a > b ? a : b; });
+}
+
+// 2^x for x <= 127; 0 for x < -126.5, -inf included. Minimax polynomial of 2^f on [-1/2, 1/2], relative error 2e-7.
+inline Floats exp2(Floats x) {
+  const Floats clamped = larger(x, splat(-127.0f));
+  const Floats whole = nearest(clamped);
+  const Floats f = subtract(clamped, whole);
+  Floats p = splat(1.3398874e-3f);
+  p = multiply_add(p, f, splat(9.6184373e-3f));
+  p = multiply_add(p, f, splat(5.5503324e-2f));
+  p = multiply_add(p, f, splat(2.4022648e-1f));
+  p = multiply_add(p, f, splat(6.9314718e-1f));
+  p = multiply_add(p, f, splat(1.0f));
+  return multiply(p, power_of_two(whole));
+}
+
+inline float first_lane(Floats x) {
+  float lanes[kLanes16];
+  store(lanes, x);
+  return lanes[0];
+}
+
+inline uint16_t bf16_of(float x) {
+  uint16_t lanes[kLanes16];
+  store_bf16(lanes, splat(x));
+  return lanes[0];
+}
+
+}  // namespace
+}  // namespace MEMSERVE_LEVEL
+}  // namespace memserve

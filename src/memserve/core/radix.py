@@ -1,0 +1,254 @@
+"""A compressed radix tree over token arrays, in whole blocks of tokens.
+
+Knows tokens, edges and where they branch. What an edge is good for (addresses of KV blocks, who holds
+them, how fresh they are) is the payload's business: see :class:`Payload`. No clock: recency belongs into
+payloads. Token-exact, so it cannot confuse two prompts as hashes could.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Generic, Protocol, Self, TypeVar
+
+import numpy as np
+
+from memserve.core.types import Tokens
+
+_FIRST_STRIDE = 256
+_STRIDE_GROWTH = 16
+
+
+class Payload(Protocol):
+    """What hangs on an edge. Positions are blocks, counted from the edge's start."""
+
+    def split(self, at: int) -> Self:
+        """Keep what concerns the blocks before ``at`` and return what concerns those from ``at`` on."""
+        ...
+
+    def append(self, at: int, tail: Self) -> None:
+        """Take over ``tail``, which concerns blocks that follow; the edge had ``at`` blocks so far."""
+        ...
+
+
+P = TypeVar("P", bound=Payload)
+
+
+class Node(Generic[P]):
+    """The end of an edge. ``key`` holds the edge's tokens: int32[n], n a positive multiple of a block.
+
+    ``payload`` is the tree owner's to read and change; everything else is changed by the tree only. A top
+    node has no parent; a node that was dropped is not ``attached``. A node keeps its identity when its
+    edge is split (it then ends the lower part) and when it grows, so a leaf stays a leaf until dropped.
+    """
+
+    __slots__ = ("_room", "attached", "children", "key", "parent", "payload")
+
+    def __init__(self, key: Tokens, parent: Node[P] | None, payload: P) -> None:
+        self.key = key
+        self.parent = parent
+        self.payload = payload
+        self.children: dict[bytes, Node[P]] = {}
+        self.attached = True
+        self._room = key
+
+    def _append_tokens(self, tokens: Tokens) -> None:
+        # Spare room makes a growing session cost what is new, not what there was.
+        size = len(self.key)
+        grown = size + len(tokens)
+        if grown > len(self._room):
+            self._room = np.empty(grown + grown // 2, np.int32)
+            self._room[:size] = self.key
+        self._room[size:grown] = tokens
+        self.key = self._room[:grown]
+
+    def _set_tokens(self, tokens: Tokens) -> None:
+        # A copy, so that no longer array is kept alive by this edge.
+        self.key = self._room = tokens.copy()
+
+    def _shorten(self, size: int) -> None:
+        # Evicting block by block must not copy the whole edge each time.
+        if 2 * size < len(self._room):
+            self._set_tokens(self.key[:size])
+        else:
+            self.key = self._room[:size]
+
+
+@dataclass(frozen=True, slots=True)
+class Path(Generic[P]):
+    """How far a walk came: ``blocks`` whole blocks. Valid until the tree changes.
+
+    ``nodes`` lie on it from the top down; all matched in full but the last, of which ``tail`` blocks did.
+    """
+
+    nodes: list[Node[P]]
+    tail: int
+    blocks: int
+
+
+class RadixTree(Generic[P]):
+    """Paths of token blocks. ``blocks`` counts the blocks of all edges, ``size`` the nodes."""
+
+    def __init__(self, block_tokens: int) -> None:
+        assert block_tokens > 0, f"a block of {block_tokens} tokens makes no sense"
+        self.block_tokens = block_tokens
+        self.blocks = 0
+        self.size = 0
+        self._top: dict[bytes, Node[P]] = {}
+
+    # --- reading ---
+
+    def walk(self, tokens: Tokens) -> Path[P]:
+        """Follow ``tokens`` (contiguous int32[n]) as far as whole blocks agree. Changes nothing."""
+        page = self.block_tokens
+        end = len(tokens) // page * page
+        nodes: list[Node[P]] = []
+        children = self._top
+        at = tail = 0
+        while at < end:
+            child = children.get(tokens[at : at + page].tobytes())
+            if child is None:
+                break
+            same = common_prefix(child.key, tokens[at:end]) // page * page
+            nodes.append(child)
+            tail = same // page
+            at += same
+            if same < len(child.key):
+                break
+            children = child.children
+        return Path(nodes, tail, at // page)
+
+    def blocks_of(self, node: Node[P]) -> int:
+        """Blocks of ``node``'s own edge."""
+        return len(node.key) // self.block_tokens
+
+    def path_tokens(self, node: Node[P]) -> Tokens:
+        """All tokens from the root to the end of ``node``'s edge: int32[n], the caller's own copy."""
+        edges = []
+        above: Node[P] | None = node
+        while above is not None:
+            edges.append(above.key)
+            above = above.parent
+        return np.concatenate(edges[::-1])
+
+    def nodes(self) -> Iterator[Node[P]]:
+        """Every node, parents before their children. The tree must not change meanwhile."""
+        return _walk_down(self._top)
+
+    def leaves(self) -> Iterator[Node[P]]:
+        """Every node without children: one per longest path."""
+        return (node for node in self.nodes() if not node.children)
+
+    # --- changing ---
+
+    def extend(self, path: Path[P], tokens: Tokens, payload: P) -> Node[P]:
+        """Add the whole blocks of ``tokens`` beyond ``path``, which is a fresh walk of ``tokens``.
+
+        ``payload`` concerns just the new blocks. A leaf that the path covers in full grows in place
+        and is returned; otherwise a new leaf is, after splitting the edge in which the path ends.
+        """
+        page = self.block_tokens
+        end = len(tokens) // page * page
+        added = tokens[path.blocks * page : end]
+        assert len(added), f"nothing beyond the {path.blocks} blocks that are there"
+        self.blocks += len(added) // page
+        parent = path.nodes[-1] if path.nodes else None
+        if parent is not None and path.tail < self.blocks_of(parent):
+            parent = self.split(parent, path.tail)
+        elif parent is not None and not parent.children:
+            parent.payload.append(path.tail, payload)
+            parent._append_tokens(added)
+            return parent
+        leaf = Node(added.copy(), parent, payload)
+        self._children(parent)[self._edge_name(leaf)] = leaf
+        self.size += 1
+        return leaf
+
+    def split(self, node: Node[P], at: int) -> Node[P]:
+        """Cut ``node``'s edge after its first ``at`` blocks and return the new upper node.
+
+        The upper node keeps the payload object, ``node`` gets the lower half that the payload splits off.
+        """
+        assert 0 < at < self.blocks_of(node), f"no place to split {self.blocks_of(node)} blocks at {at}"
+        cut = at * self.block_tokens
+        upper = Node(node.key[:cut].copy(), node.parent, node.payload)
+        self._children(node.parent)[self._edge_name(upper)] = upper
+        node.payload = node.payload.split(at)
+        node._set_tokens(node.key[cut:])
+        node.parent = upper
+        upper.children[self._edge_name(node)] = node
+        self.size += 1
+        return upper
+
+    def truncate(self, node: Node[P], keep: int) -> list[P]:
+        """Keep the first ``keep`` blocks of ``node``'s edge; drop the rest and everything below.
+
+        Returns the payloads of what was dropped, upper ones first. With ``keep`` 0 the node goes too;
+        its parent stays, perhaps as a leaf now.
+        """
+        assert node.attached, "this node was dropped before"
+        assert 0 <= keep <= self.blocks_of(node), f"cannot keep {keep} of {self.blocks_of(node)} blocks"
+        below = list(_walk_down(node.children))
+        for lower in below:
+            lower.attached = False
+        dropped = [lower.payload for lower in below]
+        self.size -= len(below)
+        self.blocks -= sum(map(self.blocks_of, below)) + self.blocks_of(node) - keep
+        node.children.clear()
+        if keep == 0:
+            del self._children(node.parent)[self._edge_name(node)]
+            node.attached = False
+            self.size -= 1
+            return [node.payload, *dropped]
+        if keep < self.blocks_of(node):
+            dropped.insert(0, node.payload.split(keep))
+            node._shorten(keep * self.block_tokens)
+        return dropped
+
+    def check(self) -> None:
+        """Assert every invariant of the structure (not of payloads). Costs a pass over the tree."""
+        size = blocks = 0
+        for node in self.nodes():
+            size += 1
+            blocks += self.blocks_of(node)
+            assert len(node.key) > 0, "an edge is empty"
+            assert len(node.key) % self.block_tokens == 0, "an edge is not whole blocks"
+            assert node.attached, "a dropped node is still linked"
+            assert self._children(node.parent).get(self._edge_name(node)) is node, "a link is wrong"
+        assert (size, blocks) == (self.size, self.blocks), (
+            f"{(self.size, self.blocks)} should be {(size, blocks)}"
+        )
+
+    # --- inside ---
+
+    def _children(self, parent: Node[P] | None) -> dict[bytes, Node[P]]:
+        return self._top if parent is None else parent.children
+
+    def _edge_name(self, node: Node[P]) -> bytes:
+        return node.key[: self.block_tokens].tobytes()
+
+
+def common_prefix(a: Tokens, b: Tokens) -> int:
+    """How many leading tokens of ``a`` and ``b`` (int32[n], int32[m]) agree.
+
+    Compares in growing strides, so that an early mismatch is cheap and a long match is few calls.
+    """
+    end = min(len(a), len(b))
+    at, stride = 0, _FIRST_STRIDE
+    while at < end:
+        upto = min(end, at + stride)
+        differs = a[at:upto] != b[at:upto]
+        first = int(differs.argmax())
+        if differs[first]:
+            return at + first
+        at = upto
+        stride *= _STRIDE_GROWTH
+    return end
+
+
+def _walk_down(top: dict[bytes, Node[P]]) -> Iterator[Node[P]]:
+    waiting = list(top.values())
+    while waiting:
+        node = waiting.pop()
+        yield node
+        waiting.extend(node.children.values())

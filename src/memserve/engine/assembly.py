@@ -1,0 +1,131 @@
+"""Builds what an instance is made of, in order: model, runner, pool, transfer endpoint, engine."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from memserve.core.clock import Clock
+from memserve.core.config import ModelConfig
+from memserve.core.errors import ConfigError
+from memserve.core.messages import LoadReport, Message, Ready, Stats
+from memserve.engine.batcher import Batcher
+from memserve.engine.carrier import PoolCarrier
+from memserve.engine.engine import Engine
+from memserve.engine.models.loader import ModelSource, open_model
+from memserve.engine.phases import PHASES
+from memserve.engine.runners.base import Runner
+from memserve.mempool import MemPool, TransferEndpoint
+
+if TYPE_CHECKING:
+    from memserve.engine.instance import InstanceSettings
+
+Progress = Callable[[str, float], None]
+
+
+@dataclass(slots=True)
+class Assembled:
+    """The parts of a running instance."""
+
+    settings: InstanceSettings
+    runner: Runner
+    pool: MemPool
+    endpoint: TransferEndpoint
+    carrier: PoolCarrier
+    engine: Engine
+    ready: Ready
+
+    def read_load(self) -> LoadReport:
+        batcher, blocks = self.engine.batcher, self.pool.stats()
+        return LoadReport(
+            waiting=batcher.waiting,
+            running=batcher.running,
+            tokens_to_prefill=batcher.tokens_to_prefill,
+            free_blocks=blocks.free,
+            active_blocks=blocks.active,
+            historical_blocks=blocks.historical,
+            incoming_blocks=blocks.incoming,
+        )
+
+    def read_stats(self) -> Stats:
+        counters = dict(self.pool.stats().counters())
+        counters["steps"] = float(self.engine.steps)
+        return Stats(self.settings.instance, self.read_load(), counters)
+
+    async def close(self) -> None:
+        """Stop in reverse order; every block is given back before the pool goes."""
+        await self.engine.close()
+        await self.endpoint.close()
+        self.runner.close()
+        self.pool.close()
+
+
+async def assemble(
+    settings: InstanceSettings, clock: Clock, *, emit: Callable[[Message], None], progress: Progress
+) -> Assembled:
+    """Load and start everything. Raises ``ModelError`` or ``ConfigError`` naming what is wrong."""
+    config = settings.config
+    source = open_model(config.model.model)
+    context = context_of(source, config.model)
+    runner = await asyncio.get_running_loop().run_in_executor(
+        None, load_runner, source, config.model.runner, settings.threads, context, progress
+    )
+    pool = MemPool(
+        runner.layout,
+        config.pool.memory // runner.layout.block_bytes,
+        instance=settings.instance,
+        incarnation=settings.incarnation,
+        clock=clock,
+    )
+    endpoint = TransferEndpoint(pool, clock)
+    address = f"@memserve-{settings.cluster}-{settings.instance}-{settings.incarnation}"
+    await endpoint.start(address)
+    carrier = PoolCarrier(settings.instance, pool, clock, timeout=config.engine.handoff_timeout)
+    engine = Engine(
+        settings.instance,
+        pool,
+        runner,
+        Batcher(step_tokens=config.engine.step_tokens, max_running=config.engine.max_running),
+        PHASES[config.engine.phases],
+        carrier,
+        context=context,
+        vocabulary=source.spec.vocabulary,
+        clock=clock,
+        emit=emit,
+    )
+    endpoint.on_adopt = engine.adopt
+    ready = Ready(
+        settings.instance,
+        address,
+        source.spec.identity,
+        context,
+        runner.layout.block_tokens,
+        pool.blocks,
+        runner.layout.block_bytes,
+        runner.layout.fingerprint,
+        runner.isa,
+    )
+    return Assembled(settings, runner, pool, endpoint, carrier, engine, ready)
+
+
+def context_of(source: ModelSource, config: ModelConfig) -> int:
+    """The longest sequence to serve, in tokens: what was asked for, bounded by what the model was trained on."""
+    asked = config.context or source.spec.context
+    if not 2 <= asked <= source.spec.context:
+        raise ConfigError(f"model.context is {asked}; accepted: 2 to {source.spec.context} for this model")
+    return asked
+
+
+def load_runner(source: ModelSource, kind: str, threads: int, context: int, progress: Progress) -> Runner:
+    """Read the weights and build the runner ``kind``; slow, for a worker thread."""
+    weights = source.weights(lambda done: progress("reading weights", done))
+    progress("packing weights", 0.0)
+    if kind == "reference":
+        from memserve.engine.runners.reference import ReferenceRunner
+
+        return ReferenceRunner(weights)
+    from memserve.engine.runners.native import NativeRunner
+
+    return NativeRunner(weights, threads=threads, context=context)

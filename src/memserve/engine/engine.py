@@ -1,0 +1,384 @@
+"""One instance's engine: admits requests, runs steps, and does with their KV what the phases table says.
+
+A thin shell on one event loop. The batcher decides what a step computes; the model runs on one worker
+thread; blocks change hands only between steps, so the kernels never see memory that somebody else got.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from memserve.core.clock import Clock
+from memserve.core.errors import InvalidRequest, MemServeError, OutOfBlocks, Overloaded, RequestFailed
+from memserve.core.messages import (
+    Message,
+    RequestClosed,
+    RequestError,
+    Submit,
+    TokenChunk,
+    Trace,
+)
+from memserve.core.types import (
+    FinishReason,
+    InstanceId,
+    Ledger,
+    RequestId,
+    Tokens,
+    unpack_tokens,
+)
+from memserve.engine.batcher import Batcher, Chunk
+from memserve.engine.carrier import Carrier
+from memserve.engine.phases import Handoff, Phases
+from memserve.engine.runners.base import Runner
+from memserve.engine.sampling import SampledToken
+from memserve.engine.sequence import Sequence, from_adoption, new_sequence
+from memserve.engine.step import compute_step
+from memserve.mempool import Addresses, MemPool, Origin
+
+log = logging.getLogger(__name__)
+
+MAX_WAITING = 1024
+"""Requests queued in one engine; the server refuses new ones long before."""
+_REMEMBERED_CANCELS = 4096
+
+
+class Engine:
+    """Runs sequences on ``runner`` with KV in ``pool``; everything it has to say goes to ``emit``.
+
+    ``context`` is the longest sequence in tokens, prompt and answer together.
+    """
+
+    def __init__(
+        self,
+        instance: InstanceId,
+        pool: MemPool,
+        runner: Runner,
+        batcher: Batcher,
+        phases: Phases,
+        carrier: Carrier,
+        *,
+        context: int,
+        vocabulary: int,
+        clock: Clock,
+        emit: Callable[[Message], None],
+    ) -> None:
+        self._instance = instance
+        self._pool = pool
+        self._runner = runner
+        self._batcher = batcher
+        self._phases = phases
+        self._carrier = carrier
+        self._context = context
+        self._vocabulary = vocabulary
+        self._clock = clock
+        self._emit = emit
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
+        self._wake = asyncio.Event()
+        self._stepping: frozenset[Sequence] = frozenset()
+        self._departing: dict[RequestId, asyncio.Task[None]] = {}
+        self._cancelled: dict[RequestId, None] = {}
+        self.steps = 0
+
+    # --- requests come and go ---
+
+    @property
+    def batcher(self) -> Batcher:
+        return self._batcher
+
+    def submit(self, message: Submit) -> None:
+        """Queue a new request; a bad one is answered with a ``RequestError``."""
+        try:
+            tokens = unpack_tokens(message.tokens)
+            self._check(tokens, message)
+        except MemServeError as error:
+            self._fail(message.request, error)
+            return
+        if self._cancelled.pop(message.request, _MISSING) is not _MISSING:
+            return
+        sequence = new_sequence(
+            message.request,
+            message.namespace,
+            tokens,
+            message.sampling,
+            decode_on=message.decode_on,
+            trace=message.trace,
+        )
+        self._batcher.enqueue(sequence)
+        self._wake.set()
+
+    def adopt(self, attachment: bytes, addrs: Addresses) -> None:
+        """Go on with a request that was prefilled elsewhere; its KV is in ``addrs``, now ours.
+
+        Raises ``Overloaded`` or ``TransferAborted`` when it cannot be taken; ``addrs`` stay the caller's then.
+        """
+        sequence = from_adoption(attachment)
+        if self._cancelled.pop(sequence.request, _MISSING) is not _MISSING:
+            raise RequestFailed(f"request {sequence.request} was cancelled before it could be decoded")
+        if self._batcher.waiting >= MAX_WAITING:
+            raise Overloaded(f"{self._instance} has {MAX_WAITING} requests waiting")
+        self._hold(sequence, addrs)
+        self._trace(sequence, "engine.decode", "adopted")
+        self._batcher.enqueue(sequence)
+        self._wake.set()
+
+    def cancel(self, request: RequestId, reason: FinishReason) -> None:
+        """End a request early, wherever it is; an unknown one is remembered in case it arrives late."""
+        departing = self._departing.get(request)
+        if departing is not None:
+            # After a stop the KV is still worth moving; after a disconnect nobody waits for it.
+            if reason is FinishReason.CANCELLED:
+                departing.cancel()
+            return
+        sequence = self._batcher.find(request)
+        if sequence is None:
+            self._cancelled[request] = None
+            while len(self._cancelled) > _REMEMBERED_CANCELS:
+                del self._cancelled[next(iter(self._cancelled))]
+        elif sequence in self._stepping:
+            sequence.ended = reason
+        else:
+            self._end(sequence, reason)
+
+    # --- the loop ---
+
+    async def run(self) -> None:
+        """Step for ever, sleeping while there is nothing to do."""
+        loop = asyncio.get_running_loop()
+        while True:
+            self._wake.clear()
+            self._admit()
+            self._grow()
+            chunks = self._batcher.plan()
+            if not chunks:
+                await self._wake.wait()
+                continue
+            self._stepping = frozenset(chunk.sequence for chunk in chunks)
+            try:
+                sampled = await loop.run_in_executor(self._thread, compute_step, self._runner, chunks)
+            except Exception as error:
+                log.exception("a forward pass failed")
+                self._stepping = frozenset()
+                self._fail_step(chunks, error)
+                continue
+            self._stepping = frozenset()
+            self.steps += 1
+            self._apply(chunks, sampled)
+
+    async def close(self) -> None:
+        """Cancel what is under way and give all blocks back. Call after ``run`` has been cancelled."""
+        await asyncio.get_running_loop().run_in_executor(None, self._thread.shutdown)
+        for task in list(self._departing.values()):
+            task.cancel()
+        await asyncio.gather(*self._departing.values(), return_exceptions=True)
+        for sequence in list(self._batcher):
+            self._batcher.remove(sequence)
+            self._release(sequence)
+
+    # --- blocks ---
+
+    def _admit(self) -> None:
+        """Bring waiting sequences into the batch. Nobody without blocks overtakes another such."""
+        blocked = False
+        for sequence in self._batcher.admissible():
+            if self._batcher.full:
+                return
+            if sequence.addrs is None and (blocked or not self._take_blocks(sequence)):
+                blocked = True
+                continue
+            self._batcher.admit(sequence)
+
+    def _take_blocks(self, sequence: Sequence) -> bool:
+        """Look the tokens up in the pool and allocate what is missing; False if there is no room now."""
+        limit = sequence.length - 1 if self._phases.reuses else 0
+        with self._pool.match(sequence.tokens, sequence.namespace, limit_tokens=limit) as match:
+            need = self._pool.layout.blocks_for(sequence.length) - len(match.addrs)
+            try:
+                fresh = self._pool.alloc_mem(need)
+            except OutOfBlocks:
+                return False
+            if sequence.ledger is None:
+                sequence.ledger = _account(match.origins, self._pool.layout.block_tokens, sequence.prompt_length)
+            sequence.computed = match.tokens
+            self._hold(sequence, match.detach().concat(fresh))
+        self._trace(sequence, "mempool.match", f"{sequence.computed} tokens cached")
+        return True
+
+    def _grow(self) -> None:
+        """See to it that each running sequence has a block for its next token; preempt where there is none."""
+        for sequence in self._batcher.admitted():
+            if sequence.addrs is None:
+                continue
+            missing = self._pool.layout.blocks_for(sequence.length) - sequence.blocks_held
+            while missing > 0 and sequence.addrs is not None:
+                try:
+                    self._hold(sequence, sequence.addrs.concat(self._pool.alloc_mem(missing)))
+                    missing = 0
+                except OutOfBlocks:
+                    victim = self._batcher.preempt_newest()
+                    assert victim is not None, "a running sequence is always there to be preempted"
+                    self._publish(victim)
+                    self._release(victim)
+
+    def _hold(self, sequence: Sequence, addrs: Addresses) -> None:
+        sequence.addrs = addrs
+        sequence.pointers = self._pool.pointers(addrs)
+
+    def _publish(self, sequence: Sequence) -> None:
+        """Insert the computed KV into the index, where the phases ask for it."""
+        decoded = sequence.sampled > 1 or sequence.prefilled_on is not None
+        wanted = self._phases.insert_after_decode if decoded else self._phases.insert_after_prefill
+        if wanted and sequence.addrs is not None:
+            self._pool.insert(sequence.buffer[: sequence.computed], sequence.addrs, sequence.namespace)
+
+    def _release(self, sequence: Sequence) -> None:
+        if sequence.addrs is not None:
+            self._pool.free_mem(sequence.addrs)
+            sequence.addrs = None
+            sequence.pointers = np.empty(0, np.uint64)
+        sequence.computed = 0
+        self._wake.set()
+
+    # --- what a step brought ---
+
+    def _apply(self, chunks: tuple[Chunk, ...], sampled: list[SampledToken | RequestFailed]) -> None:
+        results = iter(sampled)
+        for chunk in chunks:
+            sequence, last = chunk.sequence, chunk.last
+            sequence.computed += chunk.count
+            result = next(results) if last else None
+            if sequence.ended is not None:
+                self._end(sequence, sequence.ended)
+            elif isinstance(result, RequestFailed):
+                self._drop(sequence, result)
+            elif result is not None:
+                self._accept(sequence, result)
+
+    def _accept(self, sequence: Sequence, result: SampledToken) -> None:
+        first = sequence.sampled == 0
+        sequence.append(result.token)
+        finish = sequence.finish_reason(self._context)
+        chunk = TokenChunk(
+            sequence.request,
+            sequence.sampled - 1,
+            (result.token,),
+            (result.logprob,) if result.logprob is not None else (),
+            finish,
+            None if sequence.ledger_sent else sequence.ledger,
+        )
+        sequence.ledger_sent = True
+        if first:
+            self._trace(sequence, "engine.prefill", "prefilled")
+            self._publish(sequence)
+            self._trace(sequence, "mempool.insert", "insert")
+        self._emit(chunk)
+        if finish is not None:
+            self._end(sequence, finish, told=True)
+        elif first and sequence.decode_on is not None and self._phases.handoff is not Handoff.NONE:
+            self._batcher.remove(sequence)
+            self._depart(sequence, self._hand_over(sequence))
+
+    def _end(self, sequence: Sequence, reason: FinishReason, *, told: bool = False) -> None:
+        """Take a sequence out, keep its KV as the phases say, and send the answer's KV back to P."""
+        self._batcher.remove(sequence)
+        if not told and reason is FinishReason.STOP:
+            self._emit(TokenChunk(sequence.request, sequence.sampled, (), finish=reason))
+        self._publish(sequence)
+        if self._phases.backflow and sequence.prefilled_on is not None and sequence.addrs is not None:
+            self._depart(sequence, self._send_back(sequence))
+        else:
+            self._release(sequence)
+            self._emit(RequestClosed(sequence.request, self._instance))
+
+    def _fail_step(self, chunks: tuple[Chunk, ...], error: Exception) -> None:
+        failure = RequestFailed(f"the model could not be run: {type(error).__name__}: {error}")
+        for chunk in chunks:
+            self._drop(chunk.sequence, failure)
+
+    def _drop(self, sequence: Sequence, error: MemServeError) -> None:
+        self._batcher.remove(sequence)
+        self._release(sequence)
+        self._fail(sequence.request, error)
+
+    def _fail(self, request: RequestId, error: MemServeError) -> None:
+        self._emit(RequestError(request, type(error).__name__, str(error)))
+        self._emit(RequestClosed(request, self._instance))
+
+    # --- KV on its way to or from a peer ---
+
+    def _depart(self, sequence: Sequence, journey: Coroutine[None, None, None]) -> None:
+        task = asyncio.get_running_loop().create_task(journey)
+        self._departing[sequence.request] = task
+        task.add_done_callback(lambda _: self._departing.pop(sequence.request, None))
+
+    async def _hand_over(self, sequence: Sequence) -> None:
+        """P to D. When it cannot be done the request fails; the prompt's KV stays here for the next try."""
+        with_insert = self._phases.handoff is Handoff.TRANSFER_WITH_INSERT
+        taken_over = False
+        try:
+            await self._carrier.hand_over(sequence, with_insert=with_insert)
+            taken_over = True
+            self._trace(sequence, "mempool.transfer", "handed over")
+        except MemServeError as error:
+            self._emit(RequestError(sequence.request, type(error).__name__, str(error)))
+        finally:
+            self._release(sequence)
+            if not taken_over:
+                self._emit(RequestClosed(sequence.request, self._instance))
+
+    async def _send_back(self, sequence: Sequence) -> None:
+        """D to P. When it cannot be done the next turn computes a little more; nobody is told."""
+        sent = 0
+        try:
+            sent = await self._carrier.send_back(sequence)
+            self._trace(sequence, "mempool.backflow", "sent back")
+        except MemServeError as error:
+            log.info("the answer's KV of %s did not go back: %s", sequence.request, error)
+        finally:
+            self._release(sequence)
+            self._emit(RequestClosed(sequence.request, self._instance, sent))
+
+    # --- small things ---
+
+    def _check(self, tokens: Tokens, message: Submit) -> None:
+        if not 1 <= len(tokens) < self._context:
+            raise InvalidRequest(
+                f"the prompt has {len(tokens)} tokens; 1 to {self._context - 1} are possible",
+                field="prompt",
+                code="context_length_exceeded",
+            )
+        if int(tokens.min()) < 0 or int(tokens.max()) >= self._vocabulary:
+            raise InvalidRequest(f"token ids must be within 0..{self._vocabulary - 1}", field="prompt")
+        if message.sampling.max_tokens < 1:
+            raise InvalidRequest("max_tokens must be at least 1", field="max_tokens")
+        longest = min(len(tokens) + message.sampling.max_tokens, self._context)
+        need, have = self._pool.layout.blocks_for(longest), self._pool.blocks
+        if need > have:
+            raise InvalidRequest(
+                f"prompt and answer may need {need} KV blocks and the pool has {have}; "
+                "lower max_tokens or give the pool more memory",
+                field="max_tokens",
+            )
+
+    def _trace(self, sequence: Sequence, room: str, event: str) -> None:
+        if sequence.trace:
+            self._emit(Trace(sequence.request, self._instance, room, event, self._clock.now()))
+
+
+_MISSING = object()
+
+
+def _account(origins: np.ndarray, block_tokens: int, prompt: int) -> Ledger:
+    """Split a prompt's tokens by where their KV came from."""
+    counts = np.bincount(origins, minlength=len(Origin)) * block_tokens
+    cached = int(counts.sum())
+    return Ledger(
+        computed=prompt - cached,
+        local=int(counts[Origin.COMPUTED]),
+        peer=int(counts[Origin.PEER]),
+        backflow=int(counts[Origin.BACKFLOW]),
+    )

@@ -1,0 +1,133 @@
+"""A request inside an engine: its tokens, how far its KV is computed, and the blocks that hold it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from memserve.core.types import (
+    FinishReason,
+    InstanceId,
+    Ledger,
+    Namespace,
+    RequestId,
+    SamplingParams,
+    Tokens,
+    pack_tokens,
+    unpack_tokens,
+)
+from memserve.mempool import Addresses
+
+
+class Adoption(msgspec.Struct, frozen=True, array_like=True):
+    """What a decode instance needs, besides the KV, to go on with a request."""
+
+    request: RequestId
+    namespace: Namespace
+    tokens: bytes
+    prompt_length: int
+    sampling: SamplingParams
+    prefilled_on: InstanceId
+    trace: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """``buffer[:length]`` are prompt and sampled tokens; the KV of ``buffer[:computed]`` is in ``addrs``."""
+
+    request: RequestId
+    namespace: Namespace
+    prompt_length: int
+    sampling: SamplingParams
+    buffer: Tokens
+    length: int
+    computed: int = 0
+    addrs: Addresses | None = None
+    pointers: NDArray[np.uint64] = field(default_factory=lambda: np.empty(0, np.uint64))
+    decode_on: InstanceId | None = None
+    prefilled_on: InstanceId | None = None
+    ledger: Ledger | None = None
+    ledger_sent: bool = False
+    ended: FinishReason | None = None
+    trace: bool = False
+
+    @property
+    def tokens(self) -> Tokens:
+        return self.buffer[: self.length]
+
+    @property
+    def sampled(self) -> int:
+        """Tokens sampled so far."""
+        return self.length - self.prompt_length
+
+    @property
+    def pending(self) -> int:
+        """Tokens whose KV is still to be computed; 1 means a decode step."""
+        return self.length - self.computed
+
+    @property
+    def blocks_held(self) -> int:
+        return len(self.pointers)
+
+    def append(self, token: int) -> None:
+        self.buffer[self.length] = token
+        self.length += 1
+
+    def finish_reason(self, context: int) -> FinishReason | None:
+        """Why the sequence ends with its last sampled token, or None."""
+        if int(self.buffer[self.length - 1]) in self.sampling.stop_token_ids:
+            return FinishReason.STOP
+        if self.sampled >= self.sampling.max_tokens or self.length >= context:
+            return FinishReason.LENGTH
+        return None
+
+
+def new_sequence(
+    request: RequestId,
+    namespace: Namespace,
+    prompt: Tokens,
+    sampling: SamplingParams,
+    *,
+    decode_on: InstanceId | None = None,
+    trace: bool = False,
+) -> Sequence:
+    """A sequence of which nothing is computed yet."""
+    buffer = np.empty(len(prompt) + sampling.max_tokens, np.int32)
+    buffer[: len(prompt)] = prompt
+    return Sequence(
+        request, namespace, len(prompt), sampling, buffer, len(prompt), decode_on=decode_on, trace=trace
+    )
+
+
+def to_adoption(sequence: Sequence, here: InstanceId) -> bytes:
+    """Encode what the decode instance needs; the KV travels separately."""
+    return msgspec.msgpack.encode(
+        Adoption(
+            sequence.request,
+            sequence.namespace,
+            pack_tokens(sequence.tokens),
+            sequence.prompt_length,
+            sequence.sampling,
+            here,
+            sequence.trace,
+        )
+    )
+
+
+def from_adoption(raw: bytes) -> Sequence:
+    """Inverse of :func:`to_adoption`, with the KV of all but the last token computed."""
+    adoption = msgspec.msgpack.decode(raw, type=Adoption)
+    tokens = unpack_tokens(adoption.tokens)
+    prompt = tokens[: adoption.prompt_length]
+    sequence = new_sequence(
+        adoption.request, adoption.namespace, prompt, adoption.sampling, trace=adoption.trace
+    )
+    for token in tokens[adoption.prompt_length :]:
+        sequence.append(int(token))
+    sequence.computed = sequence.length - 1
+    sequence.prefilled_on = adoption.prefilled_on
+    sequence.ledger_sent = True
+    return sequence

@@ -1,0 +1,158 @@
+"""How to choose a place, for either leg of a request. Each policy is a pure function of the query.
+
+Places come ordered by id, so that the first of equals is the one with the smallest id.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain, groupby
+from operator import attrgetter
+from typing import Protocol
+
+from memserve.core.config import POLICIES
+from memserve.core.errors import ConfigError
+from memserve.core.types import InstanceId
+from memserve.scheduler.state import InstanceState, Leg, Places
+from memserve.scheduler.tree import Holdings
+
+_MASK = (1 << 64) - 1
+_SEEDS_KEPT = 1 << 14
+_TOO_BUSY = "least load: each holder has more tokens ahead than its prefix saves"
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """What there is to choose from: at least one place, and what instances hold of the prompt."""
+
+    places: Places
+    held: Holdings
+    session: str | None
+    turn: int
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The place taken, and why, for people; ``considered`` are others that the reason speaks of."""
+
+    place: InstanceState
+    reason: str
+    considered: tuple[InstanceState, ...] = ()
+
+
+class Policy(Protocol):
+    """Chooses the place of a leg."""
+
+    name: str
+
+    def choose(self, query: Query) -> Choice: ...
+
+
+class RoundRobin:
+    """One after the other."""
+
+    name = "round-robin"
+
+    def choose(self, query: Query) -> Choice:
+        instances = query.places.instances
+        return Choice(instances[query.turn % len(instances)], f"turn {query.turn}")
+
+
+class LeastLoad:
+    """Fewest tokens ahead (to prefill, or to decode over), then fewest requests."""
+
+    name = "least-load"
+
+    def choose(self, query: Query) -> Choice:
+        places = query.places
+        place = min(places.instances, key=_LOAD[places.leg])
+        return Choice(place, "least load")
+
+
+class SessionId:
+    """The same session goes to the same place; requests without a session go to the least loaded one.
+
+    Highest random weight (Thaler and Ravishankar, 1998): a place that joins or leaves moves only the
+    sessions that it gains or had.
+    """
+
+    name = "session-id"
+
+    def choose(self, query: Query) -> Choice:
+        if query.session is None:
+            return LeastLoad().choose(query)
+        number = _hash64(query.session)
+        place = max(query.places.instances, key=lambda state: _seed(state.instance) * number & _MASK)
+        return Choice(place, "session")
+
+
+class PromptTree:
+    """The longest prefix held; among equals the least loaded place.
+
+    A holder is passed over when it has more tokens ahead than the least loaded place, by more than the
+    prefix would save: waiting there would take longer than doing the prefix again elsewhere. If that
+    leaves no holder, the least loaded place takes the request.
+    """
+
+    name = "prompt-tree"
+
+    def choose(self, query: Query) -> Choice:
+        places = query.places
+        load = _LOAD[places.leg]
+        least = min(places.instances, key=load)
+        floor = load(least)[0]
+        considered = [least]
+        for tokens, holders in _holders(query):
+            place = least if least in holders else min(holders, key=load)
+            if load(place)[0] - floor <= tokens:
+                return Choice(place, f"holds {tokens} tokens", tuple(considered))
+            considered.append(place)
+        busy = len(considered) > 1
+        return Choice(least, _TOO_BUSY if busy else "least load", tuple(considered))
+
+
+def policy_by_name(name: str) -> Policy:
+    """One of ``core.config.POLICIES``; raises ``ConfigError`` for another name."""
+    try:
+        return _BY_NAME[name]
+    except KeyError:
+        raise ConfigError(f"server.policy is {name!r}; accepted: {', '.join(POLICIES)}") from None
+
+
+def _prefill_load(state: InstanceState) -> tuple[int, int]:
+    work = state.load
+    return work[0], work[2]
+
+
+def _decode_load(state: InstanceState) -> tuple[int, int]:
+    work = state.load
+    return work[1], work[2]
+
+
+def _holders(query: Query) -> Iterator[tuple[int, list[InstanceState]]]:
+    """Places by the tokens they hold, longest first; those that hold the same are ordered by id."""
+    by_id = query.places.by_id
+    for tokens, tiers in groupby(query.held.tiers, key=attrgetter("tokens")):
+        names = chain.from_iterable(tier.instances() for tier in tiers)
+        holders = [by_id[name] for name in sorted(names) if name in by_id]
+        if holders:
+            yield tokens, holders
+
+
+def _hash64(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+@lru_cache(maxsize=_SEEDS_KEPT)
+def _seed(instance: InstanceId) -> int:
+    # Odd, so that multiplying by it is a bijection of the sessions' hashes.
+    return _hash64(instance) | 1
+
+
+_LOAD = {Leg.PREFILL: _prefill_load, Leg.DECODE: _decode_load}
+_BY_NAME: dict[str, Policy] = {
+    policy.name: policy for policy in (RoundRobin(), LeastLoad(), SessionId(), PromptTree())
+}

@@ -1,0 +1,94 @@
+"""The global scheduler as the server uses it: hands news to the state, decides, books, remembers.
+
+Synchronous calls from one thread; sends nothing itself.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from memserve.core.clock import Clock
+from memserve.core.messages import Heartbeat, Member, PoolEvents, Ready, Snapshot
+from memserve.core.types import InstanceId, RequestId, Role
+from memserve.scheduler.decision import Decision, RouteRequest, decide
+from memserve.scheduler.policies import Policy
+from memserve.scheduler.state import Admission, EventOutcome, SchedulerState
+
+
+class GlobalScheduler:
+    """Places requests on instances. ``history`` is the number of decisions remembered."""
+
+    def __init__(self, policy: Policy, clock: Clock, *, history: int = 1024, block_tokens: int = 16) -> None:
+        self.state = SchedulerState(block_tokens)
+        self._policy = policy
+        self._clock = clock
+        self._history = history
+        self._decisions: OrderedDict[RequestId, Decision] = OrderedDict()
+
+    # --- requests ---
+
+    def route(self, request: RouteRequest) -> Decision:
+        """Decide, book the load and remember why. Raises ``NoInstance``."""
+        decision = decide(request, self.state, self._policy, self._clock.now())
+        self.state.book(decision.request, decision.prefill_share(), decision.decode_share())
+        self._decisions.pop(decision.request, None)
+        self._decisions[decision.request] = decision
+        if len(self._decisions) > self._history:
+            self._decisions.popitem(last=False)
+        return decision
+
+    def first_token(self, request: RequestId) -> None:
+        """The request's prefill is done: its load at the prefill place ends."""
+        self.state.finish_prefill(request)
+
+    def finish(self, request: RequestId) -> None:
+        """The request ended, however: nothing of it is load any more. May be repeated."""
+        self.state.unbook(request)
+
+    def decision(self, request: RequestId) -> Decision | None:
+        """Why the request runs where it runs; None when unknown or forgotten."""
+        return self._decisions.get(request)
+
+    # --- membership ---
+
+    def member_ready(self, member: Member, ready: Ready) -> None:
+        """A new incarnation takes requests; what an earlier one held is forgotten. ``LayoutMismatch``."""
+        self.state.add_instance(member, ready)
+
+    def member_suspected(self, instance: InstanceId) -> None:
+        """Use it only if no other can take a request."""
+        self.state.set_admission(instance, Admission.LAST_RESORT)
+
+    def member_recovered(self, instance: InstanceId) -> None:
+        """Use it as before."""
+        self.state.set_admission(instance, Admission.OPEN)
+
+    def member_draining(self, instance: InstanceId) -> None:
+        """Give it no new request; what it holds stays known."""
+        self.state.set_admission(instance, Admission.CLOSED)
+
+    def member_lost(self, instance: InstanceId) -> None:
+        """Forget it and all it held."""
+        self.state.drop_instance(instance)
+
+    # --- news from instances ---
+
+    def on_heartbeat(self, heartbeat: Heartbeat) -> None:
+        self.state.apply_load(heartbeat)
+
+    def on_pool_events(self, events: PoolEvents) -> bool:
+        """Apply a batch; True when a snapshot is needed first.
+
+        True comes for every batch until the snapshot is applied: ask only if no answer is under way.
+        """
+        return self.state.apply_events(events) is EventOutcome.NEEDS_SNAPSHOT
+
+    def on_snapshot(self, snapshot: Snapshot) -> bool:
+        """Apply a snapshot; True when another one is needed because events were lost meanwhile."""
+        return self.state.apply_snapshot(snapshot) is EventOutcome.NEEDS_SNAPSHOT
+
+    # --- for people ---
+
+    def tree_sizes(self) -> dict[Role, int]:
+        """Compressed edges of each role's global prompt tree."""
+        return {role: self.state.tree(role).nodes for role in Role}

@@ -1,0 +1,306 @@
+"""What the global scheduler knows: instances, their load, who holds which prefix. Decides nothing.
+
+Changes only through its methods, one per kind of news, so that a log of calls rebuilds the same state.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from memserve.core.errors import LayoutMismatch
+from memserve.core.messages import Heartbeat, LoadReport, Member, PoolEvents, Ready, Snapshot, Stored
+from memserve.core.types import InstanceId, Namespace, RequestId, Role, Tokens, unpack_tokens
+from memserve.scheduler.tree import GlobalPromptTree, Holdings
+
+MAX_EARLY_BATCHES = 64
+"""Event batches kept per instance while its snapshot is awaited."""
+
+
+class EventOutcome(enum.Enum):
+    """What became of a batch of pool events or of a snapshot."""
+
+    APPLIED = "applied"
+    STALE_INCARNATION = "stale incarnation"
+    NEEDS_SNAPSHOT = "needs snapshot"
+
+
+class Admission(enum.Enum):
+    """Whether an instance gets new requests: yes, only if no other can, or no."""
+
+    OPEN = "open"
+    LAST_RESORT = "last resort"
+    CLOSED = "closed"
+
+
+class Leg(enum.Enum):
+    """The two parts of a request's way, each with a place of its own or both at one colocated instance."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+class Work(NamedTuple):
+    """Load of an instance: prompt tokens to prefill, tokens of context to decode over, requests."""
+
+    prefill_tokens: int = 0
+    context_tokens: int = 0
+    requests: int = 0
+
+    def plus(self, other: Work) -> Work:
+        return Work(self[0] + other[0], self[1] + other[1], self[2] + other[2])
+
+    def minus(self, other: Work) -> Work:
+        return Work(self[0] - other[0], self[1] - other[1], self[2] - other[2])
+
+    def at_least(self, other: Work) -> Work:
+        return Work(max(self[0], other[0]), max(self[1], other[1]), max(self[2], other[2]))
+
+
+_NO_REPORT = LoadReport()
+_NO_WORK = Work()
+
+
+@dataclass(slots=True, eq=False)
+class InstanceState:
+    """One living instance; ``capacity`` in tokens.
+
+    ``load`` is what is booked and not finished, but never less than what the last report said, plus and
+    minus what was booked and finished since. The report adds what this scheduler did not book (before a
+    restart of its own) and contexts that grew while decoding.
+    """
+
+    instance: InstanceId
+    incarnation: int
+    role: Role
+    block_tokens: int
+    capacity: int
+    admission: Admission = Admission.OPEN
+    report: LoadReport = _NO_REPORT
+    booked: Work = _NO_WORK
+    load: Work = _NO_WORK
+
+    def book(self, work: Work) -> None:
+        self.booked = self.booked.plus(work)
+        self.load = self.load.plus(work)
+
+    def unbook(self, work: Work) -> None:
+        self.booked = self.booked.minus(work)
+        self.load = self.load.minus(work)
+
+    def take_report(self, report: LoadReport) -> None:
+        """Replace the last load report."""
+        self.report = report
+        context = (report.active_blocks + report.incoming_blocks) * self.block_tokens
+        reported = Work(report.tokens_to_prefill, context, report.waiting + report.running)
+        self.load = self.booked.at_least(reported)
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """The instances that may take one leg of a request now, ordered by id."""
+
+    leg: Leg
+    instances: tuple[InstanceState, ...]
+    by_id: dict[InstanceId, InstanceState]
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What one leg of a request adds to the load of its place."""
+
+    instance: InstanceId
+    work: Work
+
+
+@dataclass(slots=True)
+class _Feed:
+    """How far an instance's pool events have been applied; ``early`` batches wait for a snapshot."""
+
+    next_seq: int = 0
+    early: list[PoolEvents] = field(default_factory=list)
+
+
+class SchedulerState:
+    """Instances, load and one global prompt tree per role. ``turn`` counts the bookings ever made."""
+
+    def __init__(self, block_tokens: int = 16) -> None:
+        self.block_tokens = block_tokens
+        self.turn = 0
+        self._instances: dict[InstanceId, InstanceState] = {}
+        self._feeds: dict[InstanceId, _Feed] = {}
+        self._trees = {role: GlobalPromptTree(block_tokens) for role in Role}
+        self._bookings: dict[RequestId, list[tuple[InstanceState, Work]]] = {}
+        self._places = {leg: self._find_places(leg) for leg in Leg}
+
+    # --- reading ---
+
+    def instances(self) -> tuple[InstanceState, ...]:
+        """All known instances, ordered by id."""
+        return tuple(state for _, state in sorted(self._instances.items()))
+
+    def tree(self, role: Role) -> GlobalPromptTree:
+        """The global prompt tree of one kind of instance; change it through events only."""
+        return self._trees[role]
+
+    def places(self, leg: Leg) -> Places:
+        """Who may take this leg. Empty when nobody can.
+
+        Decode goes to decode-only instances, to colocated ones when there is none. Instances that are
+        open for requests go before those of last resort.
+        """
+        return self._places[leg]
+
+    def match(self, leg: Leg, namespace: Namespace, tokens: Tokens) -> Holdings:
+        """What instances whose role allows this leg hold of ``tokens`` (contiguous int32[n])."""
+        own = Role.PREFILL if leg is Leg.PREFILL else Role.DECODE
+        held = self._trees[own].match(namespace, tokens)
+        return held.joined(self._trees[Role.COLOCATED].match(namespace, tokens))
+
+    # --- membership ---
+
+    def add_instance(self, member: Member, ready: Ready) -> None:
+        """Take a new incarnation in, empty; an earlier one is forgotten first.
+
+        Raises ``LayoutMismatch`` if its pool has blocks of another size.
+        """
+        if ready.block_tokens != self.block_tokens:
+            raise LayoutMismatch(
+                f"{member.instance} has blocks of {ready.block_tokens} tokens, the cluster of "
+                f"{self.block_tokens}; start it with pool.block_tokens = {self.block_tokens}"
+            )
+        self.drop_instance(member.instance)
+        capacity = ready.blocks * ready.block_tokens
+        self._instances[member.instance] = InstanceState(
+            member.instance, member.incarnation, member.role, ready.block_tokens, capacity
+        )
+        self._feeds[member.instance] = _Feed()
+        self._refresh_places()
+
+    def drop_instance(self, instance: InstanceId) -> None:
+        """Forget an instance and all it held. Its requests stay booked elsewhere until unbooked."""
+        state = self._instances.pop(instance, None)
+        if state is None:
+            return
+        del self._feeds[instance]
+        self._trees[state.role].drop_instance(instance)
+        self._refresh_places()
+
+    def set_admission(self, instance: InstanceId, admission: Admission) -> None:
+        """Open or close an instance for new requests; unknown names are ignored."""
+        state = self._instances.get(instance)
+        if state is not None:
+            state.admission = admission
+            self._refresh_places()
+
+    def apply_load(self, heartbeat: Heartbeat) -> None:
+        """Take a load report in; one of another incarnation is ignored."""
+        state = self._instances.get(heartbeat.instance)
+        if state is not None and state.incarnation == heartbeat.incarnation:
+            state.take_report(heartbeat.load)
+
+    # --- what pools hold ---
+
+    def apply_events(self, batch: PoolEvents) -> EventOutcome:
+        """Apply a batch of pool events, which number from 0 in each incarnation.
+
+        Events known already are skipped. After a gap nothing is applied until a snapshot came; batches
+        that come meanwhile are kept for it.
+        """
+        state = self._instances.get(batch.instance)
+        if state is None or state.incarnation != batch.incarnation:
+            return EventOutcome.STALE_INCARNATION
+        feed = self._feeds[batch.instance]
+        if batch.seq > feed.next_seq:
+            if len(feed.early) == MAX_EARLY_BATCHES:
+                feed.early.clear()
+            feed.early.append(batch)
+            return EventOutcome.NEEDS_SNAPSHOT
+        self._apply_known_start(state, feed, batch)
+        return EventOutcome.APPLIED
+
+    def apply_snapshot(self, snapshot: Snapshot) -> EventOutcome:
+        """Replace all that is known of the instance's pool, then apply the batches that came early.
+
+        A snapshot older than the events applied already changes nothing.
+        """
+        state = self._instances.get(snapshot.instance)
+        if state is None or state.incarnation != snapshot.incarnation:
+            return EventOutcome.STALE_INCARNATION
+        feed = self._feeds[snapshot.instance]
+        if snapshot.next_seq < feed.next_seq:
+            return EventOutcome.NEEDS_SNAPSHOT if feed.early else EventOutcome.APPLIED
+        tree = self._trees[state.role]
+        tree.drop_instance(state.instance)
+        for path in snapshot.paths:
+            tree.store(state.instance, path.namespace, unpack_tokens(path.tokens))
+        feed.next_seq = snapshot.next_seq
+        early, feed.early = feed.early, []
+        outcomes = [self.apply_events(batch) for batch in early]
+        gap = EventOutcome.NEEDS_SNAPSHOT in outcomes
+        return EventOutcome.NEEDS_SNAPSHOT if gap else EventOutcome.APPLIED
+
+    def _apply_known_start(self, state: InstanceState, feed: _Feed, batch: PoolEvents) -> None:
+        tree = self._trees[state.role]
+        for event in batch.events[feed.next_seq - batch.seq :]:
+            tokens = unpack_tokens(event.tokens)
+            if isinstance(event, Stored):
+                tree.store(state.instance, event.namespace, tokens)
+            else:
+                tree.remove(state.instance, event.namespace, tokens, event.keep)
+        feed.next_seq = max(feed.next_seq, batch.seq + len(batch.events))
+
+    # --- bookings ---
+
+    def book(self, request: RequestId, prefill: Share, decode: Share) -> None:
+        """Add a request's work to its places until it is unbooked; booking again replaces."""
+        self.unbook(request)
+        self.turn += 1
+        booked = [(self._instances[share.instance], share.work) for share in (prefill, decode)]
+        for state, work in booked:
+            state.book(work)
+        self._bookings[request] = booked
+
+    def finish_prefill(self, request: RequestId) -> None:
+        """The first token is out: the prefill share is done. Repeats and unknown requests are ignored."""
+        booked = self._bookings.get(request, [])
+        if len(booked) > 1:
+            state, work = booked.pop(0)
+            state.unbook(work)
+
+    def unbook(self, request: RequestId) -> None:
+        """The request ended, however. Unknown requests are ignored."""
+        for state, work in self._bookings.pop(request, []):
+            state.unbook(work)
+
+    def check(self) -> None:
+        """Raise ``AssertionError`` if trees or bookings contradict the instances. Costs a full pass."""
+        booked = {state.instance: _NO_WORK for state in self._instances.values()}
+        for state, work in (pair for booking in self._bookings.values() for pair in booking):
+            if self._instances.get(state.instance) is state:
+                booked[state.instance] = booked[state.instance].plus(work)
+        for name, state in self._instances.items():
+            assert state.booked == booked[name], f"{name}: {state.booked} should be {booked[name]}"
+        for tree in self._trees.values():
+            tree.check()
+
+    # --- inside ---
+
+    def _refresh_places(self) -> None:
+        self._places = {leg: self._find_places(leg) for leg in Leg}
+
+    def _find_places(self, leg: Leg) -> Places:
+        instances = self.instances()
+        for admission in (Admission.OPEN, Admission.LAST_RESORT):
+            for roles in _ROLES[leg]:
+                found = tuple(i for i in instances if i.admission is admission and i.role in roles)
+                if found:
+                    return Places(leg, found, {state.instance: state for state in found})
+        return Places(leg, (), {})
+
+
+_ROLES: dict[Leg, tuple[tuple[Role, ...], ...]] = {
+    Leg.PREFILL: ((Role.PREFILL, Role.COLOCATED),),
+    Leg.DECODE: ((Role.DECODE,), (Role.COLOCATED,)),
+}

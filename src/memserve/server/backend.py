@@ -1,0 +1,147 @@
+"""What the HTTP server needs from the cluster behind it, and the words for that. Knows no HTTP and no wire."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import msgspec
+
+from memserve.core.types import FinishReason, Ledger, RequestId, SamplingParams, TokenLogprob, Tokens
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GenerationRequest:
+    """One prompt to continue once. ``tokens``: int32[n], n >= 1, inside vocabulary and context.
+
+    ``session`` keeps a conversation together for policies that care; ``salt`` separates tenants' KV;
+    ``trace`` asks the instances to report the rooms that the request passes.
+    """
+
+    request: RequestId
+    tokens: Tokens
+    sampling: SamplingParams
+    session: str | None = None
+    salt: str = ""
+    trace: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Generated:
+    """Sampled tokens in order. ``ledger`` comes with the first chunk, ``finish`` with the last.
+
+    A stop token that ended the request is the last of ``tokens``. ``logprobs`` has one entry per token
+    when they were asked for, else none.
+    """
+
+    tokens: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish: FinishReason | None = None
+    ledger: Ledger | None = None
+
+
+class LostInstance(msgspec.Struct, frozen=True):
+    """An instance that died. ``at`` is Unix time in seconds."""
+
+    instance: str
+    reason: str
+    at: float
+
+
+class StateCount(msgspec.Struct, frozen=True):
+    """How many instances are in one state, for example ``ready``."""
+
+    state: str
+    count: int
+
+
+HealthStatus = Literal["ok", "degraded", "unavailable"]
+
+
+class Health(msgspec.Struct, frozen=True):
+    """Whether requests can be served: all is well, with fewer instances than configured, or not at all."""
+
+    status: HealthStatus
+    message: str
+    instances: tuple[StateCount, ...] = ()
+    lost: tuple[LostInstance, ...] = ()
+
+
+class Counter(msgspec.Struct, frozen=True):
+    """A named figure of an instance; the names are listed in ``docs/operations.md``."""
+
+    name: str
+    value: float
+
+
+class InstanceView(msgspec.Struct, frozen=True):
+    """One instance for people. ``blocks_*`` count KV blocks, ``waiting`` and ``running`` requests."""
+
+    instance: str
+    role: str
+    state: str
+    incarnation: int
+    pid: int
+    isa: str = ""
+    blocks_total: int = 0
+    blocks_free: int = 0
+    blocks_active: int = 0
+    blocks_historical: int = 0
+    blocks_incoming: int = 0
+    waiting: int = 0
+    running: int = 0
+    tokens_to_prefill: int = 0
+    counters: tuple[Counter, ...] = ()
+
+
+class TreeView(msgspec.Struct, frozen=True):
+    """Size of one kind's global prompt tree; ``tokens`` held by its instances, summed."""
+
+    role: str
+    nodes: int
+    tokens: int
+
+
+class ClusterView(msgspec.Struct, frozen=True):
+    """The cluster at one moment. Units: tokens for ``block_tokens``, bytes for ``block_bytes``."""
+
+    model: str
+    policy: str
+    phases: str
+    block_tokens: int
+    block_bytes: int
+    instances: tuple[InstanceView, ...] = ()
+    trees: tuple[TreeView, ...] = ()
+
+
+class Backend(Protocol):
+    """Runs requests somewhere. All methods are called on one event loop."""
+
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[Generated, None]:
+        """Run a request; iterate to start it, to its end or until it is no longer wanted.
+
+        Closing the generator, or cancelling the task that iterates it, cancels the request everywhere,
+        unless :meth:`stop` was called before. Raises ``NoInstance`` or ``Overloaded`` before the first
+        chunk, ``RequestFailed`` or ``PeerLost`` at any time.
+        """
+        ...
+
+    def stop(self, request: RequestId) -> None:
+        """End a request as finished, because a stop string was found: its KV is published, not dropped.
+
+        The caller closes the generator next, and reads no more chunks. Unknown or ended requests are fine.
+        """
+        ...
+
+    def health(self) -> Health:
+        """What ``/health`` says; must not wait."""
+        ...
+
+    async def cluster(self) -> ClusterView:
+        """Fresh figures of all instances that answer in time."""
+        ...
+
+    def decision(self, request: RequestId) -> object | None:
+        """The recorded scheduling decision, as anything ``msgspec`` can encode; None when not known."""
+        ...

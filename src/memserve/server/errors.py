@@ -1,0 +1,130 @@
+"""Errors as OpenAI's clients expect them: status, headers and the ``{"error": ...}`` body."""
+
+from __future__ import annotations
+
+import logging
+from http import HTTPStatus
+
+import msgspec
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from memserve.core.errors import InvalidRequest, MemServeError, NoInstance, Overloaded, PeerLost
+
+log = logging.getLogger(__name__)
+
+RETRY_SECONDS = 1
+"""What ``Retry-After`` says: membership and queues change within about a second."""
+
+_INVALID = "invalid_request_error"
+_STATUS_OF_CODE = {
+    "model_not_found": HTTPStatus.NOT_FOUND,
+    "not_found": HTTPStatus.NOT_FOUND,
+    "body_too_large": HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+    "unsupported_media_type": HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+}
+
+
+class RequestTimedOut(MemServeError):
+    """A request was not finished within ``server.request_timeout`` and has been cancelled."""
+
+
+class ErrorObject(msgspec.Struct, frozen=True):
+    """OpenAI's error object. ``param`` names the offending field."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorBody(msgspec.Struct, frozen=True):
+    """The whole body of an error response, and of an error event in a stream."""
+
+    error: ErrorObject
+
+
+class Described(msgspec.Struct, frozen=True):
+    """An error ready to be sent."""
+
+    status: int
+    body: ErrorBody
+    retry: bool = False
+
+
+def describe_error(error: MemServeError) -> Described:
+    """Say what a client should see of ``error``."""
+    text = str(error)
+    if isinstance(error, InvalidRequest):
+        status = _STATUS_OF_CODE.get(error.code, HTTPStatus.BAD_REQUEST)
+        return Described(status, ErrorBody(ErrorObject(text, _INVALID, error.field or None, error.code)))
+    if isinstance(error, Overloaded):
+        return _described(HTTPStatus.TOO_MANY_REQUESTS, text, "rate_limit_error", "overloaded", retry=True)
+    if isinstance(error, NoInstance):
+        return _described(
+            HTTPStatus.SERVICE_UNAVAILABLE, text, "service_unavailable_error", "no_instance", retry=True
+        )
+    if isinstance(error, PeerLost):
+        return _described(
+            HTTPStatus.SERVICE_UNAVAILABLE, text, "service_unavailable_error", "instance_lost", retry=True
+        )
+    if isinstance(error, RequestTimedOut):
+        return _described(HTTPStatus.GATEWAY_TIMEOUT, text, "timeout_error", "request_timeout")
+    return _described(HTTPStatus.INTERNAL_SERVER_ERROR, text, "server_error", "request_failed")
+
+
+def error_response(error: MemServeError) -> Response:
+    """The HTTP response for ``error``."""
+    described = describe_error(error)
+    headers = {"retry-after": str(RETRY_SECONDS)} if described.retry else {}
+    return _respond(described.status, described.body.error, headers)
+
+
+def unauthorized_response() -> Response:
+    """For a missing or wrong API key."""
+    text = "Missing or wrong API key: send it as 'Authorization: Bearer KEY'."
+    error = ErrorObject(text, "authentication_error", None, "invalid_api_key")
+    return _respond(HTTPStatus.UNAUTHORIZED, error, {"www-authenticate": "Bearer"})
+
+
+async def on_known_error(request: Request, error: Exception) -> Response:
+    """FastAPI exception handler for every ``MemServeError``."""
+    assert isinstance(error, MemServeError)
+    return error_response(error)
+
+
+async def on_http_exception(request: Request, error: Exception) -> Response:
+    """FastAPI exception handler for the framework's own errors: unknown paths and wrong methods."""
+    assert isinstance(error, HTTPException)
+    where = f"{request.method} {request.url.path}"
+    allowed = (error.headers or {}).get("Allow")
+    if error.status_code == HTTPStatus.NOT_FOUND:
+        text, code = f"There is no {where} here; docs/api.md lists the endpoints.", "not_found"
+    elif error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        text, code = f"{where} is not possible; allowed: {allowed}.", "method_not_allowed"
+    else:
+        text, code = f"{where}: {error.detail}", "http_error"
+    return _respond(error.status_code, ErrorObject(text, _INVALID, None, code), dict(error.headers or {}))
+
+
+async def on_bug(request: Request, error: Exception) -> Response:
+    """FastAPI exception handler for everything else; the framework raises it again for the server's log."""
+    return _respond(
+        HTTPStatus.INTERNAL_SERVER_ERROR, internal_error().error, {"x-should-retry": "false"}
+    )
+
+
+def internal_error() -> ErrorBody:
+    """What clients see of our own bugs; the log has the traceback."""
+    text = "Internal error; the server's log has the details under this request's x-request-id."
+    return ErrorBody(ErrorObject(text, "server_error", None, "internal_error"))
+
+
+def _described(status: int, text: str, kind: str, code: str, *, retry: bool = False) -> Described:
+    return Described(status, ErrorBody(ErrorObject(text, kind, None, code)), retry)
+
+
+def _respond(status: int, error: ErrorObject, headers: dict[str, str]) -> Response:
+    body = msgspec.json.encode(ErrorBody(error))
+    return Response(body, status, headers, media_type="application/json")

@@ -1,0 +1,150 @@
+"""The whole cluster for people: the dispatcher plus health and figures, as the HTTP server's ``Backend``."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter as Tally
+from collections.abc import AsyncGenerator
+
+from memserve.cluster.manager import ClusterManager, Link
+from memserve.cluster.membership import MemberState, MemberView
+from memserve.core.config import Config
+from memserve.core.errors import PeerLost
+from memserve.core.messages import GetStats, Stats, Trace
+from memserve.core.types import InstanceId, RequestId, Role
+from memserve.scheduler.decision import Decision
+from memserve.scheduler.service import GlobalScheduler
+from memserve.server.backend import (
+    ClusterView,
+    Counter,
+    Generated,
+    GenerationRequest,
+    Health,
+    InstanceView,
+    LostInstance,
+    StateCount,
+    TreeView,
+)
+from memserve.server.dispatch import Dispatcher
+
+_STATS_SECONDS = 2.0
+
+
+class ClusterOverview:
+    """Runs requests through ``dispatcher`` and reports on what ``manager`` and ``scheduler`` know."""
+
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        manager: ClusterManager,
+        scheduler: GlobalScheduler,
+        config: Config,
+        *,
+        model: str,
+    ) -> None:
+        self._dispatcher = dispatcher
+        self._manager = manager
+        self._scheduler = scheduler
+        self._config = config
+        self._model = model
+        self._clock_offset = time.time() - time.monotonic()
+
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[Generated, None]:
+        return self._dispatcher.generate(request)
+
+    def stop(self, request: RequestId) -> None:
+        self._dispatcher.stop(request)
+
+    def decision(self, request: RequestId) -> Decision | None:
+        return self._dispatcher.decision(request)
+
+    def trace(self, request: RequestId) -> tuple[Trace, ...]:
+        return self._dispatcher.trace(request)
+
+    def health(self) -> Health:
+        views = self._manager.view()
+        tally = Tally(str(view.state) for view in views)
+        lost = tuple(
+            LostInstance(view.instance, view.reason, view.since + self._clock_offset)
+            for view in views
+            if view.state is MemberState.DEAD
+        )
+        missing = self._missing_roles(views)
+        counts = tuple(StateCount(state, count) for state, count in sorted(tally.items()))
+        if missing:
+            return Health("unavailable", f"no {' and no '.join(missing)} instance is alive", counts, lost)
+        if lost:
+            names = ", ".join(entry.instance for entry in lost)
+            return Health("degraded", f"serving without {names}", counts, lost)
+        return Health("ok", "all instances are ready", counts, lost)
+
+    async def cluster(self) -> ClusterView:
+        views = {view.instance: view for view in self._manager.view()}
+        figures = await asyncio.gather(*(self._ask(view.instance) for view in views.values()))
+        return ClusterView(
+            self._model,
+            self._config.server.policy,
+            self._config.engine.phases,
+            self._config.pool.block_tokens,
+            next((link.ready.block_bytes for link in self._manager.links() if link.ready), 0),
+            tuple(
+                _describe(view, self._manager.link(view.instance), stats)
+                for view, stats in zip(views.values(), figures, strict=True)
+            ),
+            self._trees(),
+        )
+
+    def _trees(self) -> tuple[TreeView, ...]:
+        held = dict.fromkeys(Role, 0)
+        for state in self._scheduler.state.instances():
+            held[state.role] += self._scheduler.state.tree(state.role).held_tokens(state.instance)
+        sizes = self._scheduler.tree_sizes()
+        return tuple(TreeView(role, sizes[role], held[role]) for role in Role if sizes[role] or held[role])
+
+    async def _ask(self, instance: InstanceId) -> Stats | None:
+        try:
+            stats = await self._manager.call(instance, GetStats(), _STATS_SECONDS)
+        except PeerLost:
+            return None
+        assert isinstance(stats, Stats)
+        return stats
+
+    def _missing_roles(self, views: tuple[MemberView, ...]) -> list[str]:
+        alive = {view.role for view in views if view.state.serves}
+        if Role.COLOCATED in alive:
+            return []
+        return [role for role in (Role.PREFILL, Role.DECODE) if role not in alive]
+
+
+def _describe(view: MemberView, link: Link | None, stats: Stats | None) -> InstanceView:
+    ready = link.ready if link is not None else None
+    shown = InstanceView(
+        view.instance,
+        view.role,
+        view.state,
+        view.incarnation,
+        link.join.pid if link is not None else 0,
+        ready.isa if ready is not None else "",
+        ready.blocks if ready is not None else 0,
+    )
+    if stats is None:
+        return shown
+    load = stats.load
+    return InstanceView(
+        shown.instance,
+        shown.role,
+        shown.state,
+        shown.incarnation,
+        shown.pid,
+        shown.isa,
+        shown.blocks_total,
+        load.free_blocks,
+        load.active_blocks,
+        load.historical_blocks,
+        load.incoming_blocks,
+        load.waiting,
+        load.running,
+        load.tokens_to_prefill,
+        tuple(Counter(name, value) for name, value in sorted(stats.counters.items())),
+    )

@@ -1,0 +1,220 @@
+"""The composition root of ``memserve serve``: model metadata, manager, launcher, scheduler, HTTP; and its end.
+
+One process holds the HTTP server, the scheduler and the cluster manager; each instance is a child process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import uvicorn
+import uvloop
+
+from memserve.cluster.launcher import LocalLauncher
+from memserve.cluster.manager import ClusterManager
+from memserve.core.clock import MonotonicClock
+from memserve.core.config import Config
+from memserve.core.errors import ConfigError, NoInstance
+from memserve.core.types import InstanceId, Role
+from memserve.engine.assembly import context_of
+from memserve.engine.instance import InstanceSettings
+from memserve.engine.models.loader import ModelSource, open_model
+from memserve.scheduler.policies import policy_by_name
+from memserve.scheduler.service import GlobalScheduler
+from memserve.server.app import create_app
+from memserve.server.dispatch import Dispatcher
+from memserve.server.overview import ClusterOverview
+from memserve.server.progress import StartScreen
+
+_INSTANCE_COMMAND = (sys.executable, "-m", "memserve.engine.instance")
+
+
+def run(config: Config, screen: StartScreen) -> None:
+    """Serve until interrupted; returns after everything has been stopped.
+
+    Raises ``ConfigError``, ``ModelError`` or ``NoInstance`` when the cluster cannot be brought up.
+    """
+    try:
+        uvloop.run(_serve(config, screen))
+    finally:
+        screen.stopped()
+
+
+def plan_instances(config: Config) -> tuple[tuple[InstanceId, Role], ...]:
+    """Names and roles of the instances to start: ``prefill-0``, ``decode-0``, ..."""
+    counts = (
+        (Role.PREFILL, config.cluster.prefill),
+        (Role.DECODE, config.cluster.decode),
+        (Role.COLOCATED, config.cluster.colocated),
+    )
+    return tuple((InstanceId(f"{role}-{at}"), role) for role, count in counts for at in range(count))
+
+
+def name_of(model: str) -> str:
+    """What clients call a model that was given without a name: its reference, or its file's name."""
+    path = Path(model)
+    return path.stem if path.exists() else model
+
+
+def plan_threads(asked: int, instances: int) -> int:
+    """Threads per instance. Raises ``ConfigError`` when all of them together exceed the cores."""
+    cores = len(os.sched_getaffinity(0))
+    if asked * instances > max(cores, instances):
+        raise ConfigError(
+            f"engine.threads is {asked} for each of {instances} instances on {cores} cores; "
+            f"accepted: at most {max(1, cores // instances)}, or 0 to choose automatically"
+        )
+    return asked or max(1, cores // instances)
+
+
+class _Http(uvicorn.Server):
+    """Uvicorn without its own signal handling: stopping is the composition root's business."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def _serve(config: Config, screen: StartScreen) -> None:
+    stop = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    with _bind(config.server.host, config.server.port) as listening:
+        cluster = _Cluster(config, screen)
+        try:
+            await _until(cluster.start(), stop)
+            if not stop.is_set():
+                await cluster.answer(listening, stop)
+        finally:
+            await cluster.stop()
+
+
+class _Cluster:
+    """What ``serve`` starts and has to stop again."""
+
+    def __init__(self, config: Config, screen: StartScreen) -> None:
+        self._config = config
+        self._screen = screen
+        self._instances = plan_instances(config)
+        self._threads = plan_threads(config.engine.threads, len(self._instances))
+        self._source: ModelSource = open_model(config.model.model)
+        self._context = context_of(self._source, config.model)
+        self._name = secrets.token_hex(6)
+        self._incarnation = time.time_ns() // 1_000_000
+        clock = MonotonicClock()
+        self._scheduler = GlobalScheduler(policy_by_name(config.server.policy), clock)
+        self._dispatcher = Dispatcher(
+            self._scheduler,
+            clock,
+            screen,
+            model=self._source.spec.identity,
+            max_waiting=config.server.max_waiting,
+            request_timeout=config.server.request_timeout,
+        )
+        self._launcher = LocalLauncher(_INSTANCE_COMMAND, self._exited)
+        self._manager = ClusterManager(config.cluster, clock, self._dispatcher, kill=self._launcher.kill)
+        self._dispatcher.manager = self._manager
+
+    async def start(self) -> None:
+        """Start all instances and wait until they are ready. Raises ``NoInstance`` when one does not come up."""
+        address = f"@memserve-{self._name}-control"
+        await self._manager.start(address)
+        for instance, role in self._instances:
+            settings = InstanceSettings(
+                instance, self._incarnation, role, self._name, address, self._threads, self._config
+            )
+            self._launcher.start(instance, msgspec.json.encode(settings))
+        self._tokenizer = self._source.tokenizer()
+        self._template = self._source.chat_template()
+        await self._all_ready()
+
+    async def answer(self, listening: socket.socket, stop: asyncio.Event) -> None:
+        """Serve HTTP until ``stop`` is set."""
+        served_name = self._config.model.served_name or name_of(self._config.model.model)
+        overview = ClusterOverview(
+            self._dispatcher, self._manager, self._scheduler, self._config, model=served_name
+        )
+        app = create_app(
+            overview,
+            self._tokenizer,
+            self._template,
+            (served_name,),
+            self._config.server,
+            self._context,
+        )
+        settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2, lifespan="off")
+        http = _Http(settings)
+        serving = asyncio.create_task(http.serve([listening]))
+        while not http.started and not serving.done():
+            await asyncio.sleep(0.01)
+        host, port = listening.getsockname()[:2]
+        self._screen.ready(f"http://{host}:{port}", served_name, self._describe())
+        await asyncio.wait((serving, asyncio.create_task(stop.wait())), return_when=asyncio.FIRST_COMPLETED)
+        http.should_exit = True
+        await serving
+
+    async def stop(self) -> None:
+        """Stop instances and wait for their processes."""
+        await self._manager.stop()
+        await self._launcher.stop()
+
+    async def _all_ready(self) -> None:
+        async with asyncio.timeout(self._config.cluster.start_timeout):
+            while True:
+                self._dispatcher.members_changed.clear()
+                gone = [view for view in self._manager.view() if view.state.gone]
+                if gone:
+                    raise NoInstance(f"{gone[0].instance} did not come up: {gone[0].reason}")
+                if sum(link.ready is not None for link in self._manager.links()) == len(self._instances):
+                    return
+                await self._dispatcher.members_changed.wait()
+
+    def _exited(self, instance: InstanceId, reason: str) -> None:
+        self._manager.process_exited(instance, self._incarnation, reason)
+
+    def _describe(self) -> tuple[str, ...]:
+        links = [link for link in self._manager.links() if link.ready is not None]
+        roles = ", ".join(link.join.instance for link in links)
+        ready = links[0].ready
+        assert ready is not None
+        return (
+            f"{roles} · {ready.isa} · {self._threads} thread(s) each · "
+            f"{ready.blocks} blocks of {ready.block_tokens} tokens each · "
+            f"{self._config.engine.phases} · {self._config.server.policy}",
+        )
+
+
+async def _until(starting: object, stop: asyncio.Event) -> None:
+    """Wait for ``starting`` to end or ``stop`` to be set, whichever is first; errors come through."""
+    task = asyncio.ensure_future(starting)  # type: ignore[arg-type]
+    stopping = asyncio.create_task(stop.wait())
+    await asyncio.wait((task, stopping), return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    if task.done():
+        task.result()
+    else:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listening = socket.socket(family, socket.SOCK_STREAM)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen on {host}:{port}: {error.strerror or error}; choose another --host or --port"
+        ) from error
+    return listening

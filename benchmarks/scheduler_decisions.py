@@ -122,7 +122,17 @@ class Cluster:
             role = Role.PREFILL if n < instances // 2 else Role.DECODE
             name = InstanceId(f"{role.value}-{n:04}")
             member = Member(name, 1, role, f"@{name}")
-            ready = Ready(name, f"@{name}", "trace", 1 << 17, 16, capacity // 16, "", "")
+            ready = Ready(
+                instance=name,
+                peer_address=member.peer_address,
+                model="trace",
+                context=1 << 17,
+                block_tokens=16,
+                blocks=capacity // 16,
+                block_bytes=0,
+                layout_fingerprint="",
+                isa="",
+            )
             self.scheduler.member_ready(member, ready)
             self.caches[name] = Cache(capacity)
 
@@ -150,7 +160,9 @@ class Cluster:
         return spent
 
 
-def measure(prompts: list[Prompt], instances: int, policy: str, capacity: int) -> dict[str, float | int | str]:
+def measure(
+    prompts: list[Prompt], instances: int, policy: str, capacity: int
+) -> dict[str, float | int | str]:
     cluster = Cluster(instances, policy, capacity)
     routes, matches, applied, matched = [], [], [], 0
     for n, (prompt, tokens) in enumerate(expanded(prompts)):

@@ -1,5 +1,17 @@
 #define MEMSERVE_LEVEL amx_emulated
+#include "attention_tiles.h"
 #include "copy.h"
+#include "gemm_tiles.h"
+#include "probe.h"
+#include "probe_tiles.h"
+#include "rows.h"
+
 namespace memserve::amx_emulated {
-const Kernels kernels = {"amx-emulated", copy_pieces, checksum_pieces};
-}
+
+const Kernels kernels = {
+    "amx-emulated", matmul_in_tiles, normalise,   place_row,       attention_scratch,
+    attend_in_tiles,  merge_partials,  copy_pieces, checksum_pieces, read_memory,
+    run_tile_dots,
+};
+
+}  // namespace memserve::amx_emulated

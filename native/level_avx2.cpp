@@ -1,5 +1,17 @@
 #define MEMSERVE_LEVEL avx2
+#include "attention.h"
 #include "copy.h"
+#include "gemm.h"
+#include "probe.h"
+#include "rows.h"
+
 namespace memserve::avx2 {
-const Kernels kernels = {"avx2", copy_pieces, checksum_pieces};
-}
+
+const Kernels kernels = {
+    "avx2",     matmul,         normalise,   place_row,       attention_scratch,
+    attend<VectorProducts>,
+    merge_partials, copy_pieces, checksum_pieces, read_memory,
+    run_dots,
+};
+
+}  // namespace memserve::avx2

@@ -1,5 +1,17 @@
 #define MEMSERVE_LEVEL avx512_bf16
+#include "attention.h"
 #include "copy.h"
+#include "gemm.h"
+#include "probe.h"
+#include "rows.h"
+
 namespace memserve::avx512_bf16 {
-const Kernels kernels = {"avx512-bf16", copy_pieces, checksum_pieces};
-}
+
+const Kernels kernels = {
+    "avx512-bf16",     matmul,         normalise,   place_row,       attention_scratch,
+    attend<VectorProducts>,
+    merge_partials, copy_pieces, checksum_pieces, read_memory,
+    run_dots,
+};
+
+}  // namespace memserve::avx512_bf16

@@ -1,5 +1,17 @@
 #define MEMSERVE_LEVEL portable
+#include "attention.h"
 #include "copy.h"
+#include "gemm.h"
+#include "probe.h"
+#include "rows.h"
+
 namespace memserve::portable {
-const Kernels kernels = {"portable", copy_pieces, checksum_pieces};
-}
+
+const Kernels kernels = {
+    "portable",     matmul,         normalise,   place_row,       attention_scratch,
+    attend<VectorProducts>,
+    merge_partials, copy_pieces, checksum_pieces, read_memory,
+    run_dots,
+};
+
+}  // namespace memserve::portable

@@ -202,16 +202,16 @@ inline float largest_lane(Floats x) {
   return combine_lanes(x, [](float a, float b) { return a > b ? a : b; });
 }
 
-// 2^x for x <= 127; 0 for x < -126.5, -inf included. Minimax polynomial of 2^f on [-1/2, 1/2], relative error 2e-7.
+// 2^x for x <= 127; 0 for x < -126.5, -inf included. Minimax polynomial of 2^f on [-1/2, 1/2], relative error 1e-7.
 inline Floats exp2(Floats x) {
   const Floats clamped = larger(x, splat(-127.0f));
   const Floats whole = nearest(clamped);
   const Floats f = subtract(clamped, whole);
-  Floats p = splat(1.3398874e-3f);
-  p = multiply_add(p, f, splat(9.6184373e-3f));
-  p = multiply_add(p, f, splat(5.5503324e-2f));
-  p = multiply_add(p, f, splat(2.4022648e-1f));
-  p = multiply_add(p, f, splat(6.9314718e-1f));
+  Floats p = splat(1.32647273e-3f);
+  p = multiply_add(p, f, splat(9.67151299e-3f));
+  p = multiply_add(p, f, splat(5.55073358e-2f));
+  p = multiply_add(p, f, splat(2.40222424e-1f));
+  p = multiply_add(p, f, splat(6.93147004e-1f));
   p = multiply_add(p, f, splat(1.0f));
   return multiply(p, power_of_two(whole));
 }

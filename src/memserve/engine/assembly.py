@@ -111,7 +111,7 @@ async def assemble(
 
 
 def context_of(source: ModelSource, config: ModelConfig) -> int:
-    """The longest sequence to serve, in tokens: what was asked for, bounded by what the model was trained on."""
+    """The longest sequence to serve, in tokens. Raises ``ConfigError`` beyond the model's own context."""
     asked = config.context or source.spec.context
     if not 2 <= asked <= source.spec.context:
         raise ConfigError(f"model.context is {asked}; accepted: 2 to {source.spec.context} for this model")

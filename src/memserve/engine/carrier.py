@@ -13,7 +13,8 @@ from memserve.core.errors import OutOfBlocks, Overloaded, PeerLost
 from memserve.core.messages import Member
 from memserve.core.types import InstanceId
 from memserve.engine.sequence import Sequence, to_adoption
-from memserve.mempool import MemPool, Origin
+from memserve.mempool.address import Origin
+from memserve.mempool.pool import MemPool
 
 _RETRY_SECONDS = 0.02
 """Pause before asking a full receiver again; it frees blocks once per finished request."""

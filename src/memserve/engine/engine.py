@@ -7,6 +7,7 @@ thread; blocks change hands only between steps, so the kernels never see memory 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
@@ -38,13 +39,16 @@ from memserve.engine.runners.base import Runner
 from memserve.engine.sampling import SampledToken
 from memserve.engine.sequence import Sequence, from_adoption, new_sequence
 from memserve.engine.step import compute_step
-from memserve.mempool import Addresses, MemPool, Origin
+from memserve.mempool.address import Addresses, Origin
+from memserve.mempool.pool import MemPool
 
 log = logging.getLogger(__name__)
 
 MAX_WAITING = 1024
 """Requests queued in one engine; the server refuses new ones long before."""
 _REMEMBERED_CANCELS = 4096
+_STARVED_SECONDS = 0.05
+"""How often a request that found no blocks looks again when nothing here gives any back."""
 
 
 class Engine:
@@ -82,6 +86,7 @@ class Engine:
         self._stepping: frozenset[Sequence] = frozenset()
         self._departing: dict[RequestId, asyncio.Task[None]] = {}
         self._cancelled: dict[RequestId, None] = {}
+        self._starved = False
         self.steps = 0
 
     # --- requests come and go ---
@@ -114,7 +119,7 @@ class Engine:
     def adopt(self, attachment: bytes, addrs: Addresses) -> None:
         """Go on with a request that was prefilled elsewhere; its KV is in ``addrs``, now ours.
 
-        Raises ``Overloaded`` or ``TransferAborted`` when it cannot be taken; ``addrs`` stay the caller's then.
+        Raises ``Overloaded`` or ``RequestFailed`` when it cannot be taken; ``addrs`` stay the caller's then.
         """
         sequence = from_adoption(attachment)
         if self._cancelled.pop(sequence.request, _MISSING) is not _MISSING:
@@ -155,7 +160,7 @@ class Engine:
             self._grow()
             chunks = self._batcher.plan()
             if not chunks:
-                await self._wake.wait()
+                await self._sleep()
                 continue
             self._stepping = frozenset(chunk.sequence for chunk in chunks)
             try:
@@ -168,6 +173,13 @@ class Engine:
             self._stepping = frozenset()
             self.steps += 1
             self._apply(chunks, sampled)
+
+    async def _sleep(self) -> None:
+        """Until something arrives or is given back; while starved, peers may free blocks silently."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_STARVED_SECONDS if self._starved else None):
+                await self._wake.wait()
+        self._starved = False
 
     async def close(self) -> None:
         """Cancel what is under way and give all blocks back. Call after ``run`` has been cancelled."""
@@ -183,12 +195,11 @@ class Engine:
 
     def _admit(self) -> None:
         """Bring waiting sequences into the batch. Nobody without blocks overtakes another such."""
-        blocked = False
         for sequence in self._batcher.admissible():
             if self._batcher.full:
                 return
-            if sequence.addrs is None and (blocked or not self._take_blocks(sequence)):
-                blocked = True
+            if sequence.addrs is None and (self._starved or not self._take_blocks(sequence)):
+                self._starved = True
                 continue
             self._batcher.admit(sequence)
 
@@ -202,7 +213,9 @@ class Engine:
             except OutOfBlocks:
                 return False
             if sequence.ledger is None:
-                sequence.ledger = _account(match.origins, self._pool.layout.block_tokens, sequence.prompt_length)
+                sequence.ledger = _account(
+                    match.origins, self._pool.layout.block_tokens, sequence.prompt_length
+                )
             sequence.computed = match.tokens
             self._hold(sequence, match.detach().concat(fresh))
         self._trace(sequence, "mempool.match", f"{sequence.computed} tokens cached")
@@ -241,6 +254,7 @@ class Engine:
             sequence.addrs = None
             sequence.pointers = np.empty(0, np.uint64)
         sequence.computed = 0
+        self._starved = False
         self._wake.set()
 
     # --- what a step brought ---

@@ -31,7 +31,6 @@ from memserve.core.messages import (
     LoadReport,
     Members,
     Message,
-    Ready,
     RequestError,
     Shutdown,
     Submit,

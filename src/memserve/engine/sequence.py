@@ -19,7 +19,7 @@ from memserve.core.types import (
     pack_tokens,
     unpack_tokens,
 )
-from memserve.mempool import Addresses
+from memserve.mempool.address import Addresses
 
 
 class Adoption(msgspec.Struct, frozen=True, array_like=True):

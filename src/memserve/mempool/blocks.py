@@ -17,7 +17,16 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from memserve.mempool.address import LOW_HALF, MAX_BLOCKS, BlockNumbers, Origin, Packed, Tier, numbers_of, pack_first
+from memserve.mempool.address import (
+    LOW_HALF,
+    MAX_BLOCKS,
+    BlockNumbers,
+    Origin,
+    Packed,
+    Tier,
+    numbers_of,
+    pack_first,
+)
 
 # References and the indexed bit share one integer per block, so that one test tells all about a block:
 # 0 free, 1 historical, 2k active, 2k + 1 active and indexed.
@@ -170,7 +179,9 @@ class BlockTable:
         """Assert that every block is in exactly one state and that the free stack is complete."""
         free = self._free_stack[: self._free_count]
         assert len(np.unique(free)) == len(free), "a block is free twice"
-        assert np.array_equal(np.sort(free), np.flatnonzero(self._uses == _FREE)), "free stack and uses disagree"
+        assert np.array_equal(np.sort(free), np.flatnonzero(self._uses == _FREE)), (
+            "free stack and uses disagree"
+        )
         assert int(self._uses.min()) >= 0, "a block has negative uses"
         assert self.historical == np.count_nonzero(self._uses == _INDEXED), "historical blocks are miscounted"
         incoming = self._uses[self._incoming]

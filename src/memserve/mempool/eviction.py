@@ -14,6 +14,9 @@ from typing import Protocol
 
 from memserve.mempool.index import IndexNode
 
+_SWEEP = 1024
+"""Queue entries beyond which dropped leaves are looked for."""
+
 IdleTail = Callable[[IndexNode], int]
 """How many blocks at the end of a node's edge are held by nobody."""
 
@@ -56,6 +59,7 @@ class LeastRecentlyUsed:
         self._entries = itertools.count()
         self._queue: list[tuple[int, int, IndexNode]] = []
         self._queued: set[IndexNode] = set()
+        self._sweep_at = _SWEEP
 
     def touch(self, nodes: Iterable[IndexNode]) -> None:
         now = next(self._uses)
@@ -66,6 +70,8 @@ class LeastRecentlyUsed:
         if leaf not in self._queued:
             self._queued.add(leaf)
             heapq.heappush(self._queue, (leaf.payload.last_use, next(self._entries), leaf))
+        if len(self._queue) > self._sweep_at:
+            self._sweep()
 
     def choose(self, need: int, idle_tail: IdleTail) -> list[Victim] | None:
         victims: list[Victim] = []
@@ -90,6 +96,13 @@ class LeastRecentlyUsed:
                 self.add_leaf(victim.node)
             return None
         return victims
+
+    def _sweep(self) -> None:
+        # Leaves that were dropped otherwise (delete) would stay queued for ever in a pool that never fills.
+        self._queue = [entry for entry in self._queue if entry[2].attached]
+        heapq.heapify(self._queue)
+        self._queued = {entry[2] for entry in self._queue}
+        self._sweep_at = max(_SWEEP, 2 * len(self._queue))
 
     def _pop(self, gone_children: dict[IndexNode, int]) -> IndexNode | None:
         """The least recently used leaf, taken out of the queue; parents of victims count as leaves."""

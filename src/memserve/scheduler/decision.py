@@ -17,7 +17,7 @@ from memserve.scheduler.policies import Choice, Policy, Query
 from memserve.scheduler.state import InstanceState, Leg, Places, SchedulerState, Share, Work
 from memserve.scheduler.tree import Holdings
 
-MAX_CANDIDATES = 16
+MAX_CANDIDATES = 8
 """Candidates recorded per leg; the chosen one and those that the reason speaks of are always there."""
 
 
@@ -117,14 +117,14 @@ def _choose(leg: Leg, request: RouteRequest, state: SchedulerState, policy: Poli
 
 
 def _record_candidates(places: Places, held: Holdings, choice: Choice) -> tuple[Candidate, ...]:
-    chosen = choice.place
+    chosen, prefills = choice.place, places.leg is Leg.PREFILL
     recorded = sorted(_select(places, held, choice), key=_by_id)
     return tuple(
         Candidate(
             place.instance,
             place.role,
             held.tokens(place.instance),
-            place.load.prefill_tokens if places.leg is Leg.PREFILL else place.load.context_tokens,
+            place.load.prefill_tokens if prefills else place.load.context_tokens,
             place.load.requests,
             place is chosen,
         )

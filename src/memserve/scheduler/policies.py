@@ -6,10 +6,10 @@ Places come ordered by id, so that the first of equals is the one with the small
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain, groupby
+from itertools import chain, groupby, takewhile
 from operator import attrgetter
 from typing import Protocol
 
@@ -21,7 +21,7 @@ from memserve.scheduler.tree import Holdings
 
 _MASK = (1 << 64) - 1
 _SEEDS_KEPT = 1 << 14
-_TOO_BUSY = "least load: each holder has more tokens ahead than its prefix saves"
+_TOO_BUSY = "; longer holders have more tokens ahead than their prefix saves"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ class LeastLoad:
 
     def choose(self, query: Query) -> Choice:
         places = query.places
-        place = min(places.instances, key=_LOAD[places.leg])
+        place = min(places.instances, key=_ORDER[places.leg])
         return Choice(place, "least load")
 
 
@@ -100,18 +100,20 @@ class PromptTree:
     name = "prompt-tree"
 
     def choose(self, query: Query) -> Choice:
-        places = query.places
-        load = _LOAD[places.leg]
-        least = min(places.instances, key=load)
-        floor = load(least)[0]
+        places, held = query.places, query.held
+        order = _ORDER[places.leg]
+        least = min(places.instances, key=order)
+        floor = order(least)[0]
+        # What the least loaded place holds always pays there, so only longer holdings need a look.
+        enough = held.tokens(least.instance)
         considered = [least]
-        for tokens, holders in _holders(query):
-            place = least if least in holders else min(holders, key=load)
-            if load(place)[0] - floor <= tokens:
+        for tokens, holders in _holders(query, enough):
+            place = min(holders, key=order)
+            if order(place)[0] - floor <= tokens:
                 return Choice(place, f"holds {tokens} tokens", tuple(considered))
             considered.append(place)
-        busy = len(considered) > 1
-        return Choice(least, _TOO_BUSY if busy else "least load", tuple(considered))
+        reason = f"least load, holds {enough} tokens" if enough else "least load"
+        return Choice(least, reason + _TOO_BUSY if len(considered) > 1 else reason, tuple(considered))
 
 
 def policy_by_name(name: str) -> Policy:
@@ -122,20 +124,11 @@ def policy_by_name(name: str) -> Policy:
         raise ConfigError(f"server.policy is {name!r}; accepted: {', '.join(POLICIES)}") from None
 
 
-def _prefill_load(state: InstanceState) -> tuple[int, int]:
-    work = state.load
-    return work[0], work[2]
-
-
-def _decode_load(state: InstanceState) -> tuple[int, int]:
-    work = state.load
-    return work[1], work[2]
-
-
-def _holders(query: Query) -> Iterator[tuple[int, list[InstanceState]]]:
-    """Places by the tokens they hold, longest first; those that hold the same are ordered by id."""
+def _holders(query: Query, enough: int) -> Iterator[tuple[int, list[InstanceState]]]:
+    """Places that hold more than ``enough`` tokens, longest first, those that hold the same by id."""
     by_id = query.places.by_id
-    for tokens, tiers in groupby(query.held.tiers, key=attrgetter("tokens")):
+    longer = takewhile(lambda tier: tier.tokens > enough, query.held.tiers)
+    for tokens, tiers in groupby(longer, key=attrgetter("tokens")):
         names = chain.from_iterable(tier.instances() for tier in tiers)
         holders = [by_id[name] for name in sorted(names) if name in by_id]
         if holders:
@@ -152,7 +145,10 @@ def _seed(instance: InstanceId) -> int:
     return _hash64(instance) | 1
 
 
-_LOAD = {Leg.PREFILL: _prefill_load, Leg.DECODE: _decode_load}
+_ORDER: dict[Leg, Callable[[InstanceState], tuple[int, int]]] = {
+    Leg.PREFILL: attrgetter("prefill_order"),
+    Leg.DECODE: attrgetter("decode_order"),
+}
 _BY_NAME: dict[str, Policy] = {
     policy.name: policy for policy in (RoundRobin(), LeastLoad(), SessionId(), PromptTree())
 }

@@ -68,7 +68,8 @@ class InstanceState:
 
     ``load`` is what is booked and not finished, but never less than what the last report said, plus and
     minus what was booked and finished since. The report adds what this scheduler did not book (before a
-    restart of its own) and contexts that grew while decoding.
+    restart of its own) and contexts that grew while decoding. The ``order`` pairs, kept beside it because
+    policies compare them for every instance, rank places: tokens ahead, then requests.
     """
 
     instance: InstanceId
@@ -80,21 +81,28 @@ class InstanceState:
     report: LoadReport = _NO_REPORT
     booked: Work = _NO_WORK
     load: Work = _NO_WORK
+    prefill_order: tuple[int, int] = (0, 0)
+    decode_order: tuple[int, int] = (0, 0)
 
     def book(self, work: Work) -> None:
         self.booked = self.booked.plus(work)
-        self.load = self.load.plus(work)
+        self._set_load(self.load.plus(work))
 
     def unbook(self, work: Work) -> None:
         self.booked = self.booked.minus(work)
-        self.load = self.load.minus(work)
+        self._set_load(self.load.minus(work))
 
     def take_report(self, report: LoadReport) -> None:
         """Replace the last load report."""
         self.report = report
         context = (report.active_blocks + report.incoming_blocks) * self.block_tokens
         reported = Work(report.tokens_to_prefill, context, report.waiting + report.running)
-        self.load = self.booked.at_least(reported)
+        self._set_load(self.booked.at_least(reported))
+
+    def _set_load(self, load: Work) -> None:
+        self.load = load
+        self.prefill_order = (load.prefill_tokens, load.requests)
+        self.decode_order = (load.context_tokens, load.requests)
 
 
 @dataclass(frozen=True, slots=True)

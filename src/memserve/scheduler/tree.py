@@ -22,11 +22,8 @@ _BIT_OF_DIGIT = bytes.maketrans(b"01", b"\x00\x01")
 class _Numbering:
     """Bit number of each instance; replaced, never changed, so that old ``Holdings`` stay true."""
 
-    names: tuple[InstanceId, ...] = ()
-    numbers: dict[InstanceId, int] | None = None
-
-    def number(self, instance: InstanceId) -> int | None:
-        return None if self.numbers is None else self.numbers.get(instance)
+    names: tuple[InstanceId, ...]
+    numbers: dict[InstanceId, int]
 
     def with_name(self, instance: InstanceId) -> _Numbering:
         """Give ``instance`` the first free number."""
@@ -67,9 +64,13 @@ class Holdings:
 
     def tokens(self, instance: InstanceId) -> int:
         """What ``instance`` holds, 0 if nothing."""
+        numbering, bit = None, 0
         for tier in self.tiers:
-            number = tier.numbering.number(instance)
-            if number is not None and tier.mask >> number & 1:
+            if tier.numbering is not numbering:
+                numbering = tier.numbering
+                number = numbering.numbers.get(instance)
+                bit = 0 if number is None else 1 << number
+            if tier.mask & bit:
                 return tier.tokens
         return 0
 
@@ -94,7 +95,7 @@ class GlobalPromptTree:
     def __init__(self, block_tokens: int) -> None:
         self._block_tokens = block_tokens
         self._trees: dict[Namespace, RadixTree[Holders]] = {}
-        self._numbering = _Numbering()
+        self._numbering = _numbered([])
         self._held_blocks: dict[InstanceId, int] = {}
 
     @property
@@ -134,7 +135,7 @@ class GlobalPromptTree:
 
         Everything it held below is gone with that, also on branches that leave the path later.
         """
-        number = self._numbering.number(instance)
+        number = self._numbering.numbers.get(instance)
         tree = self._trees.get(namespace)
         if number is None or tree is None:
             return
@@ -147,7 +148,7 @@ class GlobalPromptTree:
 
     def drop_instance(self, instance: InstanceId) -> None:
         """Forget everything ``instance`` holds: one pass over the tree's edges."""
-        number = self._numbering.number(instance)
+        number = self._numbering.numbers.get(instance)
         if number is None:
             return
         for namespace, tree in list(self._trees.items()):
@@ -180,15 +181,15 @@ class GlobalPromptTree:
             assert seen & mask == 0, "an instance occurs twice on an edge"
             seen |= mask
         for name in Tier(0, seen, self._numbering).instances():
-            number = self._numbering.number(name)
+            number = self._numbering.numbers.get(name)
             assert number is not None, "a bit that belongs to no instance"
             held[name] += holders.depth(1 << number, size)
 
     def _bit_for(self, instance: InstanceId) -> int:
-        number = self._numbering.number(instance)
+        number = self._numbering.numbers.get(instance)
         if number is None:
             self._numbering = self._numbering.with_name(instance)
-            number = self._numbering.number(instance)
+            number = self._numbering.numbers.get(instance)
             assert number is not None
         return 1 << number
 

@@ -110,9 +110,7 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
 
 async def on_bug(request: Request, error: Exception) -> Response:
     """FastAPI exception handler for everything else; the framework raises it again for the server's log."""
-    return _respond(
-        HTTPStatus.INTERNAL_SERVER_ERROR, internal_error().error, {"x-should-retry": "false"}
-    )
+    return _respond(HTTPStatus.INTERNAL_SERVER_ERROR, internal_error().error, {"x-should-retry": "false"})
 
 
 def internal_error() -> ErrorBody:

@@ -7,15 +7,12 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
-from memserve.core.errors import MemServeError, RequestFailed
+from memserve.core.errors import RequestFailed
 from memserve.core.types import FinishReason, Ledger
 from memserve.server.backend import Backend, Generated, GenerationRequest
 from memserve.server.metrics import Meter
 from memserve.server.schemas import LedgerCounts, PromptTokensDetails, Usage
 from memserve.server.text import Shown, ShownToken, TextStream, TokenDecoder
-
-_QUEUED_PIECES = 64
-"""Pieces of several choices waiting for a client that reads slowly."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,15 +81,18 @@ class Generation:
             async for chunk in chunks:
                 piece = self._read(choice, stream, chunk)
                 watch.count(choice.completion_tokens, chunk.ledger)
-                if stream.stopped:
-                    backend.stop(choice.request.request)
                 if piece.finish is not None:
-                    watch.finish(piece.finish)
-                    yield piece
-                    return
+                    break
                 if piece.text or piece.tokens:
                     yield piece
-        raise RequestFailed(f"{choice.request.request} ended before its last token")
+            else:
+                raise RequestFailed(f"{choice.request.request} ended before its last token")
+            if stream.stopped:
+                backend.stop(choice.request.request)
+        if piece.finish is FinishReason.CANCELLED:
+            raise RequestFailed(f"{choice.request.request} was cancelled by the server")
+        watch.finish(piece.finish)
+        yield piece
 
     def _read(self, choice: Choice, stream: TextStream, chunk: Generated) -> Piece:
         choice.ledger = chunk.ledger or choice.ledger
@@ -109,20 +109,19 @@ class Generation:
 
 async def merge(sources: Sequence[AsyncGenerator[Piece, None]]) -> AsyncGenerator[Piece, None]:
     """Iterate all sources at once and yield what comes, as it comes; the first error ends them all."""
-    queue: asyncio.Queue[Piece | MemServeError | None] = asyncio.Queue(_QUEUED_PIECES)
+    queue: asyncio.Queue[Piece | asyncio.Task[None]] = asyncio.Queue()
     tasks = [asyncio.create_task(_forward(source, queue)) for source in sources]
+    for task in tasks:
+        task.add_done_callback(queue.put_nowait)
+    running = len(tasks)
     try:
-        running = len(tasks)
         while running:
             entry = await queue.get()
             if isinstance(entry, Piece):
                 yield entry
-            elif entry is None:
-                running -= 1
             else:
-                raise entry
-        for task in tasks:
-            task.result()
+                entry.result()
+                running -= 1
     finally:
         for task in tasks:
             task.cancel()
@@ -130,19 +129,11 @@ async def merge(sources: Sequence[AsyncGenerator[Piece, None]]) -> AsyncGenerato
 
 
 async def _forward(
-    source: AsyncGenerator[Piece, None], queue: asyncio.Queue[Piece | MemServeError | None]
+    source: AsyncGenerator[Piece, None], queue: asyncio.Queue[Piece | asyncio.Task[None]]
 ) -> None:
-    try:
-        async with aclosing(source):
-            async for piece in source:
-                await queue.put(piece)
-    except MemServeError as error:
-        await queue.put(error)
-        return
-    finally:
-        # A bug is raised again from the task once all have ended; the reader must not wait for it.
-        pass
-    await queue.put(None)
+    async with aclosing(source):
+        async for piece in source:
+            queue.put_nowait(piece)
 
 
 def _hidden_tokens(chunk: Generated, stop_tokens: Sequence[int]) -> int:
@@ -153,14 +144,6 @@ def _hidden_tokens(chunk: Generated, stop_tokens: Sequence[int]) -> int:
 
 def _join(first: Shown, second: Shown) -> Shown:
     return Shown(first.text + second.text, first.tokens + second.tokens, second.stopped)
-
-
-async def collect(pieces: AsyncIterator[Piece], count: int) -> list[Collected]:
-    """Put the pieces of ``count`` choices together."""
-    collected = [Collected() for _ in range(count)]
-    async for piece in pieces:
-        collected[piece.choice].add(piece)
-    return collected
 
 
 class Collected:
@@ -179,3 +162,11 @@ class Collected:
         self._texts.append(piece.text)
         self.tokens += piece.tokens
         self.finish = piece.finish or self.finish
+
+
+async def collect(pieces: AsyncIterator[Piece], count: int) -> list[Collected]:
+    """Put the pieces of ``count`` choices together."""
+    collected = [Collected() for _ in range(count)]
+    async for piece in pieces:
+        collected[piece.choice].add(piece)
+    return collected

@@ -67,7 +67,9 @@ _CHAT: dict[str, Unsupported] = {
     "documents": Unsupported(([],), "put what the model should know into a message"),
     "reasoning_effort": Unsupported(("none",), "ask for it in a message"),
     "verbosity": Unsupported(("medium",), "ask for it in a message"),
-    "chat_template": Unsupported((), "the model's own template is used; send /v1/completions a rendered prompt"),
+    "chat_template": Unsupported(
+        (), "the model's own template is used; send /v1/completions a rendered prompt"
+    ),
     "chat_template_kwargs": Unsupported(({},), "send /v1/completions a rendered prompt"),
     "add_generation_prompt": Unsupported((True,), "send /v1/completions a rendered prompt"),
     "continue_final_message": Unsupported((False,), "send /v1/completions a rendered prompt"),

@@ -65,8 +65,9 @@ class Tokenizer:
         """Token ids of ``text``: int32[n].
 
         ``special`` True reads special tokens written out in the text (``<|im_start|>``) as such, as rendered
-        chat templates need; False treats them as plain text. ``bos`` True puts ``bos_token`` in front if
-        the model expects that (``add_bos``). Raises ``InvalidRequest`` for text that is not valid Unicode.
+        chat templates need; False treats them as plain text (user-defined tokens that do not steer the model
+        are read either way). ``bos`` True puts ``bos_token`` in front where the model expects it (``add_bos``)
+        and the text does not begin with it. Raises ``InvalidRequest`` for text that is not valid Unicode.
         """
         reject_surrogates(text, field="prompt")
         engine = self._engine if special else self._literal_engine

@@ -1,0 +1,343 @@
+"""The engine on a tiny model and a small pool: answers, reuse, preemption, cancels; no block is ever lost."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from memserve.core.clock import MonotonicClock
+from memserve.core.messages import Message, RequestClosed, RequestError, Submit, TokenChunk, Trace
+from memserve.core.types import (
+    FinishReason,
+    InstanceId,
+    Ledger,
+    Namespace,
+    RequestId,
+    SamplingParams,
+    Tokens,
+    pack_tokens,
+)
+from memserve.engine.batcher import Batcher
+from memserve.engine.carrier import NoPeers
+from memserve.engine.engine import Engine
+from memserve.engine.models.tiny import tiny_weights
+from memserve.engine.phases import PHASES
+from memserve.engine.runners.base import ForwardBatch
+from memserve.engine.runners.reference import ReferenceRunner
+from memserve.mempool.pool import MemPool
+
+HERE = InstanceId("colocated-0")
+SPACE = Namespace("tiny")
+CONTEXT = 256
+WEIGHTS = tiny_weights(3, context=CONTEXT)
+
+
+@dataclass
+class Bench:
+    """An engine under test and what it has said."""
+
+    engine: Engine
+    pool: MemPool
+    said: list[Message] = field(default_factory=list)
+    heard: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def ask(self, name: str, prompt: Tokens, max_tokens: int = 8, **more: object) -> None:
+        sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, **more)  # type: ignore[arg-type]
+        self.engine.submit(Submit(RequestId(name), SPACE, pack_tokens(prompt), sampling, trace=True))
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        async with asyncio.timeout(60):
+            while not condition():
+                self.heard.clear()
+                await self.heard.wait()
+
+    async def closed(self, *names: str) -> None:
+        wanted = set(names)
+        await self.until(lambda: wanted <= {m.request for m in self.said if isinstance(m, RequestClosed)})
+
+    def chunks(self, name: str) -> list[TokenChunk]:
+        return [m for m in self.said if isinstance(m, TokenChunk) and m.request == name]
+
+    def answer(self, name: str) -> list[int]:
+        return [token for chunk in self.chunks(name) for token in chunk.tokens]
+
+    def finish(self, name: str) -> FinishReason | None:
+        return self.chunks(name)[-1].finish
+
+    def ledger(self, name: str) -> Ledger:
+        ledger = self.chunks(name)[0].ledger
+        assert ledger is not None
+        return ledger
+
+    def error(self, name: str) -> RequestError:
+        return next(m for m in self.said if isinstance(m, RequestError) and m.request == name)
+
+
+@asynccontextmanager
+async def bench(
+    *,
+    blocks: int = 64,
+    phases: str = "colocated",
+    step_tokens: int = 64,
+    max_running: int = 8,
+    runner: ReferenceRunner | None = None,
+) -> AsyncIterator[Bench]:
+    runner = runner or ReferenceRunner(WEIGHTS)
+    clock = MonotonicClock()
+    pool = MemPool(runner.layout, blocks, instance=HERE, incarnation=1, clock=clock)
+    made: list[Bench] = []
+
+    def emit(message: Message) -> None:
+        made[0].said.append(message)
+        made[0].heard.set()
+
+    engine = Engine(
+        HERE,
+        pool,
+        runner,
+        Batcher(step_tokens=step_tokens, max_running=max_running),
+        PHASES[phases],
+        NoPeers(),
+        context=CONTEXT,
+        vocabulary=WEIGHTS.spec.vocabulary,
+        clock=clock,
+        emit=emit,
+    )
+    made.append(Bench(engine, pool))
+    running = asyncio.create_task(engine.run())
+    try:
+        yield made[0]
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        await engine.close()
+        engine.batcher.check()
+        pool.check()
+        stats = pool.stats()
+        assert stats.active == 0, f"{stats.active} blocks are still held"
+        pool.close()
+
+
+def prompt(length: int, seed: int = 0) -> Tokens:
+    return np.random.default_rng(seed).integers(1, WEIGHTS.spec.vocabulary, length).astype(np.int32)
+
+
+def alone(tokens: Tokens, max_tokens: int = 8) -> list[int]:
+    """The answer of an engine that computes nothing but this, in one chunk, without any cache."""
+
+    async def scenario() -> list[int]:
+        async with bench(phases="pd-basic", step_tokens=4096) as one:
+            one.ask("only", tokens, max_tokens)
+            await one.closed("only")
+            return one.answer("only")
+
+    return asyncio.run(scenario())
+
+
+def test_answers_do_not_depend_on_chunks_cache_or_batch() -> None:
+    prompts = [prompt(length, seed=length) for length in (1, 15, 16, 17, 40, 130)]
+    expected = [alone(tokens) for tokens in prompts]
+
+    async def scenario() -> None:
+        async with bench(step_tokens=16, max_running=4) as one:
+            for turn in ("cold", "warm"):
+                for at, tokens in enumerate(prompts):
+                    one.ask(f"{turn}{at}", tokens)
+                await one.closed(*(f"{turn}{at}" for at in range(len(prompts))))
+                assert [one.answer(f"{turn}{at}") for at in range(len(prompts))] == expected
+            assert one.ledger("cold5") == Ledger(computed=130)
+            assert one.ledger("warm5") == Ledger(computed=2, local=128)
+            assert one.ledger("warm2") == Ledger(computed=16), "the last prompt token is always computed"
+
+    asyncio.run(scenario())
+
+
+def test_the_second_turn_finds_prompt_and_answer() -> None:
+    first = prompt(30)
+
+    async def scenario() -> None:
+        async with bench() as one:
+            one.ask("one", first, max_tokens=20)
+            await one.closed("one")
+            history = np.concatenate([first, np.array(one.answer("one"), np.int32)])
+            one.ask("two", np.concatenate([history, prompt(9, seed=9)]))
+            await one.closed("two")
+            # 50 tokens of history, of which the last has no KV: 49 rounded down to blocks.
+            assert one.ledger("two") == Ledger(computed=59 - 48, local=48)
+
+    asyncio.run(scenario())
+
+
+def test_no_phase_without_caching_reuses() -> None:
+    async def scenario() -> None:
+        async with bench(phases="pd-basic") as one:
+            for name in ("a", "b"):
+                one.ask(name, prompt(50))
+                await one.closed(name)
+            assert one.ledger("b") == Ledger(computed=50)
+            assert one.pool.stats().historical == 0
+
+    asyncio.run(scenario())
+
+
+def test_a_pool_too_small_for_all_preempts_and_still_answers() -> None:
+    prompts = [prompt(30, seed=at) for at in range(6)]
+    expected = [alone(tokens, 60) for tokens in prompts]
+
+    async def scenario() -> None:
+        # 6 sequences end at 90 tokens = 6 blocks each; the pool has 10.
+        async with bench(blocks=10) as one:
+            for at, tokens in enumerate(prompts):
+                one.ask(f"r{at}", tokens, 60)
+            await one.closed(*(f"r{at}" for at in range(6)))
+            assert [one.answer(f"r{at}") for at in range(6)] == expected
+            for at in range(6):
+                assert [chunk.offset for chunk in one.chunks(f"r{at}")] == list(range(60))
+                assert one.ledger(f"r{at}").prompt == 30
+
+    asyncio.run(scenario())
+
+
+def test_stop_tokens_length_and_context_end_a_request() -> None:
+    tokens = prompt(20)
+    answer = alone(tokens)
+
+    async def scenario() -> None:
+        async with bench() as one:
+            one.ask("stop", tokens, stop_token_ids=(answer[3],))
+            one.ask("length", tokens, max_tokens=2)
+            one.ask("context", prompt(CONTEXT - 2), max_tokens=50)
+            await one.closed("stop", "length", "context")
+            assert one.finish("stop") is FinishReason.STOP
+            assert one.answer("stop") == answer[: answer.index(answer[3]) + 1]
+            assert one.finish("length") is FinishReason.LENGTH
+            assert len(one.answer("context")) == 2
+            assert one.finish("context") is FinishReason.LENGTH
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("tokens", "max_tokens", "says"),
+    [
+        (prompt(0), 1, "the prompt has 0 tokens"),
+        (prompt(CONTEXT), 1, f"1 to {CONTEXT - 1} are possible"),
+        (np.array([1, 256], np.int32), 1, "within 0..255"),
+        (np.array([-1], np.int32), 1, "within 0..255"),
+        (prompt(5), 0, "max_tokens must be at least 1"),
+        (prompt(100), 100, "13 KV blocks and the pool has 8"),
+    ],
+)
+def test_bad_requests_are_refused_and_cost_nothing(tokens: Tokens, max_tokens: int, says: str) -> None:
+    async def scenario() -> None:
+        async with bench(blocks=8) as one:
+            one.ask("bad", tokens, max_tokens)
+            assert one.error("bad").kind == "InvalidRequest"
+            assert says in one.error("bad").message
+            one.ask("good", prompt(5), 2)
+            await one.closed("good")
+            assert len(one.answer("good")) == 2
+
+    asyncio.run(scenario())
+
+
+def test_cancel_frees_at_every_moment() -> None:
+    async def scenario() -> None:
+        async with bench(max_running=1) as one:
+            one.ask("running", prompt(20), 200)
+            one.ask("waiting", prompt(20, seed=1), 200)
+            await one.until(lambda: len(one.chunks("running")) > 2)
+            one.engine.cancel(RequestId("waiting"), FinishReason.CANCELLED)
+            one.engine.cancel(RequestId("running"), FinishReason.CANCELLED)
+            one.engine.cancel(RequestId("not yet here"), FinishReason.CANCELLED)
+            await one.closed("running", "waiting")
+            assert one.chunks("waiting") == []
+            assert one.finish("running") is None
+            one.ask("not yet here", prompt(20), 200)
+            one.ask("next", prompt(20), 3)
+            await one.closed("next")
+            assert one.chunks("not yet here") == []
+            assert one.pool.stats().active == 0
+
+    asyncio.run(scenario())
+
+
+def test_a_stop_from_outside_reports_the_end_and_keeps_the_kv() -> None:
+    async def scenario() -> None:
+        async with bench() as one:
+            one.ask("stopped", prompt(40), 200)
+            await one.until(lambda: len(one.chunks("stopped")) > 2)
+            one.engine.cancel(RequestId("stopped"), FinishReason.STOP)
+            await one.closed("stopped")
+            assert one.finish("stopped") is FinishReason.STOP
+            assert one.pool.stats().historical >= 2
+
+    asyncio.run(scenario())
+
+
+class BrokenRunner(ReferenceRunner):
+    """Fails, or yields what is no number, on request."""
+
+    def __init__(self) -> None:
+        super().__init__(WEIGHTS)
+        self.raises = False
+        self.poison = False
+
+    def forward(self, batch: ForwardBatch) -> NDArray[np.float32]:
+        if self.raises:
+            raise MemoryError("no memory for activations")
+        logits = super().forward(batch)
+        return np.full_like(logits, np.nan) if self.poison else logits
+
+
+def test_a_failing_step_fails_its_requests_only() -> None:
+    runner = BrokenRunner()
+
+    async def scenario() -> None:
+        async with bench(runner=runner) as one:
+            runner.raises = True
+            one.ask("unlucky", prompt(20))
+            await one.closed("unlucky")
+            assert "no memory for activations" in one.error("unlucky").message
+            runner.raises, runner.poison = False, True
+            one.ask("poisoned", prompt(20))
+            await one.closed("poisoned")
+            assert "not numbers" in one.error("poisoned").message
+            runner.poison = False
+            one.ask("lucky", prompt(20))
+            await one.closed("lucky")
+            assert len(one.answer("lucky")) == 8
+
+    asyncio.run(scenario())
+
+
+def test_a_request_that_should_be_handed_over_without_peers_fails_cleanly() -> None:
+    async def scenario() -> None:
+        async with bench(phases="pd-caching-3") as one:
+            sampling = SamplingParams(max_tokens=5, temperature=0.0)
+            one.engine.submit(
+                Submit(RequestId("r"), SPACE, pack_tokens(prompt(20)), sampling, InstanceId("decode-0"))
+            )
+            await one.closed("r")
+            assert one.error("r").kind == "PeerLost"
+            assert len(one.answer("r")) == 1
+            assert one.pool.stats().historical == 1
+
+    asyncio.run(scenario())
+
+
+def test_rooms_are_traced_in_order() -> None:
+    async def scenario() -> None:
+        async with bench() as one:
+            one.ask("r", prompt(20), 2)
+            await one.closed("r")
+            rooms = [m.room for m in one.said if isinstance(m, Trace)]
+            assert rooms == ["mempool.match", "engine.prefill", "mempool.insert"]
+
+    asyncio.run(scenario())

@@ -101,7 +101,7 @@ struct VectorProducts {
     for (int b = 0; b < values.count; ++b, weights += kBlockTokens) {
       const Bf16* columns[kColumns];
       for (int c = 0; c < kColumns; ++c) columns[c] = values.blocks[b] + (column + c) * 2 * kLanes16;
-#pragma GCC unroll 8
+#pragma GCC unroll 32
       for (int pair = 0; pair < kBlockTokens / 2; ++pair)
         take_pair<kVectors, kColumns>(sums, weights + 2 * pair, kSegmentTokens, columns, static_cast<size_t>(pair) * dim * 2);
     }

@@ -29,9 +29,9 @@ using Sums = Floats[kRows][kColumns];
 
 template <int kRows, int kColumns>
 inline __attribute__((always_inline)) void clear(Sums<kRows, kColumns>& sums) {
-#pragma GCC unroll 8
+#pragma GCC unroll 32
   for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 8
+#pragma GCC unroll 32
     for (int c = 0; c < kColumns; ++c) sums[r][c] = zeros();
 }
 
@@ -40,12 +40,12 @@ template <int kRows, int kColumns>
 inline __attribute__((always_inline)) void take_pair(Sums<kRows, kColumns>& sums, const Bf16* row, size_t row_stride,
                                                      const Bf16* const (&columns)[kColumns], size_t offset) {
   Pairs weights[kColumns];
-#pragma GCC unroll 8
+#pragma GCC unroll 32
   for (int c = 0; c < kColumns; ++c) weights[c] = load_pairs(columns[c] + offset);
-#pragma GCC unroll 8
+#pragma GCC unroll 32
   for (int r = 0; r < kRows; ++r) {
     const Pairs inputs = splat_pair(row + static_cast<size_t>(r) * row_stride);
-#pragma GCC unroll 8
+#pragma GCC unroll 32
     for (int c = 0; c < kColumns; ++c) sums[r][c] = dot_pairs(sums[r][c], inputs, weights[c]);
   }
 }
@@ -58,8 +58,9 @@ inline __attribute__((always_inline)) void multiply_block(Sums<kRows, kColumns>&
   for (int pair = 0; pair < pairs; pair += kChunkPairs) {
     prefetch.take_chunk();
 #pragma GCC unroll 4
-    for (int p = pair; p < pair + kChunkPairs; ++p)
-      take_pair<kRows, kColumns>(sums, rows + 2 * p, row_stride, columns, static_cast<size_t>(p) * 2 * kGroupColumns);
+    for (int i = 0; i < kChunkPairs; ++i)
+      take_pair<kRows, kColumns>(sums, rows + 2 * (pair + i), row_stride, columns,
+                                 static_cast<size_t>(pair + i) * 2 * kGroupColumns);
   }
 }
 
@@ -93,16 +94,16 @@ inline __attribute__((always_inline)) void emit_block(const Matmul& job, int row
                                                       const Sums<kRows, kColumns>& sums) {
   if constexpr (kColumns % 2 == 0) {
     if (job.output == Output::kGate) {
-#pragma GCC unroll 8
+#pragma GCC unroll 32
       for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 8
+#pragma GCC unroll 32
         for (int c = 0; c < kColumns; c += 2) emit_gated(job, row + r, group + c, sums[r][c], sums[r][c + 1]);
       return;
     }
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 32
   for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 8
+#pragma GCC unroll 32
     for (int c = 0; c < kColumns; ++c) emit_floats(job, row + r, group + c, sums[r][c]);
 }
 

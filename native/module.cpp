@@ -1,11 +1,14 @@
 // The Python module memserve._native: argument checks and conversions only.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include "isa.h"
 #include "kernels.h"
+#include "limits.h"
+#include "model.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -57,6 +60,119 @@ Checksums checksum_blocks(const Addresses& src, int64_t nbytes) {
   return checksums;
 }
 
+using Vector = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Matrix = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Indices = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using BlockTable = nb::ndarray<const uint64_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Logits = nb::ndarray<nb::numpy, float, nb::ndim<2>>;
+
+const Kernels& chosen_kernels(const std::optional<std::string>& isa) {
+  return isa ? kernels_of(*isa) : *default_kernels();
+}
+
+const float* checked(const Vector& values, int size, const char* name) {
+  if (static_cast<int>(values.shape(0)) != size)
+    throw std::invalid_argument(std::string(name) + " has " + std::to_string(values.shape(0)) + " values, not " +
+                                std::to_string(size));
+  return values.data();
+}
+
+const float* checked(const Matrix& values, int rows, int columns, const char* name) {
+  if (static_cast<int>(values.shape(0)) != rows || static_cast<int>(values.shape(1)) != columns)
+    throw std::invalid_argument(std::string(name) + " has shape [" + std::to_string(values.shape(0)) + ", " +
+                                std::to_string(values.shape(1)) + "], not [" + std::to_string(rows) + ", " +
+                                std::to_string(columns) + "]");
+  return values.data();
+}
+
+RopeTable rope_table(const Matrix& cosines, const Matrix& sines, int head_dim) {
+  const int positions = static_cast<int>(cosines.shape(0));
+  const float* c = checked(cosines, positions, head_dim / 2, "cosines");
+  const float* s = checked(sines, positions, head_dim / 2, "sines");
+  return {{c, c + cosines.size()}, {s, s + sines.size()}, positions};
+}
+
+void construct(Model* self, int layers, int hidden, int heads, int kv_heads, int head_dim, int feed_forward,
+               int vocabulary, float rms_epsilon, const Matrix& cosines, const Matrix& sines, int threads, bool pin,
+               const std::optional<std::string>& isa) {
+  const ModelShape shape{layers, hidden, heads, kv_heads, head_dim, feed_forward, vocabulary, rms_epsilon};
+  new (self) Model(shape, rope_table(cosines, sines, head_dim), chosen_kernels(isa), threads, pin);
+}
+
+void set_layer(Model& self, int index, const Vector& attention_norm, const Matrix& q, const Matrix& k, const Matrix& v,
+               const Matrix& o, const Vector& ffn_norm, const Matrix& gate, const Matrix& up, const Matrix& down) {
+  const ModelShape& s = self.shape();
+  if (index < 0 || index >= s.layers)
+    throw std::invalid_argument("there is no layer " + std::to_string(index) + " of " + std::to_string(s.layers));
+  const LayerSource source{checked(attention_norm, s.hidden, "attention_norm"),
+                           checked(q, s.query_size(), s.hidden, "q"),
+                           checked(k, s.kv_size(), s.hidden, "k"),
+                           checked(v, s.kv_size(), s.hidden, "v"),
+                           checked(o, s.hidden, s.query_size(), "o"),
+                           checked(ffn_norm, s.hidden, "ffn_norm"),
+                           checked(gate, s.feed_forward, s.hidden, "gate"),
+                           checked(up, s.feed_forward, s.hidden, "up"),
+                           checked(down, s.hidden, s.feed_forward, "down")};
+  nb::gil_scoped_release unlocked;
+  self.set_layer(index, source);
+}
+
+void set_embedding(Model& self, const Matrix& embedding) {
+  const float* values = checked(embedding, self.shape().vocabulary, self.shape().hidden, "embedding");
+  nb::gil_scoped_release unlocked;
+  self.set_embedding(values);
+}
+
+void set_output(Model& self, const Vector& norm, const std::optional<Matrix>& head) {
+  const ModelShape& s = self.shape();
+  const float* norms = checked(norm, s.hidden, "norm");
+  const float* heads = head ? checked(*head, s.vocabulary, s.hidden, "head") : nullptr;
+  nb::gil_scoped_release unlocked;
+  self.set_output(norms, heads);
+}
+
+Batch batch_of(const Indices& tokens, const Indices& positions, const Indices& starts, const BlockTable& blocks,
+               const Indices& logit_rows) {
+  if (positions.shape(0) != tokens.shape(0))
+    throw std::invalid_argument("positions must be as many as tokens (" + std::to_string(tokens.shape(0)) + ")");
+  if (starts.shape(0) != blocks.shape(0) + 1)
+    throw std::invalid_argument("starts must be one more than sequences (" + std::to_string(blocks.shape(0)) + ")");
+  return {tokens.data(),
+          positions.data(),
+          static_cast<int>(tokens.shape(0)),
+          starts.data(),
+          static_cast<int>(blocks.shape(0)),
+          blocks.data(),
+          static_cast<int>(blocks.shape(1)),
+          logit_rows.data(),
+          static_cast<int>(logit_rows.shape(0))};
+}
+
+Logits forward(Model& self, const Indices& tokens, const Indices& positions, const Indices& starts,
+               const BlockTable& blocks, const Indices& logit_rows) {
+  const Batch batch = batch_of(tokens, positions, starts, blocks, logit_rows);
+  self.check(batch);
+  const size_t vocabulary = static_cast<size_t>(self.shape().vocabulary);
+  auto* values = new float[static_cast<size_t>(batch.wanted) * vocabulary];
+  nb::capsule owner(values, [](void* p) noexcept { delete[] static_cast<float*>(p); });
+  Logits logits(values, {static_cast<size_t>(batch.wanted), vocabulary}, owner);
+  nb::gil_scoped_release unlocked;
+  self.forward(batch, values);
+  return logits;
+}
+
+double read_bandwidth(int threads, size_t nbytes, const std::optional<std::string>& isa) {
+  const Kernels& kernels = chosen_kernels(isa);
+  nb::gil_scoped_release unlocked;
+  return measure_read_bandwidth(kernels, threads, nbytes);
+}
+
+double dot_peak(int threads, const std::optional<std::string>& isa) {
+  const Kernels& kernels = chosen_kernels(isa);
+  nb::gil_scoped_release unlocked;
+  return measure_dot_peak(kernels, threads);
+}
+
 }  // namespace
 }  // namespace memserve
 
@@ -68,4 +184,17 @@ NB_MODULE(_native, m) {
   m.def("set_isa", &set_isa, "name"_a);
   m.def("copy_blocks", &copy_blocks, "dst"_a, "src"_a, "nbytes"_a);
   m.def("checksum_blocks", &checksum_blocks, "src"_a, "nbytes"_a);
+  m.def("read_bandwidth", &read_bandwidth, "threads"_a, "nbytes"_a = size_t{256} << 20, "isa"_a = nb::none());
+  m.def("dot_peak", &dot_peak, "threads"_a, "isa"_a = nb::none());
+  nb::class_<Model>(m, "Model")
+      .def("__init__", &construct, nb::kw_only(), "layers"_a, "hidden"_a, "heads"_a, "kv_heads"_a, "head_dim"_a,
+           "feed_forward"_a, "vocabulary"_a, "rms_epsilon"_a, "cosines"_a, "sines"_a, "threads"_a, "pin"_a = false,
+           "isa"_a = nb::none())
+      .def_prop_ro("isa", [](const Model& self) { return std::string(self.kernels().name); })
+      .def_prop_ro("weight_bytes", &Model::weight_bytes)
+      .def("set_layer", &set_layer, "index"_a, "attention_norm"_a, "q"_a, "k"_a, "v"_a, "o"_a, "ffn_norm"_a, "gate"_a,
+           "up"_a, "down"_a)
+      .def("set_embedding", &set_embedding, "embedding"_a)
+      .def("set_output", &set_output, "norm"_a, "head"_a = nb::none())
+      .def("forward", &forward, "tokens"_a, "positions"_a, "starts"_a, "blocks"_a, "logit_rows"_a);
 }

@@ -12,18 +12,15 @@ namespace {
 constexpr int kReadStreams = 8;
 
 uint64_t read_memory(const void* from, size_t bytes) {
-  const auto* words = static_cast<const Bf16*>(from);
+  const auto* words = static_cast<const float*>(from);
   Floats seen[kReadStreams];
   for (Floats& s : seen) s = zeros();
-  constexpr size_t kStep = kReadStreams * 64 / sizeof(Bf16);
-  for (size_t at = 0; at + kStep <= bytes / sizeof(Bf16); at += kStep) {
+  constexpr size_t kStep = kReadStreams * kLanes16;
+  for (size_t at = 0; at + kStep <= bytes / sizeof(float); at += kStep) {
     __builtin_prefetch(words + at + 2 * kStep);
     __builtin_prefetch(words + at + 2 * kStep + kStep / 2);
 #pragma GCC unroll 8
-    for (int s = 0; s < kReadStreams; ++s) {
-      const Pairs x = load_pairs(words + at + s * 32);
-      seen[s] = larger(seen[s], reinterpret_cast<const Floats&>(x));
-    }
+    for (int s = 0; s < kReadStreams; ++s) seen[s] = larger(seen[s], load(words + at + s * kLanes16));
   }
   float sum = 0.0f;
   for (const Floats& s : seen) sum += first_lane(s);
@@ -32,22 +29,27 @@ uint64_t read_memory(const void* from, size_t bytes) {
   return bits;
 }
 
+// The compiler must not see what lies behind the pointer, or it computes the constant sums itself.
+inline const float* hidden_from_compiler(const float* values) {
+  __asm__ volatile("" : "+r"(values)::"memory");
+  return values;
+}
+
 double run_dots(int64_t rounds, float* sink) {
   constexpr int kRows = kMaxSums / 2;
-  alignas(64) Bf16 operands[64] = {};
+  float zeroed[kMaxSums * kLanes16] = {};
+  const float* start = hidden_from_compiler(zeroed);
   Sums<kRows, 2> sums;
-  clear<kRows, 2>(sums);
-  Pairs input = splat_pair(operands);
-  Pairs weights[2] = {load_pairs(operands), load_pairs(operands + 32)};
-  for (int64_t i = 0; i < rounds; ++i) {
-    __asm__ volatile("" : "+m"(*sink));  // keeps the rounds apart without touching the registers
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 2
-      for (int c = 0; c < 2; ++c) sums[r][c] = dot_pairs(sums[r][c], input, weights[c]);
-  }
-  for (int r = 0; r < kRows; ++r)
-    for (int c = 0; c < 2; ++c) *sink += first_lane(sums[r][c]);
+#pragma GCC unroll 32
+  for (int i = 0; i < kRows * 2; ++i) sums[i / 2][i % 2] = load(start + i * kLanes16);
+  const auto* operands = reinterpret_cast<const Bf16*>(start);
+  const Pairs input = splat_pair(operands);
+  const Pairs weights[2] = {load_pairs(operands), load_pairs(operands + 32)};
+  for (int64_t round = 0; round < rounds; ++round)
+#pragma GCC unroll 32
+    for (int i = 0; i < kRows * 2; ++i) sums[i / 2][i % 2] = dot_pairs(sums[i / 2][i % 2], input, weights[i % 2]);
+#pragma GCC unroll 32
+  for (int i = 0; i < kRows * 2; ++i) *sink += first_lane(sums[i / 2][i % 2]);
   return 64.0 * kRows * 2 * static_cast<double>(rounds);
 }
 

@@ -39,21 +39,22 @@ inline void begin_tiles() {
 }
 inline void end_tiles() { _tile_release(); }
 
+// gcc's intrinsics paste the register's number from the source text, which a template parameter is not.
 template <int kTile>
 inline void zero_tile() {
-  _tile_zero(kTile);
+  __asm__ volatile("tilezero %%tmm%c0" ::"i"(kTile));
 }
 template <int kTile>
 inline void load_tile(const void* from, size_t stride) {
-  _tile_loadd(kTile, from, static_cast<long>(stride));
+  __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(kTile) : "memory");
 }
 template <int kTile>
 inline void store_tile(float* to, size_t stride) {
-  _tile_stored(kTile, to, static_cast<long>(stride));
+  __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(stride), "i"(kTile) : "memory");
 }
 template <int kSum, int kInput, int kWeights>
 inline void dot_tiles() {
-  _tile_dpbf16ps(kSum, kInput, kWeights);
+  __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSum), "i"(kInput), "i"(kWeights));
 }
 
 #else

@@ -77,7 +77,7 @@ class Link:
 
 
 class ClusterManager:
-    """Accepts instances at an address and keeps their membership; ``kill`` ends a process that fell silent."""
+    """Accepts instances at an address and keeps their membership; ``kill`` ends a lost process."""
 
     def __init__(
         self,

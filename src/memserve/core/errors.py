@@ -52,6 +52,14 @@ class OutOfBlocks(MemServeError):
         self.pinned = pinned
 
 
+class PeerOutOfBlocks(OutOfBlocks):
+    """The receiver of a transfer has no room; its numbers are in the message only. Try again later."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(asked=0, free=0, evictable=0, pinned=0)
+        self.args = (message,)
+
+
 class StaleAddress(MemServeError):
     """An address whose block has since been freed or belongs to an earlier incarnation of its instance."""
 
@@ -114,4 +122,6 @@ _BY_NAME: dict[str, type[MemServeError]] = {
 
 def error_from_wire(kind: str, message: str) -> MemServeError:
     """Rebuild an error that another process reported; an unknown kind becomes ``RequestFailed``."""
+    if kind == OutOfBlocks.__name__:
+        return PeerOutOfBlocks(message)
     return _BY_NAME.get(kind, RequestFailed)(message if kind in _BY_NAME else f"{kind}: {message}")

@@ -222,7 +222,7 @@ class Engine:
         return True
 
     def _grow(self) -> None:
-        """See to it that each running sequence has a block for its next token; preempt where there is none."""
+        """Give each running sequence a block for its next token; preempt where there is none."""
         for sequence in self._batcher.admitted():
             if sequence.addrs is None:
                 continue

@@ -135,12 +135,11 @@ class Instance:
     async def _serve(self) -> None:
         self._progress("starting", 0.0)
         loop = asyncio.get_running_loop()
-        assembled = await assemble(
-            self._settings,
-            self._clock,
-            emit=self._emit,
-            progress=lambda stage, done: loop.call_soon_threadsafe(self._progress, stage, done),
-        )
+
+        def report(stage: str, fraction: float) -> None:
+            loop.call_soon_threadsafe(self._progress, stage, fraction)
+
+        assembled = await assemble(self._settings, self._clock, emit=self._emit, progress=report)
         self._assembled = assembled
         if self._members is not None:
             assembled.carrier.set_members(self._members.members)

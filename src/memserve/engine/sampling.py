@@ -21,6 +21,10 @@ _GREEDY_BELOW = 1e-5
 """Temperatures below this one are greedy, as in vLLM: dividing by them would overflow."""
 
 
+_LEAST_SHARE = 1e-9
+"""A top_p of 0 means the likeliest token, not none."""
+
+
 @dataclass(frozen=True, slots=True)
 class SampledToken:
     """A chosen token; ``logprob`` is None unless the request asked for log-probabilities."""
@@ -72,7 +76,7 @@ def _draw(logits: Floats, params: SamplingParams, uniform: float) -> int:
     candidates = logits if ids is None else logits[ids]
     masses = np.exp((candidates - peak) / np.float32(params.temperature))
     if params.top_p < 1:
-        kept = _nucleus(masses, params.top_p)
+        kept = _nucleus(masses, max(params.top_p, _LEAST_SHARE))
         masses = masses[kept]
         ids = kept if ids is None else ids[kept]
     chosen = _invert(masses, uniform)
@@ -103,20 +107,27 @@ def _rank(values: Floats, ids: Ids) -> Ids:
 
 
 def _nucleus(masses: Floats, share: float) -> Ids:
-    """Indices of the fewest largest ``masses`` that hold at least ``share`` of the total, largest first.
+    """Ascending indices of the fewest largest ``masses`` that hold ``share`` of the total; of ties the first.
 
-    Widens a partition until the share is inside, so that only likely tokens are ever sorted.
+    Finds the bin of values in which the share is reached and sorts that bin only. The upper half of a
+    positive float's bits, read as an integer, rises with its value: that is the bin.
     """
-    wanted = share * float(masses.sum(dtype=np.float64))
-    count = 64
-    while True:
-        ids = _top_ids(masses, count)
-        if len(ids) == len(masses) or masses[ids].sum(dtype=np.float64) >= wanted:
-            break
-        count *= 8
-    ranked = _rank(masses, ids)
-    running = np.cumsum(masses[ranked], dtype=np.float64)
-    return ranked[: int(np.searchsorted(running, wanted, side="left")) + 1]
+    total = float(masses.sum(dtype=np.float64))
+    # All that lie below this mean together hold less than what may be dropped.
+    ids = np.flatnonzero(masses > (1 - share) * total / len(masses))
+    values = masses[ids]
+    bins = values.view(np.int32) >> 16
+    held = np.bincount(bins, weights=values)[::-1]
+    running = np.cumsum(held)
+    at = min(int(np.searchsorted(running, share * total)), len(held) - 1)
+    edge = len(held) - 1 - at
+    inside = _rank(values, np.flatnonzero(bins == edge))
+    before = running[at] - held[at]
+    size = int(np.searchsorted(before + np.cumsum(values[inside], dtype=np.float64), share * total)) + 1
+    kept = np.concatenate([np.flatnonzero(bins > edge), inside[:size]])
+    kept.sort()
+    chosen: Ids = ids[kept]
+    return chosen
 
 
 def _check_finite(peak: float) -> None:

@@ -1,0 +1,29 @@
+"""MemPool: one elastic memory pool for the KV cache of an instance, and transfers between pools."""
+
+from memserve.mempool.address import Addresses, Origin, Tier
+from memserve.mempool.eviction import EvictionPolicy, LeastRecentlyUsed
+from memserve.mempool.layout import KVLayout
+from memserve.mempool.match import Match
+from memserve.mempool.pool import MemPool
+from memserve.mempool.results import Freed, Inserted, Transferred
+from memserve.mempool.stats import AbortCause, PoolStats
+from memserve.mempool.transfer.endpoint import TransferEndpoint
+from memserve.mempool.transport import Transport
+
+__all__ = [
+    "AbortCause",
+    "Addresses",
+    "EvictionPolicy",
+    "Freed",
+    "Inserted",
+    "KVLayout",
+    "LeastRecentlyUsed",
+    "Match",
+    "MemPool",
+    "Origin",
+    "PoolStats",
+    "Tier",
+    "TransferEndpoint",
+    "Transferred",
+    "Transport",
+]

@@ -100,9 +100,12 @@ class Arena:
     def pointers(self, numbers: BlockNumbers) -> NDArray[np.uint64]:
         """Memory addresses in this process of blocks (int64[n], valid numbers): uint64[n]."""
         if len(self._segments) == 1:
-            return (numbers * self.block_bytes + self._bases[0]).view(np.uint64)
-        at = np.searchsorted(self._firsts, numbers, side="right") - 1
-        return ((numbers - self._firsts[at]) * self.block_bytes + self._bases[at]).view(np.uint64)
+            within, base = numbers, self._bases[0]
+        else:
+            at = np.searchsorted(self._firsts, numbers, side="right") - 1
+            within, base = numbers - self._firsts[at], self._bases[at]
+        pointers: NDArray[np.int64] = within * self.block_bytes + base
+        return pointers.view(np.uint64)
 
     def block_memory(self, number: int) -> NDArray[np.uint8]:
         """The bytes of one block, in place: uint8[block_bytes]."""

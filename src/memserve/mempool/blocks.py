@@ -86,7 +86,8 @@ class BlockTable:
 
     def is_indexed(self, numbers: BlockNumbers) -> NDArray[np.bool_]:
         """Whether each block is in the index."""
-        return (self._uses[numbers] & _INDEXED) != 0
+        indexed: NDArray[np.bool_] = (self._uses[numbers] & _INDEXED) != 0
+        return indexed
 
     def current(self, packed: Packed) -> NDArray[np.bool_]:
         """Whether each address names its block's present generation; any repetition, any numbers."""
@@ -131,6 +132,7 @@ class BlockTable:
     def retain(self, numbers: BlockNumbers) -> None:
         """Add one reference to each; blocks must be indexed or referenced."""
         uses = self._uses[numbers]
+        assert np.count_nonzero(uses) == len(uses), "a free block cannot be retained"
         self.historical -= int(np.count_nonzero(uses == _INDEXED))
         self._uses[numbers] = uses + _ONE_REFERENCE
 

@@ -7,71 +7,34 @@ threads may only read and write the memory of blocks they hold.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Iterable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from memserve.core.clock import Clock
-from memserve.core.errors import ConfigError, InvalidRequest, OutOfBlocks, StaleAddress
+from memserve.core.errors import (
+    ConfigError,
+    InvalidRequest,
+    MemServeError,
+    OutOfBlocks,
+    StaleAddress,
+    TransferAborted,
+)
 from memserve.core.messages import Member, PoolEvents, Removed, Snapshot, Stored
 from memserve.core.types import InstanceId, Namespace, Tokens, pack_tokens
 from memserve.mempool.address import Addresses, BlockNumbers, Origin, Tier, numbers_of
 from memserve.mempool.arena import Arena
 from memserve.mempool.blocks import BlockTable
-from memserve.mempool.eviction import EvictionPolicy, LeastRecentlyUsed
 from memserve.mempool.events import EventLog
+from memserve.mempool.eviction import EvictionPolicy, LeastRecentlyUsed
 from memserve.mempool.index import Dropped, IndexNode, PromptIndex
 from memserve.mempool.layout import KVLayout
 from memserve.mempool.match import Match
 from memserve.mempool.reservations import Completed, Reservation, ReservationTable
+from memserve.mempool.results import Freed, Inserted, Transferred
 from memserve.mempool.stats import AbortCause, Counters, PoolStats
-
-
-@dataclass(frozen=True, slots=True)
-class Freed:
-    """References dropped, and addresses that named nothing the caller could hold any more. Units: blocks."""
-
-    freed: int
-    stale: int
-
-
-@dataclass(frozen=True, slots=True)
-class Inserted:
-    """Blocks that are new in the index, and blocks not taken because others hold the same tokens' KV."""
-
-    new: int
-    duplicate: int
-
-
-@dataclass(frozen=True, slots=True)
-class Transferred:
-    """Of the blocks asked for the receiver ``held`` some already; ``sent`` were copied, ``bytes`` in all."""
-
-    held: int
-    sent: int
-    bytes: int
-
-
-class Transport(Protocol):
-    """What moves blocks to other pools; see ``memserve.mempool.transfer``."""
-
-    def set_peers(self, members: tuple[Member, ...]) -> None: ...
-
-    async def transfer(self, peer: InstanceId, src: Addresses, *, attachment: bytes = b"") -> Transferred: ...
-
-    async def transfer_with_insert(
-        self,
-        peer: InstanceId,
-        tokens: Tokens,
-        src: Addresses,
-        namespace: Namespace,
-        *,
-        origin: Origin,
-        attachment: bytes = b"",
-    ) -> Transferred: ...
+from memserve.mempool.transport import Transport
 
 
 class MemPool:
@@ -208,16 +171,10 @@ class MemPool:
         somebody who may vanish gets ``lease_seconds``, after which :meth:`expire` ends it.
         """
         wanted = tokens if limit_tokens is None else tokens[: max(limit_tokens, 0)]
-        found = self._index.find(namespace, wanted)
-        matched = len(found.blocks) * self.layout.block_tokens
-        self._table.retain(found.blocks)
-        self._eviction.touch(found.path.nodes)
-        self._counters.hit_tokens += matched
-        self._counters.miss_tokens += len(tokens) - matched
         deadline = None if lease_seconds is None else self._clock.now() + lease_seconds
-        origins = self._table.origins_of(found.blocks)
-        lease = Match(self._addresses(found.blocks), origins, matched, deadline, self._end_lease)
-        self._leases.add(lease)
+        lease = self._lease(wanted, namespace, deadline)
+        self._counters.hit_tokens += lease.tokens
+        self._counters.miss_tokens += len(tokens) - lease.tokens
         return lease
 
     def delete(self, tokens: Tokens, namespace: Namespace) -> int:
@@ -290,7 +247,7 @@ class MemPool:
         full = len(tokens) // self.layout.block_tokens
         if len(tokens) and not full <= blocks <= self.layout.blocks_for(len(tokens)):
             raise InvalidRequest(f"{blocks} blocks do not fit {len(tokens)} tokens", field="blocks")
-        with self.match(tokens, namespace) as held:
+        with self._lease(tokens, namespace, None) as held:
             fresh = self.alloc_mem(blocks - len(held.addrs))
             self._table.mark_incoming(numbers_of(fresh.packed), True)
             deadline = self._clock.now() + seconds
@@ -312,20 +269,41 @@ class MemPool:
         reservation.deadline = self._clock.now() + reservation.seconds
         return reservation
 
-    def complete_incoming(self, transfer: str, origin: Origin) -> tuple[Completed, Addresses]:
+    def incoming_deadline(self, transfer: str) -> float | None:
+        """Until when a reservation may stand without progress (clock seconds); None if none stands."""
+        reservation = self._reservations.find(transfer)
+        return None if reservation is None else reservation.deadline
+
+    def complete_incoming(
+        self, transfer: str, origin: Origin, adopt: Callable[[Addresses], None] | None = None
+    ) -> Completed:
         """Publish: the verified blocks become readable and are indexed. Call once per transfer.
 
-        Returns the outcome, and the references to all blocks of the path, now the caller's.
+        ``adopt`` takes over references to all blocks of the path. If it raises they are released, and its
+        error is what the transfer ended with; without it the blocks just stay cached.
         """
         reservation = self._reservations.require(transfer)
         self._table.mark_incoming(numbers_of(reservation.fresh.packed), False)
         addrs = reservation.addrs
         inserted = self.insert(reservation.tokens, addrs, reservation.namespace, origin)
         done = Completed(transfer, inserted.new)
-        self._reservations.end(transfer, done)
+        outcome: Completed | MemServeError = TransferAborted(f"transfer {transfer}: its taker failed")
+        try:
+            if adopt is not None:
+                adopt(addrs)
+            outcome = done
+        except MemServeError as error:
+            outcome = error
+            raise
+        finally:
+            self._reservations.end(transfer, outcome)
+            if outcome is not done:
+                self._counters.aborts[AbortCause.REFUSED] += 1
+            if outcome is not done or adopt is None:
+                self.free_mem(addrs)
         self._counters.received += 1
         self._counters.received_bytes += len(reservation.fresh) * self.layout.block_bytes
-        return done, addrs
+        return done
 
     def abort_incoming(self, transfer: str, cause: AbortCause, reason: str) -> None:
         """End a transfer without publishing and free what it had reserved. Its writer must have stopped.
@@ -398,7 +376,7 @@ class MemPool:
         )
 
     def check(self, holdings: Iterable[Addresses] | None = None) -> None:
-        """Assert every invariant. With ``holdings``, all that callers hold, references must be equal to them."""
+        """Assert every invariant. With ``holdings``, all that callers hold, references must equal them."""
         self._table.check()
         self._index.check()
         indexed = np.zeros(self.blocks, np.bool_)
@@ -427,7 +405,8 @@ class MemPool:
         """Block numbers, once it is sure that the addresses are ours and present."""
         if not self._owns(addrs):
             raise StaleAddress(
-                f"blocks of {addrs.owner_text} mean nothing to {self.instance} (incarnation {self.incarnation})"
+                f"blocks of {addrs.owner_text} mean nothing to {self.instance} "
+                f"(incarnation {self.incarnation})"
             )
         numbers = numbers_of(addrs.packed)
         if not self._table.all_current(addrs.packed, numbers):
@@ -479,6 +458,21 @@ class MemPool:
             current = bool(self._table.current(alone)[0])
             stale += not current or self._table.release(numbers_of(alone)) is not None
         return stale
+
+    def _lease(self, tokens: Tokens, namespace: Namespace, deadline: float | None) -> Match:
+        found = self._index.find(namespace, tokens)
+        numbers = found.blocks
+        self._table.retain(numbers)
+        self._eviction.touch(found.path.nodes)
+        lease = Match(
+            self._addresses(numbers),
+            self._table.origins_of(numbers),
+            len(numbers) * self.layout.block_tokens,
+            deadline,
+            self._end_lease,
+        )
+        self._leases.add(lease)
+        return lease
 
     def _end_lease(self, lease: Match, release: bool) -> None:
         self._leases.discard(lease)

@@ -82,7 +82,7 @@ class ReservationTable:
         """What a published transfer brought, None if it has not ended; raises how it failed otherwise."""
         ended = self._ended.get(transfer)
         if isinstance(ended, MemServeError):
-            raise type(ended)(str(ended))
+            raise ended.with_traceback(None)
         return ended
 
     def require(self, transfer: str) -> Reservation:
@@ -119,7 +119,7 @@ class ReservationTable:
         return self._standing.pop(transfer, None)
 
     def abort(self, transfer: str, reason: str) -> Reservation | None:
-        """End a transfer without publishing; also one that is not known yet, whose request is refused then."""
+        """End a transfer without publishing; one that is not known yet will be refused when it comes."""
         reservation = self._standing.get(transfer)
         error = LeaseExpired if reservation is not None and reservation.revoked else TransferAborted
         return self.end(

@@ -6,7 +6,6 @@ Deterministic: the same state and request give the same decision, so a log repla
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import chain, islice
 from typing import NamedTuple
 
 import msgspec
@@ -18,7 +17,7 @@ from memserve.scheduler.state import InstanceState, Leg, Places, SchedulerState,
 from memserve.scheduler.tree import Holdings
 
 MAX_CANDIDATES = 8
-"""Candidates recorded per leg; the chosen one and those that the reason speaks of are always there."""
+"""Candidates recorded per leg at most: all of a small cluster, of a large one those that explain the choice."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,7 +30,7 @@ class RouteRequest:
     session: str | None = None
 
 
-class Candidate(msgspec.Struct, frozen=True):
+class Candidate(msgspec.Struct, frozen=True, gc=False):
     """A place as it looked at the time of the decision.
 
     ``queued_tokens`` are ahead of the request: prompt tokens to compute where it would prefill, tokens
@@ -46,7 +45,7 @@ class Candidate(msgspec.Struct, frozen=True):
     chosen: bool
 
 
-class Decision(msgspec.Struct, frozen=True):
+class Decision(msgspec.Struct, frozen=True, gc=False):
     """Where a request runs and why. ``decode`` None: where it prefills. Candidates are ordered by id.
 
     ``matched_prefill`` and ``matched_decode`` are the tokens of the prompt believed to be held there;
@@ -133,13 +132,15 @@ def _record_candidates(places: Places, held: Holdings, choice: Choice) -> tuple[
 
 
 def _select(places: Places, held: Holdings, choice: Choice) -> list[InstanceState]:
-    """All places when they are few; else those that matter most: chosen, considered, longest holders."""
+    """All places when they are few; else the chosen one, what the reason speaks of, and a longest holder."""
     if len(places.instances) <= MAX_CANDIDATES:
         return list(places.instances)
-    names = dict.fromkeys([choice.place.instance, *(place.instance for place in choice.considered)])
-    holders = chain.from_iterable(tier.instances() for tier in held.tiers)
-    names.update(dict.fromkeys(islice(holders, MAX_CANDIDATES)))
-    return [places.by_id[name] for name in names if name in places.by_id][:MAX_CANDIDATES]
+    longest = places.by_id.get(next(held.tiers[0].instances())) if held.tiers else None
+    selected = [choice.place]
+    for place in (longest, *choice.considered):
+        if place is not None and place not in selected and len(selected) < MAX_CANDIDATES:
+            selected.append(place)
+    return selected
 
 
 def _by_id(place: InstanceState) -> InstanceId:

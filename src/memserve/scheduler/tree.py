@@ -262,7 +262,8 @@ def _release(tree: RadixTree[Holders], node: Node[Holders], bit: int, keep: int)
         lower.payload.set_depth(bit, left, size)
         freed += before - left
         if before == size:
-            waiting.extend((child, 0) for child in lower.children.values())
+            below = lower.children.values()
+            waiting.extend((child, 0) for child in below if child.payload.full & bit or child.payload.ends)
         if not lower.payload.full:
             unheld.append(lower)
     for lower in unheld:

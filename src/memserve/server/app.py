@@ -19,7 +19,7 @@ from memserve.server.backend import Backend
 from memserve.server.chat import ChatEndpoint
 from memserve.server.completions import CompletionEndpoint
 from memserve.server.door import Door
-from memserve.server.errors import ErrorBody, on_bug, on_http_exception, on_known_error
+from memserve.server.errors import ErrorBody, on_http_exception, on_known_error
 from memserve.server.metrics import Metrics
 from memserve.server.middleware import EveryRequest
 from memserve.server.operations import ClusterBody, HealthBody, OperationEndpoints
@@ -52,7 +52,6 @@ def create_app(
     _add_routes(app, door)
     app.add_exception_handler(MemServeError, on_known_error)
     app.add_exception_handler(HTTPException, on_http_exception)
-    app.add_exception_handler(Exception, on_bug)
     app.add_middleware(EveryRequest, metrics=metrics, api_key=config.api_key)
     return app
 
@@ -80,6 +79,7 @@ def _add_routes(app: FastAPI, door: Door) -> None:
     ):
         app.add_api_route(path, endpoint, methods=["GET"], openapi_extra=schemas.describe(schema))
     app.add_api_route("/v1/decisions/{request_id}", operations.show_decision, methods=["GET"])
+    app.add_api_route("/v1/traces/{request_id}", operations.show_trace, methods=["GET"])
     app.add_api_route("/metrics", operations.show_metrics, methods=["GET"])
 
 

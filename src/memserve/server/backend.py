@@ -8,6 +8,7 @@ from typing import Literal, Protocol
 
 import msgspec
 
+from memserve.core.messages import Trace
 from memserve.core.types import FinishReason, Ledger, RequestId, SamplingParams, TokenLogprob, Tokens
 
 
@@ -144,4 +145,8 @@ class Backend(Protocol):
 
     def decision(self, request: RequestId) -> object | None:
         """The recorded scheduling decision, as anything ``msgspec`` can encode; None when not known."""
+        ...
+
+    def trace(self, request: RequestId) -> tuple[Trace, ...]:
+        """The rooms that a traced request has passed, in order of time; empty when not known."""
         ...

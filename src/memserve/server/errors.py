@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from http import HTTPStatus
 
 import msgspec
@@ -11,8 +10,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from memserve.core.errors import InvalidRequest, MemServeError, NoInstance, Overloaded, PeerLost
-
-log = logging.getLogger(__name__)
 
 RETRY_SECONDS = 1
 """What ``Retry-After`` says: membership and queues change within about a second."""
@@ -108,8 +105,8 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
     return _respond(error.status_code, ErrorObject(text, _INVALID, None, code), dict(error.headers or {}))
 
 
-async def on_bug(request: Request, error: Exception) -> Response:
-    """FastAPI exception handler for everything else; the framework raises it again for the server's log."""
+def bug_response() -> Response:
+    """For an exception that nobody raised on purpose."""
     return _respond(HTTPStatus.INTERNAL_SERVER_ERROR, internal_error().error, {"x-should-retry": "false"})
 
 

@@ -1,8 +1,12 @@
-"""What happens to every HTTP request: it gets an id, is counted and timed, and may need an API key."""
+"""What happens to every HTTP request: it gets an id, is counted and timed, and may need an API key.
+
+This is the edge where bugs become a 500 and a traceback in the log.
+"""
 
 from __future__ import annotations
 
 import hmac
+import logging
 import re
 import uuid
 
@@ -10,8 +14,10 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from memserve.server.errors import unauthorized_response
+from memserve.server.errors import bug_response, unauthorized_response
 from memserve.server.metrics import Metrics
+
+log = logging.getLogger(__name__)
 
 REQUEST_ID = "x-request-id"
 _SAFE_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
@@ -52,6 +58,11 @@ class EveryRequest:
                 await self._app(scope, receive, send_marked)
             else:
                 await unauthorized_response()(scope, receive, send_marked)
+        except Exception:
+            log.exception("bug in request %s", request_id)
+            if status != _DISCONNECTED:
+                raise
+            await bug_response()(scope, receive, send_marked)
         finally:
             self._metrics.end_request(_endpoint(scope), status, arrived)
 

@@ -12,7 +12,7 @@ from starlette.responses import Response
 from memserve.core.errors import InvalidRequest, MemServeError
 from memserve.core.types import RequestId
 from memserve.server.backend import ClusterView, Health, InstanceView, LostInstance, TreeView
-from memserve.server.door import Door, now
+from memserve.server.door import TRACE_HEADER, Door, now
 from memserve.server.metrics import CONTENT_TYPE
 from memserve.server.responses import json_response
 from memserve.server.schemas import ModelCard, ModelList
@@ -66,6 +66,22 @@ class ClusterBody(msgspec.Struct, frozen=True):
     trees: tuple[TreeView, ...]
 
 
+class TraceEntry(msgspec.Struct, frozen=True):
+    """A room that a request entered; ``at`` is a monotonic clock shared by this machine, s."""
+
+    instance: str
+    room: str
+    event: str
+    at: float
+
+
+class TraceBody(msgspec.Struct, frozen=True):
+    """Body of ``GET /v1/traces/{id}``."""
+
+    request: str
+    entries: tuple[TraceEntry, ...]
+
+
 class OperationEndpoints:
     """The endpoints; ``door`` is all they work with."""
 
@@ -89,12 +105,16 @@ class OperationEndpoints:
         """Why a request ran where it ran. ``request_id`` is the answer's ``id``."""
         decision = self._door.backend.decision(RequestId(request_id))
         if decision is None:
-            raise InvalidRequest(
-                f"No decision is kept for {request_id!r}; only those of recent requests are.",
-                field="request_id",
-                code="not_found",
-            )
+            raise _not_kept("decision", request_id, "only those of recent requests are")
         return json_response(decision)
+
+    async def show_trace(self, request_id: str) -> Response:
+        """The rooms that a request passed, if it was sent with ``x-memserve-trace: 1``."""
+        traces = self._door.backend.trace(RequestId(request_id))
+        if not traces:
+            raise _not_kept("trace", request_id, f"send the request with the header {TRACE_HEADER}: 1")
+        entries = tuple(TraceEntry(one.instance, one.room, one.event, one.at) for one in traces)
+        return json_response(TraceBody(request_id, entries))
 
     async def show_health(self) -> Response:
         """200 while requests can be served, also with fewer instances than configured; else 503."""
@@ -112,6 +132,11 @@ class OperationEndpoints:
 
     def _card(self, name: str) -> ModelCard:
         return ModelCard(name, self._created, self._door.limits.context)
+
+
+def _not_kept(what: str, request_id: str, remedy: str) -> InvalidRequest:
+    text = f"No {what} is kept for request_id {request_id!r}; {remedy}."
+    return InvalidRequest(text, field="request_id", code="not_found")
 
 
 def health_body(health: Health) -> HealthBody:

@@ -13,7 +13,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from pathlib import Path
 
 import msgspec
@@ -194,9 +194,9 @@ class _Cluster:
         )
 
 
-async def _until(starting: object, stop: asyncio.Event) -> None:
+async def _until(starting: Coroutine[None, None, None], stop: asyncio.Event) -> None:
     """Wait for ``starting`` to end or ``stop`` to be set, whichever is first; errors come through."""
-    task = asyncio.ensure_future(starting)  # type: ignore[arg-type]
+    task = asyncio.create_task(starting)
     stopping = asyncio.create_task(stop.wait())
     await asyncio.wait((task, stopping), return_when=asyncio.FIRST_COMPLETED)
     stopping.cancel()

@@ -15,7 +15,7 @@ import os
 import socket
 import struct
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import msgspec
 
@@ -104,9 +104,8 @@ class Connection(asyncio.Protocol):
     # --- for asyncio ---
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
-        if not _same_user(transport):
+        self._transport = cast(asyncio.Transport, transport)
+        if not _same_user(self._transport):
             log.warning("refused a connection from another user")
             self.close("other user")
 

@@ -96,6 +96,14 @@ def test_our_own_stall_is_nobodys_silence(serving: Membership) -> None:
     assert MemberLost(P0, 1, "no heartbeat for 1.75 s", left=False) in tick(serving, 10.0, 13.0)
 
 
+def test_silence_before_our_stall_still_counts(serving: Membership) -> None:
+    tick(serving, 0.0, 1.0)
+    assert serving.apply(Tick(), 11.0) == []
+    assert state_of(serving) is MemberState.SUSPECT
+    tick(serving, 11.0, 11.5)
+    assert state_of(serving) is MemberState.DEAD
+
+
 def test_slow_start_ends_at_the_start_timeout(membership: Membership) -> None:
     membership.apply(Joined(P0, 1, Role.PREFILL), 0.0)
     assert membership.apply(Tick(), 30.0) == []

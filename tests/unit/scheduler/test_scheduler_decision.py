@@ -72,11 +72,18 @@ def test_large_clusters_record_the_candidates_that_matter(cluster) -> None:
     decision = decide(cluster.request("r"), cluster.state, PROMPT_TREE, now=0)
     assert decision.prefill == "p20"
     assert [c.instance for c in decision.prefill_candidates] == ["p00", "p20", "p30"]
-    for n in range(40):
-        cluster.apply(f"p{n:02}", 0 if n not in (20, 30) else 1, cluster.stored(0, 1))
-    decision = decide(cluster.request("r"), cluster.state, PROMPT_TREE, now=0)
+    least = decide(cluster.request("r"), cluster.state, policy_by_name("least-load"), now=0)
+    assert [(c.instance, c.matched_tokens) for c in least.prefill_candidates] == [("p00", 0), ("p30", 48)]
+
+
+def test_recorded_candidates_are_bounded(cluster) -> None:
+    cluster.add("d0", *(f"p{n:02}" for n in range(40)))
+    for n in range(20, 40):
+        cluster.apply(f"p{n}", 0, cluster.stored(0, n))
+        cluster.report(f"p{n}", tokens_to_prefill=10_000)
+    decision = decide(cluster.request("r", blocks=40), cluster.state, PROMPT_TREE, now=0)
     assert len(decision.prefill_candidates) == MAX_CANDIDATES
-    assert {"p20", "p30"} <= {c.instance for c in decision.prefill_candidates}
+    assert [c.instance for c in decision.prefill_candidates if c.chosen] == ["p00"]
 
 
 def test_deciding_changes_nothing(cluster) -> None:

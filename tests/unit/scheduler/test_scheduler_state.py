@@ -50,6 +50,7 @@ def test_events_known_already_are_skipped(cluster) -> None:
     cluster.add("p0")
     cluster.apply("p0", 0, cluster.stored(0, 2), cluster.removed(0, 2, keep=0))
     assert cluster.apply("p0", 0, cluster.stored(0, 2)) is APPLIED
+    assert cluster.held(Leg.PREFILL, 0, 2) == {}
     assert cluster.apply("p0", 1, cluster.removed(0, 2, keep=0), cluster.stored(9, 1)) is APPLIED
     assert cluster.held(Leg.PREFILL, 0, 2) == {}
     assert cluster.held(Leg.PREFILL, 9, 1) == {"p0": 1}

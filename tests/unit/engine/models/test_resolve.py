@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -49,12 +51,20 @@ def test_hub_ids_need_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
         resolve_model("org/model")
 
 
-def test_offline_mode_is_honoured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    hub = pytest.importorskip("huggingface_hub")
-    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(ModelError, match="'org/model' cannot be fetched from the hub"):
-        resolve_model("org/model")
+def test_offline_mode_is_honoured(tmp_path: Path) -> None:
+    """In a process of its own, because the hub library reads its environment when it is imported."""
+    pytest.importorskip("huggingface_hub")
+    script = "from memserve.engine.models.resolve import resolve_model; resolve_model('org/model')"
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert "ModelError: model 'org/model' cannot be fetched from the hub" in result.stderr
 
 
 @pytest.mark.model

@@ -1,0 +1,163 @@
+// A Llama-family decoder on pool memory: packed weights, scratch for a tile of rows, and the order of operations.
+// Keeps no KV; knows no instruction set (see kernels.h) and no Python.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "kernels.h"
+#include "memory.h"
+#include "threads.h"
+
+namespace memserve {
+
+struct ModelShape {
+  int layers;
+  int hidden;
+  int heads;
+  int kv_heads;
+  int head_dim;
+  int feed_forward;
+  int vocabulary;
+  float rms_epsilon;
+
+  int query_size() const { return heads * head_dim; }
+  int kv_size() const { return kv_heads * head_dim; }
+  int qkv_size() const { return query_size() + 2 * kv_size(); }
+};
+
+// Cosines and sines of the rotary embedding, [positions][head_dim / 2].
+struct RopeTable {
+  std::vector<float> cosines;
+  std::vector<float> sines;
+  int positions;
+};
+
+// Row-major [outputs][inputs] float weights of one layer, as they were loaded.
+struct LayerSource {
+  const float* attention_norm;
+  const float* q;
+  const float* k;
+  const float* v;
+  const float* o;
+  const float* ffn_norm;
+  const float* gate;
+  const float* up;
+  const float* down;
+};
+
+// See ForwardBatch in engine/runners/base.py.
+struct Batch {
+  const int32_t* tokens;
+  const int32_t* positions;
+  int rows;
+  const int32_t* starts;
+  int sequences;
+  const uint64_t* blocks;
+  int width;
+  const int32_t* logit_rows;
+  int wanted;
+};
+
+class Model {
+ public:
+  Model(const ModelShape& shape, RopeTable rope, const Kernels& kernels, int threads, bool pin);
+
+  const ModelShape& shape() const { return shape_; }
+  const Kernels& kernels() const { return kernels_; }
+  size_t weight_bytes() const { return weights_used_ * sizeof(Bf16); }
+
+  void set_layer(int index, const LayerSource& source);
+  void set_embedding(const float* embedding);
+  // `head` null: tied to the embedding.
+  void set_output(const float* norm, const float* head);
+
+  // Throws std::invalid_argument if the batch does not hold together, before anything is written.
+  void check(const Batch& batch) const;
+  // logits: [wanted][vocabulary]. The batch must have passed check().
+  void forward(const Batch& batch, float* logits);
+
+ private:
+  struct Layer {
+    std::vector<float> attention_norm;
+    std::vector<float> ffn_norm;
+    PackedMatrix qkv;
+    PackedMatrix o;
+    PackedMatrix gate_up;
+    PackedMatrix down;
+  };
+
+  // Consecutive rows of one sequence that attend together.
+  struct RowGroup {
+    int first_row;
+    int rows;
+    int first_position;
+    const uint64_t* blocks;
+    bool is_split;          // one work item per segment
+    size_t partials_offset;  // floats
+
+    int segments() const { return (first_position + rows - 1) / kSegmentTokens + 1; }
+  };
+
+  struct AttentionItem {
+    int group;
+    int kv_head;
+    Range segments;
+  };
+
+  // The part of a batch that goes through all layers together.
+  struct Tile {
+    Range rows;                             // of the batch
+    std::vector<const uint64_t*> blocks;    // of each row's sequence
+    std::vector<RowGroup> groups;
+    std::vector<AttentionItem> items;
+    std::vector<AttentionItem> merges;
+    size_t partials = 0;  // floats
+  };
+
+  PackedMatrix allocate(int columns, int depth);
+  void pack(const PackedMatrix& matrix, const std::vector<const float*>& rows, int depth);
+  std::vector<float> padded(const float* values) const;
+
+  Tile plan(const Batch& batch, Range rows) const;
+  void add_groups(Tile& tile, const Batch& batch, int sequence) const;
+  void add_items(Tile& tile) const;
+  void embed(const Batch& batch, const Tile& tile);
+  void run_layer(const Batch& batch, const Tile& tile, int index);
+  void normalise_rows(const float* weight, int rows);
+  void normalise_row(const float* input, const float* weight, Bf16* output) const;
+  void place_rows(const Batch& batch, const Tile& tile, const Heads& heads);
+  void attend(const Tile& tile, const Heads& heads);
+  Attention attention_of(const Tile& tile, const Heads& heads, const AttentionItem& item) const;
+  void write_logits(const Batch& batch, const Tile& tile, float* logits);
+  void multiply(const Matmul& job, int rows);
+  Heads heads_of(int layer) const;
+
+  ModelShape shape_;
+  RopeTable rope_;
+  const Kernels& kernels_;
+  ThreadPool pool_;
+
+  Buffer<Bf16> weights_;
+  size_t weights_used_ = 0;
+  PackedMatrix embedding_{};
+  PackedMatrix head_{};
+  std::vector<Layer> layers_;
+  std::vector<float> output_norm_;
+
+  int padded_hidden_;
+  size_t normed_stride_;
+  size_t attended_stride_;
+  size_t gated_stride_;
+  Buffer<float> residual_;
+  Buffer<Bf16> normed_;
+  Buffer<float> qkv_;
+  Buffer<Bf16> queries_;
+  Buffer<Bf16> attended_;
+  Buffer<Bf16> gated_;
+  Buffer<float> partials_;
+  size_t scratch_bytes_;
+  Buffer<char> scratch_;
+};
+
+}  // namespace memserve

@@ -1,0 +1,30 @@
+"""Answers of MemPool calls, as values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Freed:
+    """References dropped, and addresses that named nothing the caller could hold any more. Units: blocks."""
+
+    freed: int
+    stale: int
+
+
+@dataclass(frozen=True, slots=True)
+class Inserted:
+    """Blocks that are new in the index, and blocks not taken because others hold the same tokens' KV."""
+
+    new: int
+    duplicate: int
+
+
+@dataclass(frozen=True, slots=True)
+class Transferred:
+    """Of the blocks asked for the receiver ``held`` some already; ``sent`` were copied, ``bytes`` in all."""
+
+    held: int
+    sent: int
+    bytes: int

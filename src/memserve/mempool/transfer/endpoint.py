@@ -1,0 +1,224 @@
+"""A pool's place on the wire: listens for peers, shakes hands with them, sends blocks to them.
+
+Knows who lives and which connection leads to whom; ``sender`` and ``receiver`` know how a transfer goes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from memserve.core.clock import Clock
+from memserve.core.errors import CorruptBlock, InvalidRequest, PeerLost, ProtocolError, StaleAddress
+from memserve.core.messages import Hello, Member, PeerMessage
+from memserve.core.types import InstanceId, Namespace, Tokens
+from memserve.mempool.address import Addresses, Origin
+from memserve.mempool.pool import MemPool
+from memserve.mempool.results import Transferred
+from memserve.mempool.transfer.receiver import Adopt, Receiver, require_same_layout
+from memserve.mempool.transfer.sender import OutboundLink, SendLimits, SendOrder
+from memserve.mempool.transfer.shm import DescriptorServer, receive_arena
+from memserve.wire import connect, listen
+
+_NO_TOKENS = np.empty(0, np.int32)
+_NO_NAMESPACE = Namespace(model="")
+_WORKERS = 2
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+class TransferEndpoint:
+    """Connects ``pool`` to other pools, and attaches itself to it.
+
+    ``reserve_seconds`` is how long a receiver keeps blocks for a transfer without progress, ``call_seconds``
+    how long a peer may take to answer. ``observe`` is told each step of a sent transfer (``reserved``,
+    ``copied``, ``published``): for traces, and for tests that stop the process in between.
+    """
+
+    def __init__(
+        self,
+        pool: MemPool,
+        clock: Clock,
+        *,
+        reserve_seconds: float = 30.0,
+        call_seconds: float = 10.0,
+        observe: Callable[[str], None] | None = None,
+    ) -> None:
+        self.on_adopt: Adopt | None = None
+        """Takes over the blocks of transfers to here that come with an attachment."""
+        self._pool = pool
+        self._clock = clock
+        self._limits = SendLimits(reserve_seconds, call_seconds)
+        self._observe = observe or (lambda step: None)
+        self._workers = ThreadPoolExecutor(_WORKERS, thread_name_prefix="memserve-copy")
+        self._members: dict[InstanceId, Member] = {}
+        self._links: dict[InstanceId, OutboundLink] = {}
+        self._connecting: dict[InstanceId, asyncio.Lock] = {}
+        self._numbers = itertools.count(1)
+        self._hello = _hello_of(pool, fd_address="")
+        self._receiver = Receiver(pool, clock, self._workers, self._adopt)
+        self._server: asyncio.Server | None = None
+        self._descriptors: DescriptorServer | None = None
+        pool.attach(self)
+
+    async def start(self, address: str) -> None:
+        """Listen for peers at ``address``, an abstract Unix socket (``@name``)."""
+        assert self._server is None, "an endpoint is started once"
+        self._hello = _hello_of(self._pool, fd_address=f"{address}-arena")
+        self._receiver.hello = self._hello
+        self._descriptors = DescriptorServer(self._hello.fd_address, self._pool.arena, self._pool.incarnation)
+        self._server = await listen(address, PeerMessage, self._receiver.accept)
+
+    async def close(self) -> None:
+        """Stop copying, end all connections, free what peers had reserved."""
+        for link in list(self._links.values()):
+            link.close("the pool is closing")
+        if self._server is not None:
+            self._server.close()
+        if self._descriptors is not None:
+            self._descriptors.close()
+        await self._receiver.close()
+        await asyncio.get_running_loop().run_in_executor(None, self._workers.shutdown)
+
+    # --- peers ---
+
+    async def connect(self, member: Member) -> None:
+        """Shake hands with a pool now; otherwise the first transfer does.
+
+        Raises ``PeerLost``, ``LayoutMismatch``, or ``StaleAddress`` when another life of the peer answers.
+        """
+        self._members[member.instance] = member
+        await self._link(member.instance)
+
+    def set_peers(self, members: tuple[Member, ...]) -> None:
+        """All other pools that live. Who is missing is dead: its reservations here are freed."""
+        living = {member.instance: member for member in members}
+        for instance, member in self._members.items():
+            now = living.get(instance)
+            if now is None or now.incarnation != member.incarnation:
+                self.drop_peer(instance, f"{instance} has left the cluster")
+        self._members = living
+
+    def drop_peer(self, instance: InstanceId, reason: str) -> None:
+        """A death notice: end both connections with ``instance`` and free what it had reserved.
+
+        Its process must be gone: a living one could still write to blocks that are used again.
+        """
+        link = self._links.pop(instance, None)
+        if link is not None:
+            link.close(reason)
+        self._receiver.drop_peer(instance, reason)
+
+    # --- transfers ---
+
+    async def transfer(self, peer: InstanceId, src: Addresses, *, attachment: bytes = b"") -> Transferred:
+        """Copy ``src`` to new blocks of ``peer``; ``attachment`` tells its taker there what they are."""
+        if not attachment:
+            raise InvalidRequest("without an attachment nobody would hold the copies", field="attachment")
+        return await self._send(peer, _NO_TOKENS, src, _NO_NAMESPACE, Origin.PEER, attachment)
+
+    async def transfer_with_insert(
+        self,
+        peer: InstanceId,
+        tokens: Tokens,
+        src: Addresses,
+        namespace: Namespace,
+        *,
+        origin: Origin = Origin.PEER,
+        attachment: bytes = b"",
+    ) -> Transferred:
+        """See ``MemPool.transfer_with_insert``."""
+        layout = self._pool.layout
+        wanted = layout.blocks_for(len(tokens)) if attachment else len(tokens) // layout.block_tokens
+        if len(src) < wanted:
+            raise InvalidRequest(f"{len(src)} addresses for {wanted} blocks of tokens", field="src")
+        if wanted == 0:
+            return Transferred(0, 0, 0)
+        return await self._send(peer, tokens, src[:wanted], namespace, origin, attachment)
+
+    # --- inside ---
+
+    async def _send(
+        self,
+        peer: InstanceId,
+        tokens: Tokens,
+        src: Addresses,
+        namespace: Namespace,
+        origin: Origin,
+        attachment: bytes,
+    ) -> Transferred:
+        self._pool.retain(src)
+        try:
+            link = await self._link(peer)
+            order = SendOrder(tokens, src, namespace, origin, attachment)
+            try:
+                done = await link.send(self._next_transfer(), order)
+            except CorruptBlock:
+                done = await link.send(self._next_transfer(), order)
+        finally:
+            self._pool.free_mem(src)
+        self._pool.count_sent(done.bytes)
+        return done
+
+    def _next_transfer(self) -> str:
+        return f"{self._pool.instance}/{self._pool.incarnation}/{next(self._numbers)}"
+
+    async def _link(self, peer: InstanceId) -> OutboundLink:
+        async with self._connecting.setdefault(peer, asyncio.Lock()):
+            link = self._links.get(peer)
+            if link is None or link.closed:
+                link = self._links[peer] = await self._shake_hands(peer)
+            return link
+
+    async def _shake_hands(self, peer: InstanceId) -> OutboundLink:
+        member = self._members.get(peer)
+        if member is None:
+            raise PeerLost(f"{peer} is not a living member of the cluster")
+        timeout = self._limits.call_seconds
+        link = OutboundLink(self._pool.arena, self._clock, self._workers, self._limits, self._observe)
+        connection = await connect(member.peer_address, PeerMessage, link, timeout)
+        connection.label = peer
+        try:
+            hello = await connection.call(self._hello, timeout)
+            self._require_usable(hello, member)
+            arena = await asyncio.get_running_loop().run_in_executor(
+                self._workers, receive_arena, hello, self._pool.layout.block_bytes, timeout
+            )
+        except BaseException:
+            connection.close("the handshake failed")
+            raise
+        link.open(connection, hello, arena)
+        return link
+
+    def _require_usable(self, hello: Hello, member: Member) -> None:
+        if not isinstance(hello, Hello):
+            raise ProtocolError(f"{member.instance} answered {type(hello).__name__} to Hello")
+        require_same_layout(self._hello, hello)
+        if (hello.instance, hello.incarnation) != (member.instance, member.incarnation):
+            raise StaleAddress(
+                f"{member.peer_address} is {hello.instance} (incarnation {hello.incarnation}), not "
+                f"{member.instance} (incarnation {member.incarnation})"
+            )
+        if hello.host != self._hello.host:
+            raise PeerLost(f"{member.instance} is on another host; shared memory does not reach it")
+
+    def _adopt(self, attachment: bytes, addrs: Addresses) -> None:
+        if self.on_adopt is None:
+            raise InvalidRequest(f"{self._pool.instance} does not take over attachments", field="attachment")
+        self.on_adopt(attachment, addrs)
+
+
+def _hello_of(pool: MemPool, fd_address: str) -> Hello:
+    return Hello(
+        pool.instance,
+        pool.incarnation,
+        pool.layout.fingerprint,
+        pool.layout.text,
+        _BOOT_ID.read_text().strip(),
+        fd_address,
+        tuple((blocks, blocks * pool.layout.block_bytes) for blocks in pool.arena.segment_blocks),
+    )

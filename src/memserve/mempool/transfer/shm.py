@@ -1,0 +1,112 @@
+"""The shared-memory backend: hands out the arena's descriptors, maps a peer's, copies block by block.
+
+Descriptors travel over an abstract Unix socket to processes of the same user; nothing has a name in the
+file system. A copy is one pass of native code without the GIL, which also computes the checksums.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+import struct
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from memserve._native import copy_blocks
+from memserve.core.errors import PeerLost, StaleAddress, TransferAborted
+from memserve.core.messages import Hello
+from memserve.mempool.arena import Arena
+from memserve.mempool.transfer.plan import Step
+from memserve.wire.connection import open_socket
+
+log = logging.getLogger(__name__)
+
+_CREDENTIALS = struct.Struct("3i")
+_INCARNATION = struct.Struct("<Q")
+_MOST_SEGMENTS = 64
+
+
+class DescriptorServer:
+    """Gives the arena's descriptors to whoever of the same user connects to ``address`` (``@name``)."""
+
+    def __init__(self, address: str, arena: Arena, incarnation: int) -> None:
+        self.address = address
+        self._arena = arena
+        self._incarnation = incarnation
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._socket.setblocking(False)
+        self._socket.bind("\0" + address.removeprefix("@"))
+        self._socket.listen()
+        asyncio.get_running_loop().add_reader(self._socket.fileno(), self._serve)
+
+    def close(self) -> None:
+        asyncio.get_running_loop().remove_reader(self._socket.fileno())
+        self._socket.close()
+
+    def _serve(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            asked, _ = self._socket.accept()
+            with asked:
+                self._send(asked)
+
+    def _send(self, asked: socket.socket) -> None:
+        raw = asked.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        if _CREDENTIALS.unpack(raw)[1] not in (os.getuid(), 0):
+            log.warning("refused the arena to a process of another user")
+            return
+        with contextlib.suppress(OSError):
+            socket.send_fds(asked, [_INCARNATION.pack(self._incarnation)], self._arena.fds)
+
+
+def receive_arena(hello: Hello, block_bytes: int, timeout: float) -> Arena:
+    """Map the arena of the peer that said ``hello``. Blocks for at most about ``timeout`` seconds.
+
+    Raises ``PeerLost``, ``StaleAddress`` when another life of the peer answers, ``LayoutMismatch``.
+    """
+    try:
+        with open_socket(hello.fd_address, timeout) as asked:
+            raw, fds, _, _ = socket.recv_fds(asked, _INCARNATION.size, _MOST_SEGMENTS)
+    except OSError as error:
+        raise PeerLost(f"{hello.instance} does not hand out its arena: {error}") from error
+    with _closing(fds):
+        if len(raw) < _INCARNATION.size or len(fds) != len(hello.segments):
+            raise PeerLost(f"{hello.instance} handed out {len(fds)} of {len(hello.segments)} segments")
+        if _INCARNATION.unpack(raw)[0] != hello.incarnation:
+            raise StaleAddress(f"{hello.instance} was restarted during the handshake; connect again")
+        return Arena.attach(block_bytes, fds, [blocks for blocks, _ in hello.segments])
+
+
+class SharedMemoryCopy:
+    """One transfer's copying, for a worker thread."""
+
+    def __init__(self, own: Arena, peer: Arena, steps: list[Step]) -> None:
+        self._own = own
+        self._peer = peer
+        self._steps = steps
+
+    def run(self, may_go_on: Callable[[], bool]) -> NDArray[np.uint64]:
+        """Copy all steps; returns the checksum of each block: uint64[n].
+
+        Asks ``may_go_on`` before each step. Raises ``TransferAborted`` when told to stop.
+        """
+        checksums = [np.empty(0, np.uint64)]
+        for step in self._steps:
+            if not may_go_on():
+                raise TransferAborted("the copy was stopped half-way; nothing was published")
+            targets, sources = self._peer.pointers(step.dst), self._own.pointers(step.src)
+            checksums.append(copy_blocks(targets, sources, self._own.block_bytes))
+        return np.concatenate(checksums)
+
+
+@contextlib.contextmanager
+def _closing(fds: list[int]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for fd in fds:
+            os.close(fd)

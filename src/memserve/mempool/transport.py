@@ -1,0 +1,29 @@
+"""What a pool asks of whoever moves its blocks to other pools."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from memserve.core.messages import Member
+from memserve.core.types import InstanceId, Namespace, Tokens
+from memserve.mempool.address import Addresses, Origin
+from memserve.mempool.results import Transferred
+
+
+class Transport(Protocol):
+    """Moves blocks to other pools; contracts as in ``MemPool``, which hands its calls down."""
+
+    def set_peers(self, members: tuple[Member, ...]) -> None: ...
+
+    async def transfer(self, peer: InstanceId, src: Addresses, *, attachment: bytes) -> Transferred: ...
+
+    async def transfer_with_insert(
+        self,
+        peer: InstanceId,
+        tokens: Tokens,
+        src: Addresses,
+        namespace: Namespace,
+        *,
+        origin: Origin,
+        attachment: bytes,
+    ) -> Transferred: ...

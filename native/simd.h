@@ -6,8 +6,10 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace memserve {
@@ -95,11 +97,12 @@ inline __attribute__((always_inline)) Result each_part(Function function) {
 }
 
 inline NativeFloats native_multiply_add(NativeFloats a, NativeFloats b, NativeFloats c) {
-#if defined(__FMA__) || defined(__aarch64__)
-  NativeFloats result;
-#pragma GCC unroll 8
-  for (int i = 0; i < kNativeLanes; ++i) result[i] = __builtin_fmaf(a[i], b[i], c[i]);
-  return result;
+#if defined(__FMA__)
+  return reinterpret_cast<NativeFloats>(
+      _mm256_fmadd_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(c)));
+#elif defined(__aarch64__)
+  return reinterpret_cast<NativeFloats>(vfmaq_f32(reinterpret_cast<float32x4_t>(c), reinterpret_cast<float32x4_t>(a),
+                                                  reinterpret_cast<float32x4_t>(b)));
 #else
   return a * b + c;
 #endif

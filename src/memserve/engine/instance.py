@@ -16,6 +16,7 @@ import sys
 from typing import Any
 
 import msgspec
+import uvloop
 
 from memserve.cluster.heartbeat import HeartbeatThread
 from memserve.core.clock import MonotonicClock
@@ -190,7 +191,7 @@ def run_from_stdin() -> int:
         print(f"memserve instance: bad settings on standard input: {error}", file=sys.stderr)
         return 2
     try:
-        asyncio.run(_run(settings))
+        uvloop.run(_run(settings))
     except MemServeError as error:
         print(f"memserve: {settings.instance} stopped: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1

@@ -114,7 +114,7 @@ def _nucleus(masses: Floats, share: float) -> Ids:
     """
     total = float(masses.sum(dtype=np.float64))
     # All that lie below this mean together hold less than what may be dropped.
-    ids = np.flatnonzero(masses > (1 - share) * total / len(masses))
+    ids = np.flatnonzero(masses >= (1 - share) * total / len(masses))
     values = masses[ids]
     bins = values.view(np.int32) >> 16
     held = np.bincount(bins, weights=values)[::-1]

@@ -156,6 +156,16 @@ class PromptIndex:
         assert len(np.unique(blocks)) == len(blocks), "a block is indexed twice"
 
 
+def path_to(node: IndexNode) -> list[IndexNode]:
+    """``node`` and what lies above it, from the bottom up."""
+    path = []
+    above: IndexNode | None = node
+    while above is not None:
+        path.append(above)
+        above = above.parent
+    return path
+
+
 def _join(parts: list[NDArray[np.int32]]) -> BlockNumbers:
     if len(parts) == 1:
         return parts[0].astype(np.int64)

@@ -28,7 +28,7 @@ from memserve.mempool.arena import Arena
 from memserve.mempool.blocks import BlockTable
 from memserve.mempool.events import EventLog
 from memserve.mempool.eviction import EvictionPolicy, LeastRecentlyUsed
-from memserve.mempool.index import Dropped, IndexNode, PromptIndex
+from memserve.mempool.index import Dropped, IndexNode, PromptIndex, path_to
 from memserve.mempool.layout import KVLayout
 from memserve.mempool.match import Match
 from memserve.mempool.reservations import Completed, Reservation, ReservationTable
@@ -143,18 +143,16 @@ class MemPool:
         found = self._index.find(namespace, tokens)
         known = len(found.blocks)
         duplicate = int(np.count_nonzero(found.blocks != numbers[:known]))
-        nodes = found.path.nodes
-        if known < full:
-            added = numbers[known:]
-            self._require_insertable(added)
-            self._table.index(added, origin)
-            leaf = self._index.add(namespace, tokens, found, added)
-            nodes = [*nodes, leaf]
-            self._eviction.touch(nodes)
-            self._eviction.add_leaf(leaf)
-            self._events.append(Stored(namespace, pack_tokens(tokens[: full * self.layout.block_tokens])))
-        else:
-            self._eviction.touch(nodes)
+        if known == full:
+            self._eviction.touch(found.path.nodes)
+            return Inserted(0, duplicate)
+        added = numbers[known:]
+        self._require_insertable(added)
+        self._table.index(added, origin)
+        leaf = self._index.add(namespace, tokens, found, added)
+        self._eviction.touch(path_to(leaf))
+        self._eviction.add_leaf(leaf)
+        self._events.append(Stored(namespace, pack_tokens(tokens[: full * self.layout.block_tokens])))
         return Inserted(full - known, duplicate)
 
     def match(

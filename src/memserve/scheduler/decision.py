@@ -17,7 +17,7 @@ from memserve.scheduler.state import InstanceState, Leg, Places, SchedulerState,
 from memserve.scheduler.tree import Holdings
 
 MAX_CANDIDATES = 8
-"""Candidates recorded per leg at most: all of a small cluster, of a large one those that explain the choice."""
+"""Candidates recorded per leg: all of a small cluster, of a large one those that explain the choice."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

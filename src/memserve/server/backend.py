@@ -1,4 +1,4 @@
-"""What the HTTP server needs from the cluster behind it, and the words for that. Knows neither HTTP nor wire."""
+"""What the HTTP server needs from the cluster behind it, and the words for that. Knows no HTTP."""
 
 from __future__ import annotations
 

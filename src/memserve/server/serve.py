@@ -121,6 +121,7 @@ class _Cluster:
             max_waiting=config.server.max_waiting,
             request_timeout=config.server.request_timeout,
         )
+        self._ended: dict[InstanceId, str] = {}
         self._launcher = LocalLauncher(_INSTANCE_COMMAND, self._exited)
         self._manager = ClusterManager(config.cluster, clock, self._dispatcher, kill=self._launcher.kill)
         self._dispatcher.manager = self._manager
@@ -169,18 +170,25 @@ class _Cluster:
         await self._launcher.stop()
 
     async def _all_ready(self) -> None:
-        async with asyncio.timeout(self._config.cluster.start_timeout):
-            while True:
-                self._dispatcher.members_changed.clear()
-                gone = [view for view in self._manager.view() if view.state.gone]
-                if gone:
-                    raise NoInstance(f"{gone[0].instance} did not come up: {gone[0].reason}")
-                if sum(link.ready is not None for link in self._manager.links()) == len(self._instances):
-                    return
-                await self._dispatcher.members_changed.wait()
+        seconds = self._config.cluster.start_timeout
+        try:
+            async with asyncio.timeout(seconds):
+                while not self._complete():
+                    await self._dispatcher.members_changed.wait()
+        except TimeoutError:
+            raise NoInstance(f"not all instances were ready within {seconds:g} s") from None
+
+    def _complete(self) -> bool:
+        """Whether all instances are ready. Raises ``NoInstance`` as soon as one has ended."""
+        self._dispatcher.members_changed.clear()
+        for instance, reason in self._ended.items():
+            raise NoInstance(f"{instance} did not come up: it {reason}")
+        return sum(link.ready is not None for link in self._manager.links()) == len(self._instances)
 
     def _exited(self, instance: InstanceId, reason: str) -> None:
+        self._ended[instance] = reason
         self._manager.process_exited(instance, self._incarnation, reason)
+        self._dispatcher.members_changed.set()
 
     def _describe(self) -> tuple[str, ...]:
         links = [link for link in self._manager.links() if link.ready is not None]

@@ -1,4 +1,4 @@
-"""A backend without a cluster, for tests and examples: scripted answers, failures and stalls; deterministic."""
+"""A deterministic backend without a cluster, for tests and examples: scripted answers, failures, stalls."""
 
 from __future__ import annotations
 

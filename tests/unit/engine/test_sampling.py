@@ -143,3 +143,11 @@ def test_logits_that_are_no_numbers_are_an_error(bad: float, temperature: float)
         sample_row(logits, params(temperature=temperature), 0)
     with pytest.raises(RequestFailed, match="not numbers"):
         sample_row(np.full(5, -np.inf, np.float32), params(temperature=temperature), 0)
+
+
+@given(logits=LOGITS, share=st.sampled_from([0.0, 1e-6, 0.5, 0.9, 0.9999999, 1 - 1e-12]))
+def test_any_top_p_leaves_a_token(logits: np.ndarray, share: float) -> None:
+    token = sample_row(logits, params(top_p=share), 0).token
+    assert logits[token] > -np.inf
+    if share == 0:
+        assert token == int(np.argmax(logits))

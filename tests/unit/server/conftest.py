@@ -8,12 +8,13 @@ import httpx
 import pytest
 import tokenizers
 from fastapi import FastAPI
+from tokenizers import AddedToken, models, pre_tokenizers
+
 from memserve.core.config import ServerConfig
 from memserve.engine.models.chat_template import ChatTemplate
 from memserve.engine.models.tokenizer import Spelling, Tokenizer
 from memserve.server.app import create_app
 from memserve.server.stand_in import Script, StandInBackend
-from tokenizers import AddedToken, models, pre_tokenizers
 
 CONTEXT = 256
 MODEL = "tiny"

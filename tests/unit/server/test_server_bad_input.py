@@ -1,4 +1,4 @@
-"""Every kind of bad input: right status, OpenAI's error shape, a message that names the field, nothing held."""
+"""Every kind of bad input: right status, OpenAI's error shape, the field's name, and nothing held."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import httpx
 import pytest
+
 from memserve.server.stand_in import StandInBackend
 from memserve.server.unsupported import CHAT as CHAT_TABLE
 from memserve.server.unsupported import COMPLETION as COMPLETION_TABLE

@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
+
 from memserve.engine.models.tokenizer import Tokenizer
 from memserve.server.stand_in import Script, StandInBackend
 

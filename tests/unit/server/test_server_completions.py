@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import httpx
 import pytest
+
 from memserve.engine.models.tokenizer import Tokenizer
 from memserve.server.stand_in import StandInBackend
 

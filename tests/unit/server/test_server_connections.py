@@ -12,6 +12,8 @@ import openai
 import pytest
 import uvicorn
 from fastapi import FastAPI
+
+from memserve.core.errors import PeerLost
 from memserve.server.stand_in import Script, StandInBackend
 
 pytestmark = pytest.mark.anyio
@@ -23,7 +25,7 @@ async def url(app: FastAPI) -> AsyncIterator[str]:
     """The application behind uvicorn on a free port of the loopback interface."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
         server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
-        serving = asyncio.create_task(server._serve([listening]))
+        serving = asyncio.create_task(server.serve([listening]))
         yield f"http://127.0.0.1:{listening.getsockname()[1]}"
         server.should_exit = True
         async with asyncio.timeout(DEADLINE):
@@ -79,17 +81,11 @@ async def test_the_openai_client_raises_its_own_errors(
     with pytest.raises(openai.BadRequestError) as bad:
         await api.completions.create(model="tiny", prompt="a", temperature=5)
     assert bad.value.param == "temperature"
-    backend.script = Script(failure=openai_failure(), fail_after=2)
+    backend.script = Script(failure=PeerLost("decode-0 is gone"), fail_after=2)
     stream = await api.completions.create(model="tiny", prompt="a", stream=True)
     with pytest.raises(openai.APIError, match="decode-0"):
         async for _ in stream:
             pass
-
-
-def openai_failure() -> Exception:
-    from memserve.core.errors import PeerLost
-
-    return PeerLost("decode-0 is gone")
 
 
 @pytest.mark.parametrize("stall_after", [0, 3])

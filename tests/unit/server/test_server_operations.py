@@ -8,6 +8,7 @@ import httpx
 import msgspec
 import pytest
 from fastapi import FastAPI
+
 from memserve.core.config import ServerConfig
 from memserve.core.errors import (
     InvalidRequest,

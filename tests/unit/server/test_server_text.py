@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from hypothesis import given
 from hypothesis import strategies as st
+
 from memserve.core.types import TokenLogprob
 from memserve.server.text import TextStream, find_stop, held_back
 

@@ -1,0 +1,169 @@
+"""A native model on a pool whose unwritten memory is NaN, and a float64 oracle of the same arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from memserve.engine.models.spec import LayerWeights, ModelWeights
+from memserve.engine.models.tiny import tiny_weights
+from memserve.engine.runners.base import ForwardBatch
+from memserve.engine.runners.native import NativeRunner
+
+Double = NDArray[np.float64]
+Logits = NDArray[np.float32]
+
+SEGMENT = 256  # tokens; kSegmentTokens in native/kernels.h
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Tokens ``begin`` to ``end`` of conversation ``sequence``."""
+
+    sequence: int
+    begin: int
+    end: int
+
+
+class PagedModel:
+    """One runner and a pool of its own; conversations are made up of random tokens."""
+
+    def __init__(self, weights: ModelWeights, *, isa: str, threads: int, context: int, sequences: int) -> None:
+        self.weights = weights
+        self.runner = NativeRunner(weights, threads=threads, context=context, isa=isa)
+        layout = self.runner.layout
+        width = layout.blocks_for(context)
+        self._pool = np.full(sequences * width * layout.block_bytes + 64, 0xFF, np.uint8)
+        # Blocks lie in any order and only as aligned as their elements.
+        order = np.random.default_rng(7).permutation(sequences * width).astype(np.uint64)
+        first = np.uint64(self._pool.ctypes.data + 34)
+        self._blocks = (first + order * np.uint64(layout.block_bytes)).reshape(sequences, width)
+        vocabulary = weights.spec.vocabulary
+        self.tokens = np.random.default_rng(11).integers(0, vocabulary, (sequences, context), np.int32)
+
+    def forward(self, parts: Sequence[Rows]) -> list[Logits]:
+        """One pass; logits of all rows, part by part."""
+        counts = [part.end - part.begin for part in parts]
+        starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+        batch = ForwardBatch(
+            tokens=np.concatenate([self.tokens[p.sequence, p.begin : p.end] for p in parts]),
+            positions=np.concatenate([np.arange(p.begin, p.end, dtype=np.int32) for p in parts]),
+            starts=starts,
+            blocks=self._known_blocks(parts),
+            logit_rows=np.arange(starts[-1], dtype=np.int32),
+        )
+        return np.split(self.runner.forward(batch), starts[1:-1])
+
+    def rows(self, sequence: int, begin: int, end: int) -> Rows:
+        return Rows(sequence, begin, end)
+
+    def _known_blocks(self, parts: Sequence[Rows]) -> NDArray[np.uint64]:
+        used = [-(-part.end // 16) for part in parts]
+        blocks = np.zeros((len(parts), max(used)), np.uint64)
+        for row, (part, count) in enumerate(zip(parts, used, strict=True)):
+            blocks[row, :count] = self._blocks[part.sequence, :count]
+        return blocks
+
+    def close(self) -> None:
+        self.runner.close()
+
+
+Build = Callable[..., PagedModel]
+
+
+@pytest.fixture
+def build() -> Iterator[Build]:
+    """Build PagedModels that are closed after the test; keywords of ``tiny_weights`` shape the model."""
+    built: list[PagedModel] = []
+
+    def make(
+        isa: str, *, threads: int = 1, context: int = 64, sequences: int = 1, sharpness: int = 1, **shape: int
+    ) -> PagedModel:
+        weights = tiny_weights(3, **shape)
+        for layer in weights.layers:
+            layer.q *= np.float32(sharpness)
+        exact_in_bf16(weights)
+        model = PagedModel(weights, isa=isa, threads=threads, context=context, sequences=sequences)
+        built.append(model)
+        return model
+
+    yield make
+    for model in built:
+        model.close()
+
+
+@pytest.fixture
+def oracle() -> Callable[[ModelWeights, NDArray[np.int32]], Double]:
+    return oracle_logits
+
+
+def rounded(values: NDArray[np.floating]) -> NDArray[np.float32]:
+    """To the nearest bf16, ties to even."""
+    bits = values.astype(np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)).view(np.float32)
+
+
+def exact_in_bf16(weights: ModelWeights) -> ModelWeights:
+    """The same model with matrices that bf16 can hold, so that packing them loses nothing."""
+    tied = weights.head is weights.embedding
+    weights.embedding = rounded(weights.embedding)
+    weights.head = weights.embedding if tied else rounded(weights.head)
+    for layer in weights.layers:
+        for name in ("q", "k", "v", "o", "gate", "up", "down"):
+            setattr(layer, name, rounded(getattr(layer, name)))
+    return weights
+
+
+def oracle_logits(weights: ModelWeights, tokens: NDArray[np.int32]) -> Double:
+    """Logits of all rows: float64, rounded to bf16 exactly where the kernels round."""
+    x = weights.embedding[tokens].astype(np.float64)
+    for layer in weights.layers:
+        x = x + _attention(weights, layer, rounded(_normed(weights, x, layer.attention_norm)))
+        h = rounded(_normed(weights, x, layer.ffn_norm)).astype(np.float64)
+        gate = h @ layer.gate.T
+        x = x + rounded(gate / (1 + np.exp(-gate)) * (h @ layer.up.T)).astype(np.float64) @ layer.down.T
+    return rounded(_normed(weights, x, weights.output_norm)).astype(np.float64) @ weights.head.T
+
+
+def _normed(weights: ModelWeights, x: Double, norm: NDArray[np.float32]) -> Double:
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + weights.spec.rms_epsilon) * norm
+
+
+def _rotated(weights: ModelWeights, x: Double) -> Double:
+    dim = weights.spec.head_dim
+    angles = np.outer(np.arange(len(x)), weights.spec.rope_theta ** -(np.arange(0, dim, 2) / dim))[:, None]
+    a, b = x[..., : dim // 2], x[..., dim // 2 :]
+    turned = [a * np.cos(angles) - b * np.sin(angles), b * np.cos(angles) + a * np.sin(angles)]
+    return rounded(np.concatenate(turned, -1)).astype(np.float64)
+
+
+def _attention(weights: ModelWeights, layer: LayerWeights, h: NDArray[np.float32]) -> Double:
+    spec, rows = weights.spec, len(h)
+    group = spec.heads // spec.kv_heads
+    wide = h.astype(np.float64)
+    q = _rotated(weights, (wide @ layer.q.T).reshape(rows, spec.heads, -1))
+    k = _rotated(weights, (wide @ layer.k.T).reshape(rows, spec.kv_heads, -1))
+    v = rounded((wide @ layer.v.T).reshape(rows, spec.kv_heads, -1)).astype(np.float64)
+    out = np.zeros_like(q)
+    for head in range(spec.heads):
+        scores = q[:, head] @ k[:, head // group].T / np.sqrt(spec.head_dim)
+        scores[np.triu_indices(rows, 1)] = -np.inf
+        out[:, head] = _weighted(scores, v[:, head // group])
+    return rounded(out.reshape(rows, -1)).astype(np.float64) @ layer.o.T
+
+
+def _weighted(scores: Double, values: Double) -> Double:
+    """Softmax-weighted values; weights are rounded relative to the largest of their segment."""
+    top = scores.max(-1, keepdims=True)
+    sums, total = np.zeros((len(scores), values.shape[1])), np.zeros((len(scores), 1))
+    for begin in range(0, scores.shape[1], SEGMENT):
+        part = scores[:, begin : begin + SEGMENT]
+        local = np.maximum(part.max(-1, keepdims=True), -1e30)
+        weights = np.exp(part - local)
+        sums += np.exp(local - top) * (rounded(weights).astype(np.float64) @ values[begin : begin + SEGMENT])
+        total += np.exp(local - top) * weights.sum(-1, keepdims=True)
+    return sums / total

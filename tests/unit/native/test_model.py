@@ -1,0 +1,77 @@
+"""The native model against a float64 oracle that rounds to bf16 where the kernels do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from memserve import _native
+
+EVERY_ISA = [*_native.supported_isas(), *_native.emulated_isas()]
+
+SHAPES = [
+    pytest.param({"heads": 4, "kv_heads": 4}, id="mha"),
+    pytest.param({"heads": 4, "kv_heads": 2, "head_dim": 32, "tied": False}, id="gqa2-untied"),
+    pytest.param({"heads": 9, "kv_heads": 3, "hidden": 576, "layers": 1, "feed_forward": 1536}, id="smollm2-layer"),
+    pytest.param({"heads": 4, "kv_heads": 1, "head_dim": 128}, id="gqa4-wide"),
+    pytest.param({"heads": 8, "kv_heads": 1, "head_dim": 64, "vocabulary": 301}, id="gqa8-odd-vocabulary"),
+    pytest.param({"heads": 6, "kv_heads": 2, "head_dim": 48, "hidden": 80}, id="gqa3-dims-of-16"),
+    pytest.param({"heads": 2, "kv_heads": 1, "head_dim": 16, "hidden": 36, "feed_forward": 48}, id="tiny-dims"),
+    pytest.param({"heads": 2, "kv_heads": 1, "head_dim": 256, "layers": 1}, id="widest-head"),
+]
+
+
+def assert_close(logits: np.ndarray, expected: np.ndarray) -> None:
+    """Logits have a spread of about 1. The kernels sum in float32 (errors of 1e-6), which now and then tips an
+    input over to the neighbouring bf16 (2^-9 of its size); a wrong position, head or mask costs 0.1 and more."""
+    assert np.isfinite(logits).all()
+    error = logits - expected
+    assert np.sqrt((error**2).mean()) < 4e-3
+    assert np.abs(error).max() < 5e-2
+
+
+@pytest.mark.parametrize("isa", EVERY_ISA)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("rows", [1, 15, 16, 17, 33])
+def test_prompt_of_any_length(
+    build: Callable[..., Any], oracle: Callable[..., Any], isa: str, shape: dict[str, int], rows: int
+) -> None:
+    model = build(isa, **shape)
+    (logits,) = model.forward([model.rows(0, 0, rows)])
+    assert_close(logits, oracle(model.weights, model.tokens[0, :rows]))
+
+
+@pytest.mark.parametrize("isa", EVERY_ISA)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_context_of_several_segments_and_row_tiles(
+    build: Callable[..., Any], oracle: Callable[..., Any], isa: str, threads: int
+) -> None:
+    rows = 600
+    model = build(isa, threads=threads, context=rows, heads=6, kv_heads=2, head_dim=32)
+    (logits,) = model.forward([model.rows(0, 0, rows)])
+    assert_close(logits, oracle(model.weights, model.tokens[0, :rows]))
+
+
+@pytest.mark.parametrize("isa", EVERY_ISA)
+def test_mixed_prefill_and_decode(build: Callable[..., Any], oracle: Callable[..., Any], isa: str) -> None:
+    model = build(isa, threads=2, context=300, sequences=4)
+    model.forward([model.rows(0, 0, 290), model.rows(1, 0, 15), model.rows(2, 0, 16)])
+    parts = [model.rows(0, 290, 291), model.rows(3, 0, 40), model.rows(1, 15, 16), model.rows(2, 16, 19)]
+    for part, logits in zip(parts, model.forward(parts), strict=True):
+        expected = oracle(model.weights, model.tokens[part.sequence, : part.end])
+        assert_close(logits, expected[part.begin :])
+
+
+@pytest.mark.parametrize("isa", EVERY_ISA)
+def test_large_scores_neither_overflow_nor_vanish(
+    build: Callable[..., Any], oracle: Callable[..., Any], isa: str
+) -> None:
+    model = build(isa, context=300, sharpness=30)
+    (logits,) = model.forward([model.rows(0, 0, 300)])
+    assert np.isfinite(logits).all()
+    # Scores in the thousands turn attention into a choice of one token: most rows still agree.
+    error = np.abs(logits - oracle(model.weights, model.tokens[0, :300])).max(-1)
+    assert np.median(error) < 2e-2

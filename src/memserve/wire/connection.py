@@ -30,6 +30,7 @@ MAX_FRAME = 256 << 20
 """Bytes; a longer frame can only be a fault or an attack."""
 MAX_UNSENT = 256 << 20
 """Bytes waiting to be sent to a peer that does not read; beyond it the peer counts as lost."""
+_QUEUE_FULL_SECONDS = 0.005
 _PEER_CREDENTIALS = struct.Struct("3i")
 
 
@@ -191,7 +192,13 @@ class Connection(asyncio.Protocol):
 async def listen(address: str, protocol: Any, make_handler: Callable[[], Handler]) -> asyncio.Server:
     """Accept connections at ``address`` (``@name``), each with a handler of its own."""
     loop = asyncio.get_running_loop()
-    return await loop.create_unix_server(lambda: Connection(protocol, make_handler()), _path(address))
+    bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        bound.bind(_path(address))
+    except OSError:
+        bound.close()
+        raise
+    return await loop.create_unix_server(lambda: Connection(protocol, make_handler()), sock=bound)
 
 
 async def connect(address: str, protocol: Any, handler: Handler, timeout: float) -> Connection:
@@ -199,12 +206,29 @@ async def connect(address: str, protocol: Any, handler: Handler, timeout: float)
     loop = asyncio.get_running_loop()
     try:
         async with asyncio.timeout(timeout):
+            connected = await _connect_socket(_path(address))
             _, connection = await loop.create_unix_connection(
-                lambda: Connection(protocol, handler), _path(address)
+                lambda: Connection(protocol, handler), sock=connected
             )
     except (OSError, TimeoutError) as error:
         raise PeerLost(f"cannot reach {address}: {error or 'no answer'}") from error
     return connection
+
+
+async def _connect_socket(path: str) -> socket.socket:
+    # uvloop cannot connect to abstract names itself. Connecting to a local socket never waits, unless the
+    # listener's queue is full, which says EAGAIN.
+    connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        while True:
+            try:
+                connected.connect(path)
+                return connected
+            except BlockingIOError:
+                await asyncio.sleep(_QUEUE_FULL_SECONDS)
+    except BaseException:
+        connected.close()
+        raise
 
 
 def encode_notification(message: Message) -> bytes:

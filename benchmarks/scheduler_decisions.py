@@ -15,10 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
-import subprocess
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
@@ -34,13 +31,13 @@ from memserve.core.types import InstanceId, Namespace, RequestId, Role, Tokens, 
 from memserve.scheduler.decision import Decision, RouteRequest
 from memserve.scheduler.policies import policy_by_name
 from memserve.scheduler.service import GlobalScheduler
+from recording import write_result
 
 HASH_BLOCK = 512
 MATCH_EVERY = 8
 """Each so many prompts the match alone is timed instead of the route, which it would warm the caches for."""
 VOCABULARY = 128_000
 SPACE = Namespace("trace")
-RESULTS = Path(__file__).parent / "results" / "scheduler_decisions.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,27 +226,6 @@ def percentile(seconds: list[float], rank: float) -> float:
     return round(float(np.percentile(seconds, rank)) * 1e6, 1)
 
 
-def describe_machine() -> dict[str, str | int | None]:
-    cpu = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.open() if line.startswith("model name")]
-        cpu = names[0] if names else cpu
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "load_average": ", ".join(f"{load:.2f}" for load in os.getloadavg()),
-    }
-
-
-def describe_commit() -> str:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    found = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
-    return found.stdout.strip() or "unknown"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--trace", type=Path, help="Mooncake-format JSON lines; generated prompts without it")
@@ -257,7 +233,7 @@ def main() -> None:
     parser.add_argument("--instances", type=int, nargs="+", default=[2, 64, 1024])
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES))
     parser.add_argument("--capacity", type=int, default=3_000_000, help="tokens that one instance holds")
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     trace: Path | None = arguments.trace
     prompts = read_trace(trace, arguments.requests) if trace else generate_prompts(arguments.requests)
@@ -266,19 +242,17 @@ def main() -> None:
         for instances in arguments.instances:
             rows.append(measure(prompts, instances, policy, arguments.capacity))
             print(json.dumps(rows[-1]), flush=True)
-    report = {
-        "machine": describe_machine(),
-        "commit": describe_commit(),
+    floor = measure_floor(prompts)
+    figures = {
         "prompts": trace.name if trace else "generated",
         "requests": len(prompts),
         "mean_prompt_tokens": round(statistics.fmean(prompt.length for prompt in prompts)),
         "capacity_tokens": arguments.capacity,
-        "floor_compare_p50_us": measure_floor(prompts),
+        "floor_compare_p50_us": floor,
         "rows": rows,
     }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"floor {report['floor_compare_p50_us']} us; written to {arguments.output}")
+    path = write_result("scheduler_decisions", figures, arguments.output)
+    print(f"floor {floor} us; written to {path}")
 
 
 if __name__ == "__main__":

@@ -22,9 +22,10 @@ from memserve.server.door import Door
 from memserve.server.errors import ErrorBody, on_http_exception, on_known_error
 from memserve.server.metrics import Metrics
 from memserve.server.middleware import EveryRequest
-from memserve.server.operations import ClusterBody, HealthBody, OperationEndpoints
+from memserve.server.operations import OperationEndpoints
 from memserve.server.schemas import ChatBody, ChatCompletion, Completion, CompletionBody, ModelCard, ModelList
 from memserve.server.validation import Limits
+from memserve.server.views import ClusterBody, HealthBody, TraceBody
 
 _REFERENCE = "#/components/schemas/{name}"
 
@@ -75,11 +76,11 @@ def _add_routes(app: FastAPI, door: Door) -> None:
         ("/v1/models", operations.list_models, ModelList),
         ("/v1/models/{model:path}", operations.show_model, ModelCard),
         ("/v1/cluster", operations.show_cluster, ClusterBody),
+        ("/v1/traces/{request_id}", operations.show_trace, TraceBody),
         ("/health", operations.show_health, HealthBody),
     ):
         app.add_api_route(path, endpoint, methods=["GET"], openapi_extra=schemas.describe(schema))
     app.add_api_route("/v1/decisions/{request_id}", operations.show_decision, methods=["GET"])
-    app.add_api_route("/v1/traces/{request_id}", operations.show_trace, methods=["GET"])
     app.add_api_route("/metrics", operations.show_metrics, methods=["GET"])
 
 

@@ -5,81 +5,19 @@ from __future__ import annotations
 import logging
 from http import HTTPStatus
 
-import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
 from memserve.core.errors import InvalidRequest, MemServeError
 from memserve.core.types import RequestId
-from memserve.server.backend import ClusterView, Health, InstanceView, LostInstance, TreeView
 from memserve.server.door import TRACE_HEADER, Door, now
 from memserve.server.metrics import CONTENT_TYPE
 from memserve.server.responses import json_response
 from memserve.server.schemas import ModelCard, ModelList
 from memserve.server.validation import check_model
+from memserve.server.views import TraceBody, TraceEntry, cluster_body, health_body
 
 log = logging.getLogger(__name__)
-
-
-class HealthBody(msgspec.Struct, frozen=True):
-    """Body of ``GET /health``; ``instances`` counts them by state."""
-
-    status: str
-    message: str
-    instances: dict[str, int]
-    lost: tuple[LostInstance, ...]
-
-
-class InstanceBlocks(msgspec.Struct, frozen=True):
-    total: int
-    free: int
-    active: int
-    historical: int
-    incoming: int
-
-
-class InstanceBody(msgspec.Struct, frozen=True):
-    """One instance in ``GET /v1/cluster``."""
-
-    instance: str
-    role: str
-    state: str
-    incarnation: int
-    pid: int
-    isa: str
-    blocks: InstanceBlocks
-    waiting: int
-    running: int
-    tokens_to_prefill: int
-    counters: dict[str, float]
-
-
-class ClusterBody(msgspec.Struct, frozen=True):
-    """Body of ``GET /v1/cluster``."""
-
-    model: str
-    policy: str
-    phases: str
-    block_tokens: int
-    block_bytes: int
-    instances: tuple[InstanceBody, ...]
-    trees: tuple[TreeView, ...]
-
-
-class TraceEntry(msgspec.Struct, frozen=True):
-    """A room that a request entered; ``at`` is a monotonic clock shared by this machine, s."""
-
-    instance: str
-    room: str
-    event: str
-    at: float
-
-
-class TraceBody(msgspec.Struct, frozen=True):
-    """Body of ``GET /v1/traces/{id}``."""
-
-    request: str
-    entries: tuple[TraceEntry, ...]
 
 
 class OperationEndpoints:
@@ -137,41 +75,3 @@ class OperationEndpoints:
 def _not_kept(what: str, request_id: str, remedy: str) -> InvalidRequest:
     text = f"No {what} is kept for request_id {request_id!r}; {remedy}."
     return InvalidRequest(text, field="request_id", code="not_found")
-
-
-def health_body(health: Health) -> HealthBody:
-    """Health as clients see it."""
-    counts = {entry.state: entry.count for entry in health.instances}
-    return HealthBody(health.status, health.message, counts, health.lost)
-
-
-def cluster_body(view: ClusterView) -> ClusterBody:
-    """The cluster as clients see it."""
-    return ClusterBody(
-        view.model,
-        view.policy,
-        view.phases,
-        view.block_tokens,
-        view.block_bytes,
-        tuple(_instance_body(one) for one in view.instances),
-        view.trees,
-    )
-
-
-def _instance_body(one: InstanceView) -> InstanceBody:
-    blocks = InstanceBlocks(
-        one.blocks_total, one.blocks_free, one.blocks_active, one.blocks_historical, one.blocks_incoming
-    )
-    return InstanceBody(
-        one.instance,
-        one.role,
-        one.state,
-        one.incarnation,
-        one.pid,
-        one.isa,
-        blocks,
-        one.waiting,
-        one.running,
-        one.tokens_to_prefill,
-        {counter.name: counter.value for counter in one.counters},
-    )

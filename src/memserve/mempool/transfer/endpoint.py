@@ -35,8 +35,8 @@ class TransferEndpoint:
     """Connects ``pool`` to other pools, and attaches itself to it.
 
     ``reserve_seconds`` is how long a receiver keeps blocks for a transfer without progress, ``call_seconds``
-    how long a peer may take to answer. ``observe`` is told each step of a sent transfer (``reserved``,
-    ``copied``, ``published``): for traces, and for tests that stop the process in between.
+    how long a peer may take to answer. ``observe`` is told each step of a sent transfer: ``reserved``,
+    ``copying`` (in a worker thread, once per few megabytes), ``copied``, ``published``.
     """
 
     def __init__(

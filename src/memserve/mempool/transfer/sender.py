@@ -174,6 +174,8 @@ class OutboundLink:
             raise
 
     def _may_go_on(self, job: _Job) -> bool:
+        # Called in the worker thread, before each step of the copy.
+        self._observe("copying")
         return not job.stopped and self._clock.now() < job.deadline
 
     def _abort(self, job: _Job, reason: str) -> None:

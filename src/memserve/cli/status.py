@@ -1,0 +1,77 @@
+"""``memserve status``: the cluster as a table."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from memserve.cli.chat import DEFAULT_URL
+from memserve.cli.failure import CANNOT, fail
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from memserve.server.views import ClusterBody, HealthBody
+
+
+def status(
+    url: Annotated[str, typer.Option(help="Where the server listens.")] = DEFAULT_URL,
+    json: Annotated[bool, typer.Option("--json", help="Print what /v1/cluster says.")] = False,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="MEMSERVE_API_KEY", help="Key that the server asks for.")
+    ] = None,
+) -> None:
+    """Show a running server's instances: roles, KV blocks, requests, and what the prompt trees hold.
+
+    Blocks are [bold]active[/] while a request uses them, [bold]historical[/] while they are kept for reuse,
+    and [bold]incoming[/] while a transfer fills them.
+    """
+    import msgspec
+    from rich.console import Console
+
+    from memserve.cli.client import ServerClient, ServerError
+
+    try:
+        with ServerClient(url, api_key) as client:
+            cluster, health = client.cluster(), client.health()
+    except ServerError as error:
+        fail(error, CANNOT)
+    if json:
+        typer.echo(msgspec.json.format(msgspec.json.encode(cluster)).decode())
+        return
+    console = Console(highlight=False)
+    for line in show_cluster(cluster, health):
+        console.print(line)
+
+
+def show_cluster(cluster: ClusterBody, health: HealthBody) -> list[RenderableType]:
+    """What to print: a heading, the table, the trees, and who was lost."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    colour = {"ok": "green", "degraded": "yellow"}.get(health.status, "red")
+    shown: list[RenderableType] = [
+        f"[bold]{escape(cluster.model)}[/] · {cluster.phases} · {cluster.policy} · "
+        f"[{colour}]{health.status}[/]: {escape(health.message)}"
+    ]
+    table = Table("instance", "role", "state", "isa", "pid")
+    for name in ("blocks", "free", "active", "historical", "incoming", "waiting", "running"):
+        table.add_column(name, justify="right")
+    for one in cluster.instances:
+        blocks = one.blocks
+        counts = (
+            blocks.total,
+            blocks.free,
+            blocks.active,
+            blocks.historical,
+            blocks.incoming,
+            one.waiting,
+            one.running,
+        )
+        words = (one.instance, one.role, one.state, one.isa, str(one.pid or ""))
+        table.add_row(*(escape(word) for word in words), *(f"{count:,}" for count in counts))
+    shown.append(table)
+    shown += [f"{tree.role} tree: {tree.nodes:,} nodes, {tree.tokens:,} tokens" for tree in cluster.trees]
+    shown += [f"[red]lost {escape(lost.instance)}[/]: {escape(lost.reason)}" for lost in health.lost]
+    return shown

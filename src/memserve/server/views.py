@@ -1,0 +1,106 @@
+"""The bodies of the operations endpoints, and how they are made from the backend's words. Types and pure."""
+
+from __future__ import annotations
+
+import msgspec
+
+from memserve.server.backend import ClusterView, Health, InstanceView, LostInstance, TreeView
+
+
+class HealthBody(msgspec.Struct, frozen=True):
+    """Body of ``GET /health``; ``instances`` counts them by state."""
+
+    status: str
+    message: str
+    instances: dict[str, int]
+    lost: tuple[LostInstance, ...]
+
+
+class InstanceBlocks(msgspec.Struct, frozen=True):
+    total: int
+    free: int
+    active: int
+    historical: int
+    incoming: int
+
+
+class InstanceBody(msgspec.Struct, frozen=True):
+    """One instance in ``GET /v1/cluster``."""
+
+    instance: str
+    role: str
+    state: str
+    incarnation: int
+    pid: int
+    isa: str
+    blocks: InstanceBlocks
+    waiting: int
+    running: int
+    tokens_to_prefill: int
+    counters: dict[str, float]
+
+
+class ClusterBody(msgspec.Struct, frozen=True):
+    """Body of ``GET /v1/cluster``."""
+
+    model: str
+    policy: str
+    phases: str
+    block_tokens: int
+    block_bytes: int
+    instances: tuple[InstanceBody, ...]
+    trees: tuple[TreeView, ...]
+
+
+class TraceEntry(msgspec.Struct, frozen=True):
+    """A room that a request entered; ``at`` is a monotonic clock shared by this machine, s."""
+
+    instance: str
+    room: str
+    event: str
+    at: float
+
+
+class TraceBody(msgspec.Struct, frozen=True):
+    """Body of ``GET /v1/traces/{id}``."""
+
+    request: str
+    entries: tuple[TraceEntry, ...]
+
+
+def health_body(health: Health) -> HealthBody:
+    """Health as clients see it."""
+    counts = {entry.state: entry.count for entry in health.instances}
+    return HealthBody(health.status, health.message, counts, health.lost)
+
+
+def cluster_body(view: ClusterView) -> ClusterBody:
+    """The cluster as clients see it."""
+    return ClusterBody(
+        view.model,
+        view.policy,
+        view.phases,
+        view.block_tokens,
+        view.block_bytes,
+        tuple(_instance_body(one) for one in view.instances),
+        view.trees,
+    )
+
+
+def _instance_body(one: InstanceView) -> InstanceBody:
+    blocks = InstanceBlocks(
+        one.blocks_total, one.blocks_free, one.blocks_active, one.blocks_historical, one.blocks_incoming
+    )
+    return InstanceBody(
+        one.instance,
+        one.role,
+        one.state,
+        one.incarnation,
+        one.pid,
+        one.isa,
+        blocks,
+        one.waiting,
+        one.running,
+        one.tokens_to_prefill,
+        {counter.name: counter.value for counter in one.counters},
+    )

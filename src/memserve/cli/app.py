@@ -11,6 +11,7 @@ from memserve.cli.chat import chat
 from memserve.cli.doctor import doctor
 from memserve.cli.instance import instance
 from memserve.cli.serve import serve
+from memserve.cli.serve_options import HELP
 from memserve.cli.status import status
 
 app = typer.Typer(
@@ -23,7 +24,7 @@ app = typer.Typer(
     epilog="Start with: [bold]memserve doctor[/], then [bold]memserve serve[/], and in another terminal "
     "[bold]memserve chat[/].",
 )
-app.command()(serve)
+app.command(help=HELP)(serve)
 app.command()(chat)
 app.command()(status)
 app.command()(doctor)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import TypeVar
@@ -106,7 +106,7 @@ class ServerClient:
 
     def chat(
         self, model: str, turns: Sequence[Turn], session: str, temperature: float | None
-    ) -> Iterator[ChatEvent]:
+    ) -> Generator[ChatEvent, None, None]:
         """Stream one answer; closing the iterator cancels it."""
         body: dict[str, object] = {
             "model": model,

@@ -4,23 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
+from memserve.cli import serve_options as options
 from memserve.cli.failure import BAD_USAGE, CANNOT, fail
 from memserve.cli.sizes import parse_size
 from memserve.core.config import (
-    PHASES,
-    POLICIES,
     Config,
     check_config,
     override_config,
     parse_config,
 )
 from memserve.core.errors import ConfigError, MemServeError, ModelError
-
-_MODEL, _INSTANCES, _HTTP = "Model", "Instances", "HTTP"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,106 +40,24 @@ class ServeOptions:
 
 
 def serve(
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="What to serve: [bold]smollm2-135m[/] (the default, installed with MemServe's model group), a "
-            "GGUF file, a folder with config.json and safetensors, or a hub id org/name.",
-            rich_help_panel=_MODEL,
-        ),
-    ] = None,
-    served_name: Annotated[
-        str | None, typer.Option(help="The name clients ask for.", rich_help_panel=_MODEL)
-    ] = None,
-    context: Annotated[
-        int | None,
-        typer.Option(help="Longest prompt and answer together, tokens.", rich_help_panel=_MODEL),
-    ] = None,
-    runner: Annotated[
-        str | None,
-        typer.Option(
-            help="[bold]native[/]: C++ kernels (default). [bold]reference[/]: numpy, slow and exact.",
-            rich_help_panel=_MODEL,
-        ),
-    ] = None,
-    prefill: Annotated[
-        int | None,
-        typer.Option(help="Instances that only read prompts. Default 1.", rich_help_panel=_INSTANCES),
-    ] = None,
-    decode: Annotated[
-        int | None,
-        typer.Option(help="Instances that only write answers. Default 1.", rich_help_panel=_INSTANCES),
-    ] = None,
-    colocated: Annotated[
-        int | None,
-        typer.Option(
-            help="Instances that do both. Given alone, there are no others.", rich_help_panel=_INSTANCES
-        ),
-    ] = None,
-    phases: Annotated[
-        str | None,
-        typer.Option(
-            help="What is kept and what is moved after prefill and decode: "
-            f"{', '.join(PHASES)}. Default pd-caching-3: everything is kept, and answers flow back.",
-            rich_help_panel=_INSTANCES,
-        ),
-    ] = None,
-    policy: Annotated[
-        str | None,
-        typer.Option(
-            help=f"Who gets a request: {', '.join(POLICIES)}. Default prompt-tree: whoever holds most of it.",
-            rich_help_panel=_INSTANCES,
-        ),
-    ] = None,
-    kv_memory: Annotated[
-        str | None,
-        typer.Option(
-            help="KV memory of each instance, for example 512MiB. Default 1GiB.",
-            metavar="SIZE",
-            rich_help_panel=_INSTANCES,
-        ),
-    ] = None,
-    threads: Annotated[
-        int | None,
-        typer.Option(
-            help="Threads of each instance. Default: cores divided by instances.",
-            rich_help_panel=_INSTANCES,
-        ),
-    ] = None,
-    host: Annotated[
-        str | None,
-        typer.Option(help="Address to listen on. Default 127.0.0.1.", rich_help_panel=_HTTP),
-    ] = None,
-    port: Annotated[
-        int | None, typer.Option(help="Port. Default 8000; 0 takes a free one.", rich_help_panel=_HTTP)
-    ] = None,
-    api_key: Annotated[
-        str | None,
-        typer.Option(
-            envvar="MEMSERVE_API_KEY",
-            help="Key that clients must send. Better given in the environment than on the command line.",
-            rich_help_panel=_HTTP,
-        ),
-    ] = None,
-    config: Annotated[
-        Path | None,
-        typer.Option(help="TOML file with any of this and more (docs/api.md); options here win over it."),
-    ] = None,
+    model: options.Model = None,
+    served_name: options.ServedName = None,
+    context: options.Context = None,
+    runner: options.Runner = None,
+    prefill: options.Prefill = None,
+    decode: options.Decode = None,
+    colocated: options.Colocated = None,
+    phases: options.Phases = None,
+    policy: options.Policy = None,
+    kv_memory: options.KvMemory = None,
+    threads: options.Threads = None,
+    host: options.Host = None,
+    port: options.Port = None,
+    api_key: options.ApiKey = None,
+    config: options.Config = None,
 ) -> None:
-    """Serve a model over an OpenAI-compatible API.
-
-    Without options: SmolLM2-135M-Instruct, one prefill and one decode instance, at
-    http://127.0.0.1:8000. Ctrl-C stops everything.
-
-    Examples:
-
-      memserve serve --port 9000 --kv-memory 2GiB
-
-      memserve serve --prefill 2 --decode 2 --policy least-load
-
-      memserve serve --colocated 1 --model ~/models/my-llama.gguf
-    """
-    options = ServeOptions(
+    """Serve a model; ``HELP`` says it to users."""
+    given = ServeOptions(
         model=model,
         served_name=served_name,
         context=context,
@@ -160,46 +74,46 @@ def serve(
         api_key=api_key or None,
     )
     try:
-        checked = build_config(options, config)
+        checked = build_config(given, config)
     except ConfigError as error:
         fail(error, BAD_USAGE)
     _run(checked)
 
 
-def build_config(options: ServeOptions, file: Path | None) -> Config:
+def build_config(said: ServeOptions, file: Path | None) -> Config:
     """The configuration that options over file over defaults make. Raises ``ConfigError``."""
     config = Config() if file is None else _read_file(file)
-    memory = None if options.kv_memory is None else parse_size(options.kv_memory, "--kv-memory")
+    memory = None if said.kv_memory is None else parse_size(said.kv_memory, "--kv-memory")
     config = override_config(
         config,
         "model",
-        model=options.model,
-        served_name=options.served_name,
-        context=options.context,
-        runner=options.runner,
+        model=said.model,
+        served_name=said.served_name,
+        context=said.context,
+        runner=said.runner,
     )
     config = override_config(config, "pool", memory=memory)
-    config = override_config(config, "engine", threads=options.threads, phases=options.phases)
-    config = override_config(config, "cluster", **_counts(options))
+    config = override_config(config, "engine", threads=said.threads, phases=said.phases)
+    config = override_config(config, "cluster", **_counts(said))
     config = override_config(
         config,
         "server",
-        host=options.host,
-        port=options.port,
-        policy=options.policy,
-        api_key=options.api_key,
+        host=said.host,
+        port=said.port,
+        policy=said.policy,
+        api_key=said.api_key,
     )
     return check_config(config)
 
 
-def _counts(options: ServeOptions) -> dict[str, int | None]:
+def _counts(said: ServeOptions) -> dict[str, int | None]:
     """Instances by role; ``--colocated`` given alone means no others."""
-    alone = bool(options.colocated) and options.prefill is None and options.decode is None
+    alone = bool(said.colocated) and said.prefill is None and said.decode is None
     others = 0 if alone else None
     return {
-        "prefill": others if options.prefill is None else options.prefill,
-        "decode": others if options.decode is None else options.decode,
-        "colocated": options.colocated,
+        "prefill": others if said.prefill is None else said.prefill,
+        "decode": others if said.decode is None else said.decode,
+        "colocated": said.colocated,
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -123,6 +124,5 @@ def test_nothing_is_left_of_pools_that_are_gone() -> None:
 
     before = set(os.listdir("/dev/shm"))
     asyncio.run(scenario())
-    maps = open("/proc/self/maps").read()
-    assert "memfd:memserve-" not in maps
+    assert "memfd:memserve-" not in Path("/proc/self/maps").read_text()
     assert not [name for name in os.listdir("/dev/shm") if name not in before and "memserve" in name]

@@ -142,6 +142,8 @@ class OutboundLink:
     def on_close(self, connection: Connection, reason: str) -> None:
         for job in self._jobs.values():
             job.stopped = True
+        # A copy under way holds on to the mapping by itself; nobody else may keep a dead peer's memory.
+        self._arena = None
 
     # --- the steps ---
 
@@ -161,7 +163,8 @@ class OutboundLink:
         return dst, answer.held
 
     async def _copy(self, job: _Job, src: Addresses, dst: Addresses) -> NDArray[np.uint64]:
-        assert self._arena is not None, "sent before the handshake"
+        if self._arena is None:
+            raise PeerLost(f"{dst.instance} was lost before the copy")
         copy = SharedMemoryCopy(self._own, self._arena, plan_steps(src, dst, self._own.block_bytes))
         may_go_on = functools.partial(self._may_go_on, job)
         job.copying = asyncio.get_running_loop().run_in_executor(self._workers, copy.run, may_go_on)

@@ -1,0 +1,106 @@
+"""The options of ``memserve serve`` and what its help says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from memserve.core.config import PHASES, POLICIES
+
+_MODEL, _INSTANCES, _HTTP = "Model", "Instances", "HTTP"
+
+HELP = """Serve a model over an OpenAI-compatible API.
+
+Without options: SmolLM2-135M-Instruct, one prefill and one decode instance, at
+http://127.0.0.1:8000. Ctrl-C stops everything.
+
+Examples:
+
+  memserve serve --port 9000 --kv-memory 2GiB
+
+  memserve serve --prefill 2 --decode 2 --policy least-load
+
+  memserve serve --colocated 1 --model ~/models/my-llama.gguf
+"""
+
+Model = Annotated[
+    str | None,
+    typer.Option(
+        help="What to serve: [bold]smollm2-135m[/] (the default, installed with MemServe's model group), a "
+        "GGUF file, a folder with config.json and safetensors, or a hub id org/name.",
+        rich_help_panel=_MODEL,
+    ),
+]
+ServedName = Annotated[str | None, typer.Option(help="The name clients ask for.", rich_help_panel=_MODEL)]
+Context = Annotated[
+    int | None, typer.Option(help="Longest prompt and answer together, tokens.", rich_help_panel=_MODEL)
+]
+Runner = Annotated[
+    str | None,
+    typer.Option(
+        help="[bold]native[/]: C++ kernels (default). [bold]reference[/]: numpy, slow and exact.",
+        rich_help_panel=_MODEL,
+    ),
+]
+Prefill = Annotated[
+    int | None, typer.Option(help="Instances that only read prompts. Default 1.", rich_help_panel=_INSTANCES)
+]
+Decode = Annotated[
+    int | None, typer.Option(help="Instances that only write answers. Default 1.", rich_help_panel=_INSTANCES)
+]
+Colocated = Annotated[
+    int | None,
+    typer.Option(
+        help="Instances that do both. Given alone, there are no others.", rich_help_panel=_INSTANCES
+    ),
+]
+Phases = Annotated[
+    str | None,
+    typer.Option(
+        help="What is kept and what is moved after prefill and decode: "
+        f"{', '.join(PHASES)}. Default pd-caching-3: everything is kept, and answers flow back.",
+        rich_help_panel=_INSTANCES,
+    ),
+]
+Policy = Annotated[
+    str | None,
+    typer.Option(
+        help=f"Who gets a request: {', '.join(POLICIES)}. Default prompt-tree: whoever holds most of it.",
+        rich_help_panel=_INSTANCES,
+    ),
+]
+KvMemory = Annotated[
+    str | None,
+    typer.Option(
+        help="KV memory of each instance, for example 512MiB. Default 1GiB.",
+        metavar="SIZE",
+        rich_help_panel=_INSTANCES,
+    ),
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        help="Threads of each instance. Default: cores divided by instances.",
+        rich_help_panel=_INSTANCES,
+    ),
+]
+Host = Annotated[
+    str | None, typer.Option(help="Address to listen on. Default 127.0.0.1.", rich_help_panel=_HTTP)
+]
+Port = Annotated[
+    int | None, typer.Option(help="Port. Default 8000; 0 takes a free one.", rich_help_panel=_HTTP)
+]
+ApiKey = Annotated[
+    str | None,
+    typer.Option(
+        envvar="MEMSERVE_API_KEY",
+        help="Key that clients must send. Better given in the environment than on the command line.",
+        rich_help_panel=_HTTP,
+    ),
+]
+Config = Annotated[
+    Path | None,
+    typer.Option(help="TOML file with any of this and more (docs/api.md); options here win over it."),
+]

@@ -76,7 +76,7 @@ struct VectorProducts {
     for (int c = 0; c < kBlocks; ++c) columns[c] = keys.blocks[block + c];
     Sums<kVectors, kBlocks> sums;
     clear<kVectors, kBlocks>(sums);
-    Prefetch nothing{nullptr, 0};
+    Prefetch nothing(nullptr, 0, 1);
     const Bf16* queries = s.queries + static_cast<size_t>(vector) * s.query_stride;
     multiply_block<kVectors, kBlocks>(sums, queries, s.query_stride, columns, dim / 2, nothing);
     for (int v = 0; v < kVectors; ++v)

@@ -12,10 +12,13 @@ namespace {
 inline int smaller(int a, int b) { return a < b ? a : b; }
 inline int ceil_divide(int a, int b) { return (a + b - 1) / b; }
 
-// Memory to fetch while computing: `lines` cache lines from `next`, spread over a panel's steps.
+// Memory to fetch while computing: `lines` cache lines from `from`, if any, spread over `chunks` steps.
 struct Prefetch {
   const char* next;
   int lines_per_chunk;
+
+  Prefetch(const Bf16* from, int lines, int chunks)
+      : next(reinterpret_cast<const char*>(from)), lines_per_chunk(true ? 0 : ceil_divide(lines, chunks)) {}
 
   inline void take_chunk() {
     for (int i = 0; i < lines_per_chunk; ++i, next += 64) __builtin_prefetch(next, 0, 2);
@@ -157,7 +160,7 @@ inline int allowed_width(int wanted, int widest) {
   return width <= 2 ? width : width - width % 2;
 }
 
-void matmul(const Matmul& job, Range rows, Range groups) {
+void matmul(const Matmul& job, Range rows, Range groups, const Bf16* afterwards) {
   const int tiles = ceil_divide(rows.size(), kMostRows);
   const int tallest = ceil_divide(rows.size(), tiles);
   const int widest = panel_width(tallest);
@@ -165,13 +168,12 @@ void matmul(const Matmul& job, Range rows, Range groups) {
   const int even = ceil_divide(groups.size(), panels);
   const int wanted = even + (even > 1 ? even % 2 : 0);
   const int lines_per_group = job.weights.depth * kGroupColumns * 2 / 64;
+  const int steps = tiles * (job.weights.depth / 2 / kChunkPairs);
   for (int group = groups.begin; group < groups.end;) {
     const int width = allowed_width(smaller(wanted, groups.end - group), widest);
     // While one panel is multiplied the next one is fetched, a share during each tile of rows.
     const bool is_last = group + width >= groups.end;
-    const int steps = tiles * (job.weights.depth / 2 / kChunkPairs);
-    Prefetch prefetch{reinterpret_cast<const char*>(job.weights.group(group + width)),
-                      is_last ? 0 : ceil_divide(lines_per_group * width, steps)};
+    Prefetch prefetch(is_last ? afterwards : job.weights.group(group + width), lines_per_group * width, steps);
     for (int tile = 0; tile < tiles; ++tile) {
       const int begin = rows.begin + rows.size() * tile / tiles;
       const int end = rows.begin + rows.size() * (tile + 1) / tiles;

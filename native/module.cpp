@@ -5,6 +5,9 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <memory>
+#include <optional>
+
 #include "isa.h"
 #include "kernels.h"
 #include "limits.h"
@@ -66,6 +69,37 @@ using Indices = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device
 using BlockTable = nb::ndarray<const uint64_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Logits = nb::ndarray<nb::numpy, float, nb::ndim<2>>;
 
+// Memory of logits that Python has dropped, kept for the next pass: fresh pages would cost more than writing them.
+class LogitsMemory : public std::enable_shared_from_this<LogitsMemory> {
+ public:
+  Logits lend(size_t rows, size_t columns) {
+    auto* lent = new Lent{shared_from_this(), take(rows * columns)};
+    nb::capsule owner(lent, [](void* p) noexcept {
+      auto* back = static_cast<Lent*>(p);
+      back->lender->spare_ = std::move(back->memory);
+      delete back;
+    });
+    return Logits(lent->memory.data(), {rows, columns}, owner);
+  }
+
+ private:
+  struct Lent {
+    std::shared_ptr<LogitsMemory> lender;
+    Buffer<float> memory;
+  };
+
+  Buffer<float> take(size_t count) {
+    return spare_.size() >= count ? std::move(spare_) : Buffer<float>(count);
+  }
+
+  Buffer<float> spare_;  // only touched with the GIL held
+};
+
+struct PythonModel : Model {
+  using Model::Model;
+  std::shared_ptr<LogitsMemory> logits = std::make_shared<LogitsMemory>();
+};
+
 const Kernels& chosen_kernels(const std::optional<std::string>& isa) {
   return isa ? kernels_of(*isa) : *default_kernels();
 }
@@ -92,14 +126,14 @@ RopeTable rope_table(const Matrix& cosines, const Matrix& sines, int head_dim) {
   return {{c, c + cosines.size()}, {s, s + sines.size()}, positions};
 }
 
-void construct(Model* self, int layers, int hidden, int heads, int kv_heads, int head_dim, int feed_forward,
+void construct(PythonModel* self, int layers, int hidden, int heads, int kv_heads, int head_dim, int feed_forward,
                int vocabulary, float rms_epsilon, const Matrix& cosines, const Matrix& sines, int threads, bool pin,
                const std::optional<std::string>& isa) {
   const ModelShape shape{layers, hidden, heads, kv_heads, head_dim, feed_forward, vocabulary, rms_epsilon};
-  new (self) Model(shape, rope_table(cosines, sines, head_dim), chosen_kernels(isa), threads, pin);
+  new (self) PythonModel(shape, rope_table(cosines, sines, head_dim), chosen_kernels(isa), threads, pin);
 }
 
-void set_layer(Model& self, int index, const Vector& attention_norm, const Matrix& q, const Matrix& k, const Matrix& v,
+void set_layer(PythonModel& self, int index, const Vector& attention_norm, const Matrix& q, const Matrix& k, const Matrix& v,
                const Matrix& o, const Vector& ffn_norm, const Matrix& gate, const Matrix& up, const Matrix& down) {
   const ModelShape& s = self.shape();
   if (index < 0 || index >= s.layers)
@@ -117,13 +151,13 @@ void set_layer(Model& self, int index, const Vector& attention_norm, const Matri
   self.set_layer(index, source);
 }
 
-void set_embedding(Model& self, const Matrix& embedding) {
+void set_embedding(PythonModel& self, const Matrix& embedding) {
   const float* values = checked(embedding, self.shape().vocabulary, self.shape().hidden, "embedding");
   nb::gil_scoped_release unlocked;
   self.set_embedding(values);
 }
 
-void set_output(Model& self, const Vector& norm, const std::optional<Matrix>& head) {
+void set_output(PythonModel& self, const Vector& norm, const std::optional<Matrix>& head) {
   const ModelShape& s = self.shape();
   const float* norms = checked(norm, s.hidden, "norm");
   const float* heads = head ? checked(*head, s.vocabulary, s.hidden, "head") : nullptr;
@@ -148,14 +182,13 @@ Batch batch_of(const Indices& tokens, const Indices& positions, const Indices& s
           static_cast<int>(logit_rows.shape(0))};
 }
 
-Logits forward(Model& self, const Indices& tokens, const Indices& positions, const Indices& starts,
+Logits forward(PythonModel& self, const Indices& tokens, const Indices& positions, const Indices& starts,
                const BlockTable& blocks, const Indices& logit_rows) {
   const Batch batch = batch_of(tokens, positions, starts, blocks, logit_rows);
   self.check(batch);
   const size_t vocabulary = static_cast<size_t>(self.shape().vocabulary);
-  auto* values = new float[static_cast<size_t>(batch.wanted) * vocabulary];
-  nb::capsule owner(values, [](void* p) noexcept { delete[] static_cast<float*>(p); });
-  Logits logits(values, {static_cast<size_t>(batch.wanted), vocabulary}, owner);
+  Logits logits = self.logits->lend(static_cast<size_t>(batch.wanted), vocabulary);
+  float* values = logits.data();
   nb::gil_scoped_release unlocked;
   self.forward(batch, values);
   return logits;
@@ -186,12 +219,12 @@ NB_MODULE(_native, m) {
   m.def("checksum_blocks", &checksum_blocks, "src"_a, "nbytes"_a);
   m.def("read_bandwidth", &read_bandwidth, "threads"_a, "nbytes"_a = size_t{256} << 20, "isa"_a = nb::none());
   m.def("dot_peak", &dot_peak, "threads"_a, "isa"_a = nb::none());
-  nb::class_<Model>(m, "Model")
+  nb::class_<PythonModel>(m, "Model")
       .def("__init__", &construct, nb::kw_only(), "layers"_a, "hidden"_a, "heads"_a, "kv_heads"_a, "head_dim"_a,
            "feed_forward"_a, "vocabulary"_a, "rms_epsilon"_a, "cosines"_a, "sines"_a, "threads"_a, "pin"_a = false,
            "isa"_a = nb::none())
-      .def_prop_ro("isa", [](const Model& self) { return std::string(self.kernels().name); })
-      .def_prop_ro("weight_bytes", &Model::weight_bytes)
+      .def_prop_ro("isa", [](const PythonModel& self) { return std::string(self.kernels().name); })
+      .def_prop_ro("weight_bytes", [](const PythonModel& self) { return self.weight_bytes(); })
       .def("set_layer", &set_layer, "index"_a, "attention_norm"_a, "q"_a, "k"_a, "v"_a, "o"_a, "ffn_norm"_a, "gate"_a,
            "up"_a, "down"_a)
       .def("set_embedding", &set_embedding, "embedding"_a)

@@ -30,13 +30,13 @@ def test_a_traced_request_passes_every_room_in_order() -> None:
             "max_tokens": 30,
             "temperature": 0,
         }
-        headers = {"x-memserve-trace": "1", "x-request-id": "traced-request"}
+        headers = {"x-memserve-trace": "1"}
         answer = httpx.post(f"{served.url}/v1/chat/completions", json=body, headers=headers, timeout=60)
         assert answer.status_code == 200
-        request = answer.headers["x-request-id"]
+        request = answer.json()["id"]
 
         def seen() -> list[str]:
-            trace = served.get(f"/v1/cluster/trace/{request}")["rooms"]
+            trace = served.get(f"/v1/traces/{request}")["entries"]
             return list(dict.fromkeys(entry["room"] for entry in trace))
 
         wait_for(lambda: len(seen()) >= len(rooms), f"not all rooms were passed: {rooms}")

@@ -126,7 +126,7 @@ def test_a_client_that_goes_away_frees_everything(*, stream: bool) -> None:
 
 
 def test_an_instance_that_cannot_start_is_explained() -> None:
-    with pytest.raises(AssertionError) as failed, serving("--kv-memory", "1MiB"):
+    with pytest.raises(AssertionError) as failed, serving("--kv-memory", "900TiB"):
         pass
     assert "ended before it was ready" in str(failed.value)
     assert "pool.memory" in str(failed.value)

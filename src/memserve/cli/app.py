@@ -18,11 +18,11 @@ app = typer.Typer(
     name="memserve",
     no_args_is_help=True,
     add_completion=False,
-    rich_markup_mode="rich",
+    rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Start with: [bold]memserve doctor[/], then [bold]memserve serve[/], and in another terminal "
-    "[bold]memserve chat[/].",
+    epilog="Start with: **memserve doctor**, then **memserve serve**, and in another terminal "
+    "**memserve chat**.",
 )
 app.command(help=HELP)(serve)
 app.command()(chat)

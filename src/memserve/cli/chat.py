@@ -31,11 +31,11 @@ def chat(
     """Chat with a running server.
 
     Shows after each answer how long its first token took and how many tokens of the prompt were cached.
-    [bold]/reset[/] forgets the conversation, [bold]/exit[/] or Ctrl-D ends it, Ctrl-C stops an answer.
+    **/reset** forgets the conversation, **/exit** or Ctrl-D ends it, Ctrl-C stops an answer.
 
     Standard input may also be piped; all of it is then one message:
 
-      echo "Why is the sky blue?" | memserve chat
+        echo "Why is the sky blue?" | memserve chat
     """
     from memserve.cli.client import ServerClient, ServerError
     from memserve.cli.conversation import Conversation

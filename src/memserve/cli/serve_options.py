@@ -18,18 +18,16 @@ http://127.0.0.1:8000. Ctrl-C stops everything.
 
 Examples:
 
-  memserve serve --port 9000 --kv-memory 2GiB
-
-  memserve serve --prefill 2 --decode 2 --policy least-load
-
-  memserve serve --colocated 1 --model ~/models/my-llama.gguf
+    memserve serve --port 9000 --kv-memory 2GiB
+    memserve serve --prefill 2 --decode 2 --policy least-load
+    memserve serve --colocated 1 --model ~/models/my-llama.gguf
 """
 
 Model = Annotated[
     str | None,
     typer.Option(
-        help="What to serve: [bold]smollm2-135m[/] (the default, installed with MemServe's model group), a "
-        "GGUF file, a folder with config.json and safetensors, or a hub id org/name.",
+        help="What to serve: **smollm2-135m** (default), a GGUF file, a folder with config.json and "
+        "safetensors, or a hub id org/name.",
         rich_help_panel=_MODEL,
     ),
 ]
@@ -40,7 +38,7 @@ Context = Annotated[
 Runner = Annotated[
     str | None,
     typer.Option(
-        help="[bold]native[/]: C++ kernels (default). [bold]reference[/]: numpy, slow and exact.",
+        help="**native**: C++ kernels (default). **reference**: numpy, slow and exact.",
         rich_help_panel=_MODEL,
     ),
 ]

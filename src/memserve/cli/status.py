@@ -12,7 +12,7 @@ from memserve.cli.failure import CANNOT, fail
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from memserve.server.views import ClusterBody, HealthBody
+    from memserve.server.views import ClusterBody, HealthBody, InstanceBody
 
 
 def status(
@@ -24,8 +24,8 @@ def status(
 ) -> None:
     """Show a running server's instances: roles, KV blocks, requests, and what the prompt trees hold.
 
-    Blocks are [bold]active[/] while a request uses them, [bold]historical[/] while they are kept for reuse,
-    and [bold]incoming[/] while a transfer fills them.
+    Blocks are **active** while a request uses them, **historical** while they are kept for reuse,
+    and **incoming** while a transfer fills them.
     """
     import msgspec
     from rich.console import Console
@@ -55,23 +55,22 @@ def show_cluster(cluster: ClusterBody, health: HealthBody) -> list[RenderableTyp
         f"[bold]{escape(cluster.model)}[/] · {cluster.phases} · {cluster.policy} · "
         f"[{colour}]{health.status}[/]: {escape(health.message)}"
     ]
-    table = Table("instance", "role", "state", "isa", "pid")
-    for name in ("blocks", "free", "active", "historical", "incoming", "waiting", "running"):
+    # Narrow enough for 80 columns.
+    table = Table("instance", "role", "state", box=None, padding=(0, 1, 0, 0))
+    for name in ("blocks", "free", "active", "historical", "incoming", "wait", "run"):
         table.add_column(name, justify="right")
     for one in cluster.instances:
-        blocks = one.blocks
-        counts = (
-            blocks.total,
-            blocks.free,
-            blocks.active,
-            blocks.historical,
-            blocks.incoming,
-            one.waiting,
-            one.running,
-        )
-        words = (one.instance, one.role, one.state, one.isa, str(one.pid or ""))
-        table.add_row(*(escape(word) for word in words), *(f"{count:,}" for count in counts))
+        table.add_row(*(escape(word) for word in (one.instance, one.role, one.state)), *_figures(one))
     shown.append(table)
+    shown += [
+        f"[dim]{escape(one.instance)}: pid {one.pid}, {escape(one.isa)}[/]" for one in cluster.instances
+    ]
     shown += [f"{tree.role} tree: {tree.nodes:,} nodes, {tree.tokens:,} tokens" for tree in cluster.trees]
     shown += [f"[red]lost {escape(lost.instance)}[/]: {escape(lost.reason)}" for lost in health.lost]
     return shown
+
+
+def _figures(one: InstanceBody) -> list[str]:
+    blocks = one.blocks
+    held = (blocks.total, blocks.free, blocks.active, blocks.historical, blocks.incoming)
+    return [f"{count:,}" for count in (*held, one.waiting, one.running)]

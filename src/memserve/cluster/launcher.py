@@ -93,5 +93,5 @@ async def _wait_all(children: Sequence[_Child], seconds: float) -> None:
 
 def _describe(code: int) -> str:
     if code < 0:
-        return f"killed by {signal.Signals(-code).name}"
-    return f"exited with code {code}"
+        return f"it was killed by {signal.Signals(-code).name}"
+    return f"it exited with code {code}"

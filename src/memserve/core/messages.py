@@ -65,6 +65,13 @@ class LoadProgress(Message, frozen=True):
     fraction: float
 
 
+class StartFailed(Message, frozen=True):
+    """Last words of an instance that cannot come up: what is wrong and what would help."""
+
+    instance: InstanceId
+    message: str
+
+
 class Ready(Message, frozen=True):
     """The instance can take requests. ``blocks`` of ``block_bytes`` bytes, ``context`` in tokens."""
 
@@ -293,6 +300,7 @@ ControlMessage = (
     | Failed
     | Join
     | LoadProgress
+    | StartFailed
     | Ready
     | Members
     | Heartbeat

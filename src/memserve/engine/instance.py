@@ -21,7 +21,7 @@ import uvloop
 from memserve.cluster.heartbeat import HeartbeatThread
 from memserve.core.clock import MonotonicClock
 from memserve.core.config import Config
-from memserve.core.errors import ConfigError, MemServeError, PeerLost, ProtocolError
+from memserve.core.errors import MemServeError, PeerLost, ProtocolError
 from memserve.core.messages import (
     Cancel,
     ControlMessage,
@@ -34,6 +34,7 @@ from memserve.core.messages import (
     Message,
     RequestError,
     Shutdown,
+    StartFailed,
     Submit,
 )
 from memserve.core.types import InstanceId, Role
@@ -91,6 +92,9 @@ class Instance:
             await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
             if serving.done():
                 serving.result()
+        except MemServeError as error:
+            self._emit(StartFailed(settings.instance, str(error)))
+            raise
         finally:
             for task in (serving, stopping):
                 task.cancel()
@@ -146,9 +150,7 @@ class Instance:
             assembled.carrier.set_members(self._members.members)
         self._load = assembled.read_load()
         self._control.notify(assembled.ready)
-        async with asyncio.TaskGroup() as group:
-            group.create_task(assembled.engine.run())
-            group.create_task(self._report())
+        await asyncio.gather(assembled.engine.run(), self._report())
 
     async def _report(self) -> None:
         """Keep the load report fresh, forward pool events, and free what deadlines have ended."""
@@ -193,8 +195,8 @@ def run_from_stdin() -> int:
     try:
         uvloop.run(_run(settings))
     except MemServeError as error:
-        print(f"memserve: {settings.instance} stopped: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
+        log.info("%s stopped: %s", settings.instance, error)
+        return 1
     except Exception:
         log.exception("%s stopped because of a bug", settings.instance)
         return 1
@@ -205,10 +207,7 @@ async def _run(settings: InstanceSettings) -> None:
     instance = Instance(settings)
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, instance.stop)
-    try:
-        await instance.run()
-    except* MemServeError as group:
-        raise group.exceptions[0] from None
+    await instance.run()
 
 
 def _die_with_parent() -> None:

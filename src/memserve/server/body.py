@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -69,20 +70,22 @@ def parse_body(raw: bytes, schema: type[B], unsupported: Mapping[str, Unsupporte
 
 async def _refuse_body(request: Request, limit: int) -> None:
     """Raise the 413. Closing on a client that still sends would reset the connection under the answer."""
-    left = limit * _DRAIN_TIMES
     if request.headers.get("expect", "").lower() != "100-continue":
-        try:
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_DRAIN_SECONDS):
-                while left > 0 and (message := await request.receive()).get("more_body", False):
-                    left -= len(message.get("body", b""))
-        except TimeoutError:
-            pass
+                await _drain(request, limit * _DRAIN_TIMES)
     raise InvalidRequest(
         f"The body is larger than the limit of {limit} bytes. Remedy: send less text, or raise "
         "server.max_body.",
         field="",
         code="body_too_large",
     )
+
+
+async def _drain(request: Request, most: int) -> None:
+    """Read and forget at most about ``most`` bytes."""
+    while most > 0 and (message := await request.receive()).get("more_body", False):
+        most -= len(message.get("body", b""))
 
 
 def _check_media_type(content_type: str) -> None:

@@ -35,6 +35,7 @@ from memserve.core.messages import (
     RequestClosed,
     RequestError,
     Snapshot,
+    StartFailed,
     Submit,
     TokenChunk,
     Trace,
@@ -103,6 +104,8 @@ class Dispatcher:
         self._traces: OrderedDict[RequestId, list[Trace]] = OrderedDict()
         self.manager: ClusterManager | None = None
         """Set once by the composition root, before anything is sent."""
+        self.start_failures: dict[InstanceId, str] = {}
+        """What instances said that could not come up."""
         self.members_changed = asyncio.Event()
         """Set at each arrival and loss, for whoever waits for the cluster to come up."""
 
@@ -186,6 +189,8 @@ class Dispatcher:
                 stream.arrived.put_nowait(_error_of(message))
         elif isinstance(message, Trace):
             self._record(message)
+        elif isinstance(message, StartFailed):
+            self.start_failures[message.instance] = message.message
         else:
             log.warning("%s sent an unexpected %s", instance, type(message).__name__)
 

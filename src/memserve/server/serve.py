@@ -1,4 +1,4 @@
-"""The composition root of ``memserve serve``: model metadata, manager, launcher, scheduler, HTTP; and its end.
+"""The composition root of ``memserve serve``: model, manager, launcher, scheduler, HTTP; and its end.
 
 One process holds the HTTP server, the scheduler and the cluster manager; each instance is a child process.
 """
@@ -80,6 +80,15 @@ def plan_threads(asked: int, instances: int) -> int:
 class _Http(uvicorn.Server):
     """Uvicorn without its own signal handling: stopping is the composition root's business."""
 
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.answers = asyncio.Event()
+        """Set once requests are accepted."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.answers.set()
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
@@ -127,7 +136,7 @@ class _Cluster:
         self._dispatcher.manager = self._manager
 
     async def start(self) -> None:
-        """Start all instances and wait until they are ready. Raises ``NoInstance`` when one does not come up."""
+        """Start all instances and wait until they are ready. Raises ``NoInstance`` if one does not come up."""
         address = f"@memserve-{self._name}-control"
         await self._manager.start(address)
         for instance, role in self._instances:
@@ -156,11 +165,15 @@ class _Cluster:
         settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2, lifespan="off")
         http = _Http(settings)
         serving = asyncio.create_task(http.serve([listening]))
-        while not http.started and not serving.done():
-            await asyncio.sleep(0.01)
-        host, port = listening.getsockname()[:2]
-        self._screen.ready(f"http://{host}:{port}", served_name, self._describe())
-        await asyncio.wait((serving, asyncio.create_task(stop.wait())), return_when=asyncio.FIRST_COMPLETED)
+        answering = asyncio.create_task(http.answers.wait())
+        stopping = asyncio.create_task(stop.wait())
+        await asyncio.wait((serving, answering, stopping), return_when=asyncio.FIRST_COMPLETED)
+        if answering.done():
+            host, port = listening.getsockname()[:2]
+            self._screen.ready(f"http://{host}:{port}", served_name, self._describe())
+        await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
+        answering.cancel()
+        stopping.cancel()
         http.should_exit = True
         await serving
 
@@ -182,7 +195,8 @@ class _Cluster:
         """Whether all instances are ready. Raises ``NoInstance`` as soon as one has ended."""
         self._dispatcher.members_changed.clear()
         for instance, reason in self._ended.items():
-            raise NoInstance(f"{instance} did not come up: it {reason}")
+            told = self._dispatcher.start_failures.get(instance)
+            raise NoInstance(f"{instance} did not come up: {told or reason}")
         return sum(link.ready is not None for link in self._manager.links()) == len(self._instances)
 
     def _exited(self, instance: InstanceId, reason: str) -> None:
@@ -202,7 +216,7 @@ class _Cluster:
         )
 
 
-async def _until(starting: Coroutine[None, None, None], stop: asyncio.Event) -> None:
+async def _until(starting: Coroutine[None, None, object], stop: asyncio.Event) -> None:
     """Wait for ``starting`` to end or ``stop`` to be set, whichever is first; errors come through."""
     task = asyncio.create_task(starting)
     stopping = asyncio.create_task(stop.wait())

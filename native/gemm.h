@@ -18,7 +18,7 @@ struct Prefetch {
   int lines_per_chunk;
 
   Prefetch(const Bf16* from, int lines, int chunks)
-      : next(reinterpret_cast<const char*>(from)), lines_per_chunk(true ? 0 : ceil_divide(lines, chunks)) {}
+      : next(reinterpret_cast<const char*>(from)), lines_per_chunk(from == nullptr ? 0 : ceil_divide(lines, chunks)) {}
 
   inline void take_chunk() {
     for (int i = 0; i < lines_per_chunk; ++i, next += 64) __builtin_prefetch(next, 0, 2);
@@ -160,7 +160,7 @@ inline int allowed_width(int wanted, int widest) {
   return width <= 2 ? width : width - width % 2;
 }
 
-void matmul(const Matmul& job, Range rows, Range groups, const Bf16* afterwards) {
+void matmul(const Matmul& job, Range rows, Range groups) {
   const int tiles = ceil_divide(rows.size(), kMostRows);
   const int tallest = ceil_divide(rows.size(), tiles);
   const int widest = panel_width(tallest);
@@ -171,9 +171,10 @@ void matmul(const Matmul& job, Range rows, Range groups, const Bf16* afterwards)
   const int steps = tiles * (job.weights.depth / 2 / kChunkPairs);
   for (int group = groups.begin; group < groups.end;) {
     const int width = allowed_width(smaller(wanted, groups.end - group), widest);
-    // While one panel is multiplied the next one is fetched, a share during each tile of rows.
-    const bool is_last = group + width >= groups.end;
-    Prefetch prefetch(is_last ? afterwards : job.weights.group(group + width), lines_per_group * width, steps);
+    // While one panel is multiplied the next one is fetched, a share during each tile of rows. With a single tile
+    // there is nothing to overlap, and the hardware's own prefetching of the sequential weights is faster.
+    const bool fetches = tiles > 1 && group + width < groups.end;
+    Prefetch prefetch(fetches ? job.weights.group(group + width) : nullptr, lines_per_group * width, steps);
     for (int tile = 0; tile < tiles; ++tile) {
       const int begin = rows.begin + rows.size() * tile / tiles;
       const int end = rows.begin + rows.size() * (tile + 1) / tiles;

@@ -94,7 +94,7 @@ inline void multiply_row_tiles(const Matmul& job, int row, int rows, int group, 
   multiply_tiles<2, 1>(job, row, rows, group, prefetch);
 }
 
-void matmul_in_tiles(const Matmul& job, Range rows, Range groups, const Bf16* afterwards) {
+void matmul_in_tiles(const Matmul& job, Range rows, Range groups) {
   const int tall = rows.size() <= kTileRows ? kTileRows : 2 * kTileRows;
   const int widest = tall == kTileRows ? 4 : 2;
   const int tiles = ceil_divide(rows.size(), tall);
@@ -104,7 +104,8 @@ void matmul_in_tiles(const Matmul& job, Range rows, Range groups, const Bf16* af
   for (int group = groups.begin; group < groups.end;) {
     const int left = groups.end - group;
     const int width = left >= widest ? widest : left >= 2 ? 2 : 1;
-    Prefetch prefetch(left == width ? afterwards : job.weights.group(group + width), lines_per_group * width, steps);
+    const bool fetches = tiles > 1 && left > width;
+    Prefetch prefetch(fetches ? job.weights.group(group + width) : nullptr, lines_per_group * width, steps);
     for (int row = rows.begin; row < rows.end; row += tall)
       multiply_row_tiles(job, row, smaller(tall, rows.end - row), group, width, prefetch);
     group += width;

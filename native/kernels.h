@@ -121,8 +121,7 @@ struct CopyJob {
 
 struct Kernels {
   const char* name;
-  // `afterwards`: weights that this thread is likely to need next, to be fetched meanwhile; may be null.
-  void (*matmul)(const Matmul&, Range rows, Range groups, const Bf16* afterwards);
+  void (*matmul)(const Matmul&, Range rows, Range groups);
   void (*normalise)(const Normalise&);
   void (*place_row)(const PlaceRow&);
   size_t (*attention_scratch)(const Heads&);  // bytes that `attend` needs per thread

@@ -271,17 +271,13 @@ void Model::run_layer(const Batch& batch, const Tile& tile, int index) {
                        nullptr,       gated_.data(),  gated_stride_};
   const Matmul down{layer.down, gated_.data(), gated_stride_, Output::kAdd, residual_.data(), nullptr, residual_stride};
   normalise_rows(layer.attention_norm.data(), rows);
-  multiply(qkv, rows, &layer.o);
+  multiply(qkv, rows);
   place_rows(batch, tile, heads);
   attend(tile, heads);
-  multiply(o, rows, &layer.gate_up);
+  multiply(o, rows);
   normalise_rows(layer.ffn_norm.data(), rows);
-  multiply(gate_up, rows, &layer.down);
-  multiply(down, rows, &weights_after(index));
-}
-
-const PackedMatrix& Model::weights_after(int layer) const {
-  return layer + 1 < shape_.layers ? layers_[static_cast<size_t>(layer) + 1].qkv : head_;
+  multiply(gate_up, rows);
+  multiply(down, rows);
 }
 
 void Model::normalise_row(const float* input, const float* weight, Bf16* output) const {
@@ -357,23 +353,20 @@ void Model::write_logits(const Batch& batch, const Tile& tile, float* logits) {
   float* out = logits + static_cast<size_t>(first - batch.logit_rows) * shape_.vocabulary;
   multiply({head_, normed_.data(), normed_stride_, Output::kStore, out, nullptr,
             static_cast<size_t>(shape_.vocabulary)},
-           wanted, &layers_[0].qkv);
+           wanted);
 }
 
-void Model::multiply(const Matmul& job, int rows, const PackedMatrix* next) {
+void Model::multiply(const Matmul& job, int rows) {
   const int unit = job.output == Output::kGate ? 2 : 1;
   const int units = job.weights.groups() / unit;
   const int row_items = ceil_divide(rows, kRowsPerItem);
-  const bool few = rows <= kFewRows;
-  const int wanted = few ? pool_.size() : ceil_divide(kItemsPerThread * pool_.size(), row_items);
+  const int wanted = rows <= kFewRows ? pool_.size() : ceil_divide(kItemsPerThread * pool_.size(), row_items);
   const int group_items = std::min(units, wanted);
   pool_.run(row_items * group_items, [&](int item, int) {
     const int first_row = item / group_items * kRowsPerItem;
     const Range share = part_of(units, item % group_items, group_items);
-    // With one share per thread, threads tend to take the same share in each step.
-    const Bf16* afterwards = few ? next->group(part_of(next->groups(), item, group_items).begin) : nullptr;
     kernels_.matmul(job, {first_row, std::min(first_row + kRowsPerItem, rows)},
-                    {share.begin * unit, share.end * unit}, afterwards);
+                    {share.begin * unit, share.end * unit});
   });
 }
 

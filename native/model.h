@@ -130,8 +130,7 @@ class Model {
   void attend(const Tile& tile, const Heads& heads);
   Attention attention_of(const Tile& tile, const Heads& heads, const AttentionItem& item) const;
   void write_logits(const Batch& batch, const Tile& tile, float* logits);
-  void multiply(const Matmul& job, int rows, const PackedMatrix* next);
-  const PackedMatrix& weights_after(int layer) const;
+  void multiply(const Matmul& job, int rows);
   Heads heads_of(int layer) const;
 
   ModelShape shape_;

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from memserve.core.clock import VirtualClock
-from memserve.core.errors import LeaseExpired, MemServeError, OutOfBlocks, Overloaded
+from memserve.core.errors import InvalidRequest, LeaseExpired, MemServeError, OutOfBlocks, Overloaded
 from memserve.core.messages import Stored
 from memserve.core.types import InstanceId, Namespace, unpack_tokens
 from memserve.mempool import AbortCause, Addresses, Freed, KVLayout, Match, MemPool, Origin
@@ -214,6 +214,12 @@ class PoolMachine(RuleBasedStateMachine):
 
         if reservation.revoked:
             with pytest.raises(LeaseExpired):
+                self.pool.complete_incoming(transfer, Origin.PEER, adopt)
+            return
+        added = reservation.addrs.blocks[len(self.known(space, prefix)) : len(prefix)].tolist()
+        if set(added) & set(self.index.values()):
+            # What was held was deleted meanwhile and published for other tokens by another holder.
+            with pytest.raises(InvalidRequest):
                 self.pool.complete_incoming(transfer, Origin.PEER, adopt)
             return
         new = self.note_insert(space, prefix, reservation.addrs)

@@ -278,12 +278,14 @@ class MemPool:
         """Publish: the verified blocks become readable and are indexed. Call once per transfer.
 
         ``adopt`` takes over references to all blocks of the path. If it raises they are released, and its
-        error is what the transfer ended with; without it the blocks just stay cached.
+        error is what the transfer ended with; without it the blocks just stay cached. Raises
+        ``LeaseExpired``, or ``InvalidRequest`` when the part of the path that was held is used for other
+        tokens by now; the reservation stands then, to be aborted.
         """
         reservation = self._reservations.require(transfer)
-        self._table.mark_incoming(numbers_of(reservation.fresh.packed), False)
         addrs = reservation.addrs
         inserted = self.insert(reservation.tokens, addrs, reservation.namespace, origin)
+        self._table.mark_incoming(numbers_of(reservation.fresh.packed), False)
         done = Completed(transfer, inserted.new)
         outcome: Completed | MemServeError = TransferAborted(f"transfer {transfer}: its taker failed")
         try:
@@ -413,6 +415,8 @@ class MemPool:
         return numbers
 
     def _make_room(self, n: int) -> None:
+        if n < 0:
+            raise InvalidRequest(f"{n} blocks cannot be allocated", field="n")
         missing = n - self._table.free
         if missing <= 0:
             return

@@ -43,6 +43,11 @@ def test_alloc_is_all_or_nothing(pool: MemPool) -> None:
     pool.check([held])
 
 
+def test_a_negative_allocation_is_refused(pool: MemPool) -> None:
+    with pytest.raises(InvalidRequest, match="-1 blocks"):
+        pool.alloc_mem(-1)
+
+
 def test_alloc_on_a_tier_that_is_not_there_is_refused(pool: MemPool) -> None:
     with pytest.raises(ConfigError, match="no host tier"):
         pool.alloc_mem(1, Tier.HOST)

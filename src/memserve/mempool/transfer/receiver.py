@@ -136,7 +136,7 @@ class Receiver:
                 return Published(asked.transfer, found.inserted)
             task = asyncio.get_running_loop().create_task(self._verify_and_complete(found, asked))
             self._publishing[asked.transfer] = task
-            task.add_done_callback(lambda _: self._publishing.pop(asked.transfer, None))
+            task.add_done_callback(functools.partial(self._finish, asked.transfer))
         done = await asyncio.shield(task)
         link.stop_timer(asked.transfer)
         return Published(asked.transfer, done.inserted)
@@ -153,6 +153,12 @@ class Receiver:
             self.abort(link, transfer, AbortCause.SENDER_LOST, reason)
 
     # --- inside ---
+
+    def _finish(self, transfer: str, task: asyncio.Task[Completed]) -> None:
+        del self._publishing[transfer]
+        if not task.cancelled():
+            # Retrieved here as well, in case that the sender, who would be told, is gone.
+            task.exception()
 
     async def _verify_and_complete(self, reservation: Reservation, asked: Publish) -> Completed:
         try:

@@ -2,8 +2,8 @@
 
     python benchmarks/mempool_calls.py [--out FILE]
 
-Transfers go to a second process. Sides of a comparison are interleaved; figures are medians, with the
-middle half as the spread.
+Calls inside a process are measured in processor time. Transfers go to a second process and are measured in
+real time, beside memcpy. Sides of a comparison take turns; figures are medians with the middle half.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import ctypes
+import functools
 import os
 import sys
 import time
@@ -61,7 +62,7 @@ def memory_calls() -> dict[str, Figure]:
 
     return {
         f"alloc_free_ns_per_block_batch_{count}": spread(
-            [seconds / 200 / count * 1e9 for seconds in clocked(turn_over(count), rounds=50, times=200)]
+            [timed(turn_over(count), time.thread_time, 200) / 200 / count * 1e9 for _ in range(50)]
         )
         for count in (1, 64, 1024)
     }
@@ -82,7 +83,8 @@ def index_calls() -> dict[str, Figure]:
             def find(prompt: Tokens = prompt) -> None:
                 pool.match(prompt, NS).release()
 
-            figures[f"match_{tokens}_us_{label}"] = spread([x * 1e6 for x in clocked(find, rounds=200)])
+            taken = [timed(find, time.thread_time, 10) / 10 * 1e6 for _ in range(50)]
+            figures[f"match_{tokens}_us_{label}"] = spread(taken)
         figures[f"insert_4096_new_us_{label}"] = spread(inserts(pool, known=0))
         figures[f"insert_4096_90_percent_known_us_{label}"] = spread(inserts(pool, known=230))
     pool.check([])
@@ -97,9 +99,8 @@ def inserts(pool: MemPool, known: int) -> list[float]:
         first, rest = pool.alloc_mem(known), pool.alloc_mem(256 - known)
         pool.insert(prompt[: known * 16], first, NS)
         addrs = first.concat(rest)
-        started = time.perf_counter()
-        pool.insert(prompt, addrs, NS)
-        taken.append((time.perf_counter() - started) * 1e6)
+        insert = functools.partial(pool.insert, prompt, addrs, NS)
+        taken.append(timed(insert, time.thread_time) * 1e6)
         pool.free_mem(addrs)
         pool.delete(prompt, NS)
         pool.take_events()
@@ -162,7 +163,8 @@ async def transfers() -> dict[str, Figure]:
     src, dst = pool.alloc_mem(64), pool.alloc_mem(64)
     for number in (*src.blocks.tolist(), *dst.blocks.tolist()):
         pool.arena.block_memory(number)[:] = number % 251
-    figures: dict[str, Figure] = {}
+    touching = await send_prompts(pool, src, marks, turns=PEER_BLOCKS // 64, seed=0)
+    figures = {"shm_64_blocks_first_touch_ms": spread([whole * 1e3 for whole, _ in touching])}
     for blocks in (1, 16, 64):
         figures |= await one_size(pool, src[:blocks], dst[:blocks], marks)
     child.stdin.close()
@@ -172,31 +174,42 @@ async def transfers() -> dict[str, Figure]:
 
 
 async def one_size(pool: MemPool, src: Addresses, dst: Addresses, marks: list[float]) -> dict[str, Figure]:
-    """Whole transfers and their copying part, in GB/s and relative to memcpy, interleaved."""
+    """Whole transfers and their copying part, relative to memcpy of the same bytes, in turns."""
     size, blocks = pool.layout.block_bytes, len(src)
-    taken: dict[str, list[float]] = {"memcpy": [], "transfer": [], "copying": []}
-    for turn in range(30):
-        started = time.perf_counter()
+
+    def memcpy() -> None:
         for target, source in zip(pool.pointers(dst).tolist(), pool.pointers(src).tolist(), strict=True):
             ctypes.memmove(target, source, size)
-        taken["memcpy"].append(time.perf_counter() - started)
-        prompt = random_tokens(blocks * 16, seed=blocks * 1000 + turn)
+
+    copied, whole, copying = [], [], []
+    for turn in range(40):
+        copied += clocked(memcpy, 1)
+        ((sent_in, copied_in),) = await send_prompts(pool, src, marks, turns=1, seed=blocks * 1000 + turn)
+        whole.append(sent_in)
+        copying.append(copied_in)
+    name = f"shm_{blocks}_blocks"
+    return {
+        f"{name}_transfer_ms": spread([seconds * 1e3 for seconds in whole]),
+        f"{name}_transfer_to_memcpy": spread(ratios(copied, whole)),
+        f"{name}_copying_to_memcpy": spread(ratios(copied, copying)),
+    }
+
+
+async def send_prompts(
+    pool: MemPool, src: Addresses, marks: list[float], turns: int, seed: int
+) -> list[tuple[float, float]]:
+    """Send ``turns`` prompts that the peer does not know; seconds of the whole and of the copying part."""
+    taken = []
+    for turn in range(turns):
+        prompt = random_tokens(len(src) * 16, seed=1 << 20 | seed + turn)
         marks.clear()
         started = time.perf_counter()
         done = await pool.transfer_with_insert(InstanceId("peer"), prompt, src, NS)
-        taken["transfer"].append(time.perf_counter() - started)
+        whole = time.perf_counter() - started
+        assert done.sent == len(src), "the peer knew these tokens"
         # After "reserved" come the steps of the copy, then "copied" and "published".
-        taken["copying"].append(marks[-2] - marks[0])
-        assert done.sent == blocks, "the peer knew these tokens"
-    # The first transfers touch the peer's memory for the first time; its pool is evicting after these.
-    warm = {name: seconds[len(seconds) // 3 :] for name, seconds in taken.items()}
-    name = f"shm_{blocks}_blocks"
-    return {
-        f"{name}_transfer_ms": spread([seconds * 1e3 for seconds in warm["transfer"]]),
-        f"{name}_transfer_to_memcpy": spread(ratios(warm["memcpy"], warm["transfer"])),
-        f"{name}_copying_to_memcpy": spread(ratios(warm["memcpy"], warm["copying"])),
-        f"{name}_first_touch_ms": spread([seconds * 1e3 for seconds in taken["transfer"][:3]]),
-    }
+        taken.append((whole, marks[-2] - marks[0]))
+    return taken
 
 
 async def serve_peer(address: str) -> None:
@@ -227,13 +240,15 @@ def random_tokens(count: int, seed: int) -> Tokens:
 
 def clocked(call: Callable[[], object], rounds: int, times: int = 1) -> list[float]:
     """Seconds of each of ``rounds`` rounds of ``times`` calls."""
-    taken = []
-    for _ in range(rounds):
-        started = time.perf_counter()
-        for _ in range(times):
-            call()
-        taken.append(time.perf_counter() - started)
-    return taken
+    return [timed(call, time.perf_counter, times) for _ in range(rounds)]
+
+
+def timed(call: Callable[[], object], clock: Callable[[], float], times: int = 1) -> float:
+    """Seconds of ``times`` calls. With ``time.thread_time`` what other processes do does not count."""
+    started = clock()
+    for _ in range(times):
+        call()
+    return clock() - started
 
 
 def interleaved(sides: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:

@@ -1,7 +1,7 @@
 // The two products of attention in tile registers: sixteen vectors at a time, K and V tiles straight from the pool.
 #pragma once
 
-#include "attention.h"
+#include "attention_vectors.h"
 #include "gemm_tiles.h"
 #include "tile.h"
 
@@ -21,7 +21,8 @@ struct TileProducts {
     zero_tile<2>();
     zero_tile<3>();
     for (int d = 0; d < dim; d += 2 * kTileRows) {
-      load_tile<kInputTile>(s.queries + static_cast<size_t>(vector) * s.query_stride + d, s.query_stride * sizeof(Bf16));
+      const Bf16* queries = s.queries + static_cast<size_t>(vector) * s.query_stride + d;
+      load_tile<kInputTile>(queries, s.query_stride * sizeof(Bf16));
       take_key_tile<kBlocks, 0>(keys, block, d);
     }
     store_scores<kBlocks, 0>(s.scores + static_cast<size_t>(vector) * kSegmentTokens + block * kBlockTokens);

@@ -69,7 +69,8 @@ struct Vector {
   static __m256i times_prime(__m256i x) {
     const __m256i low = _mm256_set1_epi64x(static_cast<long long>(kPrime & 0xffffffffu));
     const __m256i high = _mm256_set1_epi64x(static_cast<long long>(kPrime >> 32));
-    const __m256i crossed = _mm256_add_epi64(_mm256_mul_epu32(_mm256_srli_epi64(x, 32), low), _mm256_mul_epu32(x, high));
+    const __m256i left = _mm256_mul_epu32(_mm256_srli_epi64(x, 32), low);
+    const __m256i crossed = _mm256_add_epi64(left, _mm256_mul_epu32(x, high));
     return _mm256_add_epi64(_mm256_mul_epu32(x, low), _mm256_slli_epi64(crossed, 32));
   }
 };

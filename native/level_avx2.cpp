@@ -1,5 +1,5 @@
 #define MEMSERVE_LEVEL avx2
-#include "attention.h"
+#include "attention_vectors.h"
 #include "copy.h"
 #include "gemm.h"
 #include "probe.h"

@@ -174,7 +174,8 @@ void Model::check(const Batch& batch) const {
       require(batch.tokens[row] >= 0 && batch.tokens[row] < shape_.vocabulary, where + "token outside the vocabulary");
       require(batch.positions[row] >= 0 && batch.positions[row] < rope_.positions,
               where + "position outside the context of " + std::to_string(rope_.positions));
-      require(row == begin || batch.positions[row] == batch.positions[row - 1] + 1, where + "positions must ascend by one");
+      require(row == begin || batch.positions[row] == batch.positions[row - 1] + 1,
+              where + "positions must ascend by one");
     }
     if (begin == end) continue;
     const int needed = batch.positions[end - 1] / kBlockTokens + 1;

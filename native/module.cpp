@@ -133,8 +133,8 @@ void construct(PythonModel* self, int layers, int hidden, int heads, int kv_head
   new (self) PythonModel(shape, rope_table(cosines, sines, head_dim), chosen_kernels(isa), threads, pin);
 }
 
-void set_layer(PythonModel& self, int index, const Vector& attention_norm, const Matrix& q, const Matrix& k, const Matrix& v,
-               const Matrix& o, const Vector& ffn_norm, const Matrix& gate, const Matrix& up, const Matrix& down) {
+void set_layer(PythonModel& self, int index, const Vector& attention_norm, const Matrix& q, const Matrix& k,
+               const Matrix& v, const Matrix& o, const Vector& ffn_norm, const Matrix& gate, const Matrix& up, const Matrix& down) {
   const ModelShape& s = self.shape();
   if (index < 0 || index >= s.layers)
     throw std::invalid_argument("there is no layer " + std::to_string(index) + " of " + std::to_string(s.layers));

@@ -44,14 +44,16 @@ def main() -> int:
     print("\n".join(broken) if broken else "== size budget kept", flush=True)
     if broken:
         return 1
-    return 0 if run("tests", [sys.executable, "-m", "pytest", *selection, *options.pytest]) else 1
+    return 0 if run("tests", ["pytest", *selection, *options.pytest]) else 1
 
 
 def run(name: str, command: list[str]) -> bool:
     """Run one step and say how it went."""
     started = time.perf_counter()
     print(f"== {name}: {' '.join(command)}", flush=True)
-    code = subprocess.run(command, cwd=ROOT, check=False).returncode
+    # Tools lie beside the interpreter that runs this, whether or not its environment is activated.
+    tool = Path(sys.executable).parent / command[0]
+    code = subprocess.run([str(tool), *command[1:]], cwd=ROOT, check=False).returncode
     if code:
         print(f"== {name} failed after {time.perf_counter() - started:.0f} s", flush=True)
     return code == 0

@@ -1,4 +1,4 @@
-"""The C++ kernels. Addresses are of memory in this process and are trusted; shapes and indices are checked."""
+"""The C++ kernels. Addresses are of this process and are trusted; shapes and indices are checked."""
 
 import numpy as np
 from numpy.typing import NDArray

@@ -34,6 +34,7 @@ _FREE = 0
 _INDEXED = 1
 _REFERENCE = 2
 # Numpy combines zero-dimensional arrays with arrays faster than scalars.
+_INDEXED_BIT = np.array(_INDEXED, np.int32)
 _ONE_REFERENCE = np.array(_REFERENCE, np.int32)
 _ONE_GENERATION = np.array(1, np.uint32)
 
@@ -88,6 +89,12 @@ class BlockTable:
         """Whether each block is in the index."""
         indexed: NDArray[np.bool_] = (self._uses[numbers] & _INDEXED) != 0
         return indexed
+
+    def all_held_unindexed(self, numbers: BlockNumbers) -> bool:
+        """Whether each block is referenced and none is indexed: what may enter the index."""
+        uses = self._uses[numbers]
+        held, indexed = np.count_nonzero(uses), np.count_nonzero(uses & _INDEXED_BIT)
+        return bool(held == len(uses) and indexed == 0)
 
     def current(self, packed: Packed) -> NDArray[np.bool_]:
         """Whether each address names its block's present generation; any repetition, any numbers."""
@@ -159,7 +166,7 @@ class BlockTable:
 
     def index(self, numbers: BlockNumbers, origin: Origin) -> None:
         """Mark referenced blocks as indexed."""
-        self._uses[numbers] |= _INDEXED
+        self._uses[numbers] |= _INDEXED_BIT
         self._origins[numbers] = origin
 
     def unindex(self, numbers: BlockNumbers) -> int:

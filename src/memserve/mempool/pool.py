@@ -447,10 +447,11 @@ class MemPool:
         return len(dropped.blocks)
 
     def _require_insertable(self, numbers: BlockNumbers) -> None:
-        if not self._table.distinct(numbers) or self._table.is_indexed(numbers).any():
-            raise InvalidRequest("a block can hold the KV of one place in one prompt only", field="addrs")
+        if self._table.distinct(numbers) and self._table.all_held_unindexed(numbers):
+            return
         if not self._table.references_of(numbers).all():
             raise InvalidRequest("a block that nobody holds cannot be inserted", field="addrs")
+        raise InvalidRequest("a block can hold the KV of one place in one prompt only", field="addrs")
 
     def _release_repeated(self, packed: NDArray[np.uint64]) -> int:
         """Drop references block by block, for addresses that name a block more than once."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -41,7 +42,7 @@ from memserve.core.types import InstanceId, Namespace, pack_tokens
 from memserve.mempool import AbortCause, Addresses, KVLayout, MemPool
 from memserve.wire import Connection, connect
 
-from .conftest import SMALL, fresh_address, serving, until
+from .conftest import DEADLINE, SMALL, fresh_address, serving, until
 from .peer_process import member
 
 NS = Namespace("m")
@@ -402,6 +403,48 @@ def test_a_cancelled_transfer_is_forgotten_by_the_receiver(step: str) -> None:
             assert matched(there) == 0
             pool.check([src])
             there.check([])
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("end", ["cancel", "close", "deadline"])
+def test_blocks_are_not_free_before_the_copy_has_stopped(end: str) -> None:
+    """The copying thread stands still in the middle, while everybody else gives the transfer up."""
+
+    async def scenario() -> None:
+        copying, go_on = threading.Event(), threading.Event()
+
+        def stand_still(step: str) -> None:
+            if step == "copying":
+                copying.set()
+                assert go_on.wait(DEADLINE)
+
+        clock = VirtualClock()
+        async with (
+            serving("a", clock=clock, observe=stand_still, reserve_seconds=0.01) as (pool, endpoint, _),
+            serving("b", clock=clock) as (there, _, address),
+        ):
+            endpoint.set_peers((member("b", address),))
+            src = pool.alloc_mem(4)
+            sending = asyncio.ensure_future(pool.transfer_with_insert(B, TOKENS, src, NS))
+            await until(copying.is_set)
+            if end == "cancel":
+                sending.cancel()
+            elif end == "close":
+                endpoint.drop_peer(B, "told to")
+            else:
+                clock.advance(1.0)
+                await until(lambda: all(standing.revoked for standing in there._reservations))
+            # A whole exchange with the receiver: whatever it was going to do has been done by now.
+            async with raw_peer(address) as (peer, _):
+                await peer.call(hello(), 5.0)
+                assert there.stats().incoming == 4
+            go_on.set()
+            with pytest.raises((asyncio.CancelledError, PeerLost, TransferAborted)):
+                await sending
+            await until(lambda: there.stats().free == 16)
+            assert matched(there) == 0
+            pool.check([src])
 
     asyncio.run(scenario())
 

@@ -32,7 +32,9 @@ class Rows:
 class PagedModel:
     """One runner and a pool of its own; conversations are made up of random tokens."""
 
-    def __init__(self, weights: ModelWeights, *, isa: str, threads: int, context: int, sequences: int) -> None:
+    def __init__(
+        self, weights: ModelWeights, *, isa: str, threads: int, context: int, sequences: int
+    ) -> None:
         self.weights = weights
         self.runner = NativeRunner(weights, threads=threads, context=context, isa=isa)
         layout = self.runner.layout

@@ -105,7 +105,14 @@ def test_order_and_length_matter() -> None:
     swapped_rows = np.ascontiguousarray(rows[[1, 0, 2, 3]]).reshape(-1)
     swapped_words = piece.view(np.uint64)[np.r_[1, 0, 2:128]].view(np.uint8)
     zeros = np.zeros(2 * ROW, np.uint8)
-    variants = [(piece, 1024), (swapped_rows, 1024), (swapped_words, 1024), (zeros, 256), (zeros, 255), (zeros, 512)]
+    variants = [
+        (piece, 1024),
+        (swapped_rows, 1024),
+        (swapped_words, 1024),
+        (zeros, 256),
+        (zeros, 255),
+        (zeros, 512),
+    ]
     checksums = {int(_native.checksum_blocks(addresses([v]), n)[0]) for v, n in variants}
     assert len(checksums) == len(variants)
 

@@ -1,8 +1,9 @@
-"""A row's bits depend on its own tokens only: chunking, batch mates, cached prefixes and threads change nothing."""
+"""A row's bits depend on its own tokens only: not on chunks, batch mates, cached prefixes or threads."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -38,15 +39,13 @@ def isa(request: pytest.FixtureRequest) -> str:
 def test_chunks(build: Build, whole: np.ndarray, isa: str, threads: int, chunk: int) -> None:
     model = build(isa, threads=threads, context=CONTEXT, **SHAPE)
     edges = [*range(0, CONTEXT, chunk), CONTEXT]
-    chunks = [
-        model.forward([model.rows(0, begin, end)])[0] for begin, end in zip(edges[:-1], edges[1:], strict=True)
-    ]
+    chunks = [model.forward([model.rows(0, begin, end)])[0] for begin, end in pairwise(edges)]
     np.testing.assert_array_equal(np.concatenate(chunks), whole)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_batch_mates(build: Build, whole: np.ndarray, isa: str, threads: int) -> None:
-    """Decode rows at a segment's edge beside prefills of every size, so that rows land in every place of a tile."""
+    """Decode rows at a segment's edge beside prefills of every size: rows land in every place of a tile."""
     model = build(isa, threads=threads, context=CONTEXT, sequences=4, **SHAPE)
     model.forward([model.rows(0, 0, 250), model.rows(1, 0, 33)])
     at = 250
@@ -88,7 +87,5 @@ def test_any_chunking_on_the_best_isa(build: Build, cuts: list[int], threads: in
     reference = build(isa, context=CONTEXT, **SHAPE)
     (expected,) = reference.forward([reference.rows(0, 0, CONTEXT)])
     edges = [0, *sorted(cuts), CONTEXT]
-    chunks = [
-        model.forward([model.rows(0, begin, end)])[0] for begin, end in zip(edges[:-1], edges[1:], strict=True)
-    ]
+    chunks = [model.forward([model.rows(0, begin, end)])[0] for begin, end in pairwise(edges)]
     np.testing.assert_array_equal(np.concatenate(chunks), expected)

@@ -15,18 +15,22 @@ EVERY_ISA = [*_native.supported_isas(), *_native.emulated_isas()]
 SHAPES = [
     pytest.param({"heads": 4, "kv_heads": 4}, id="mha"),
     pytest.param({"heads": 4, "kv_heads": 2, "head_dim": 32, "tied": False}, id="gqa2-untied"),
-    pytest.param({"heads": 9, "kv_heads": 3, "hidden": 576, "layers": 1, "feed_forward": 1536}, id="smollm2-layer"),
+    pytest.param(
+        {"heads": 9, "kv_heads": 3, "hidden": 576, "layers": 1, "feed_forward": 1536}, id="smollm2-layer"
+    ),
     pytest.param({"heads": 4, "kv_heads": 1, "head_dim": 128}, id="gqa4-wide"),
     pytest.param({"heads": 8, "kv_heads": 1, "head_dim": 64, "vocabulary": 301}, id="gqa8-odd-vocabulary"),
     pytest.param({"heads": 6, "kv_heads": 2, "head_dim": 48, "hidden": 80}, id="gqa3-dims-of-16"),
-    pytest.param({"heads": 2, "kv_heads": 1, "head_dim": 16, "hidden": 36, "feed_forward": 48}, id="tiny-dims"),
+    pytest.param(
+        {"heads": 2, "kv_heads": 1, "head_dim": 16, "hidden": 36, "feed_forward": 48}, id="tiny-dims"
+    ),
     pytest.param({"heads": 2, "kv_heads": 1, "head_dim": 256, "layers": 1}, id="widest-head"),
 ]
 
 
 def assert_close(logits: np.ndarray, expected: np.ndarray) -> None:
-    """Logits have a spread of about 1. The kernels sum in float32 (errors of 1e-6), which now and then tips an
-    input over to the neighbouring bf16 (2^-9 of its size); a wrong position, head or mask costs 0.1 and more."""
+    """Logits have a spread of about 1. The kernels sum in float32 (errors of 1e-6), which now and then tips
+    an input to the neighbouring bf16 (2^-9 of its size); a wrong position, head or mask costs 0.1 or more."""
     assert np.isfinite(logits).all()
     error = logits - expected
     assert np.sqrt((error**2).mean()) < 8e-3

@@ -20,9 +20,9 @@ Float = NDArray[np.float32]
 class NativeRunner:
     """Forward passes of a Llama-family model on this machine's CPU.
 
-    bf16 weights, KV and inputs of matrix products; float32 sums, residual stream, norms, rotary embedding and
-    softmax. The bits of a row depend on its tokens alone: not on the batch, chunking, cached prefixes or threads.
-    They do differ between instruction sets, so peers exchange KV only at equal ``isa`` if bits matter to them.
+    bf16 weights, KV and inputs of matrix products; float32 sums, residual stream, norms, rotary embedding
+    and softmax. The bits of a row depend on its tokens alone: not on the batch, chunking, cached prefixes or
+    threads. Instruction sets round differently: KV computed on one is valid, not bit-equal, on another.
 
     Parameters
     ----------
@@ -45,7 +45,8 @@ class NativeRunner:
         if context < 1:
             raise ConfigError(f"context is {context}; it must be at least 1 token")
         if len(weights.layers) != spec.layers:
-            raise ModelError(f"{spec.identity}: {len(weights.layers)} layers of weights, the spec says {spec.layers}")
+            given = len(weights.layers)
+            raise ModelError(f"{spec.identity}: {given} layers of weights, the spec says {spec.layers}")
         self._layout = KVLayout(spec.identity, spec.layers, spec.kv_heads, spec.head_dim)
         self._model: _native.Model | None = _build_model(spec, threads, context, isa, pin)
         self._isa: str = self._model.isa
@@ -70,7 +71,9 @@ class NativeRunner:
         Raises ValueError, before anything is written, if the batch does not hold together.
         """
         assert self._model is not None, "forward() on a closed runner"
-        return self._model.forward(batch.tokens, batch.positions, batch.starts, batch.blocks, batch.logit_rows)
+        return self._model.forward(
+            batch.tokens, batch.positions, batch.starts, batch.blocks, batch.logit_rows
+        )
 
     def close(self) -> None:
         """End the worker threads and release the weights."""

@@ -120,13 +120,19 @@ class OutboundLink:
                 self._jobs.pop(transfer)
 
     def close(self, reason: str) -> None:
-        if self._connection is not None:
+        """Stop all transfers, then end the connection: to the peer this means that nobody writes any more."""
+        writing = [job.copying for job in self._jobs.values() if job.copying is not None and job.writing]
+        for job in self._jobs.values():
+            job.stopped = True
+        if writing:
+            writing[0].add_done_callback(lambda _: self.close(reason))
+        elif self._connection is not None:
             self._connection.close(reason)
 
     # --- what the peer says ---
 
     def on_notify(self, connection: Connection, message: Any) -> None:
-        connection.close(f"unexpected {type(message).__name__}")
+        self.close(f"unexpected {type(message).__name__}")
 
     async def on_call(self, connection: Connection, message: Any) -> Message:
         """The peer has run out of patience with a transfer: answer once nothing is written any more."""

@@ -50,7 +50,7 @@ SMOLLM2 = ModelSpec(
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """``prefill``: one prompt of ``size`` tokens; ``decode``: one token for each of ``size`` conversations."""
+    """``prefill``: one prompt of ``size`` tokens; ``decode``: a token for each of ``size`` conversations."""
 
     kind: str
     size: int
@@ -233,7 +233,7 @@ def show(limits: list[Limits], figures: list[Figure]) -> None:
         f"\n{figures[0].threads} threads: reads {bandwidth:.1f} GB/s, bf16 dots {peak:.0f} GFLOP/s (medians)"
     )
     print(
-        f"{'engine':<10} {'workload':<13} {'tokens/s':>9} {'quartiles':>17} {'best':>7} {'of floor':>9} {'best':>5}"
+        f"{'engine':<10} {'workload':<13} {'tokens/s':>9} {'quartiles':>17} {'best':>7} {'of floor':>9}  best"
     )
     for f in figures:
         low, high = f.tokens_per_second_quartiles

@@ -115,6 +115,12 @@ def check_config(config: Config) -> Config:
         f"{cluster.prefill}/{cluster.decode}",
         "both at least 1, or both 0 with colocated instances",
     )
+    _require(
+        engine.phases != "colocated" or cluster.prefill == 0,
+        "engine.phases",
+        engine.phases,
+        "one of the pd-* rows where there are prefill and decode instances",
+    )
     total = cluster.prefill + cluster.decode + cluster.colocated
     _require(total > 0, "cluster", "0 instances", "at least one colocated, or one prefill and one decode")
     _require(pool.block_tokens == 16, "pool.block_tokens", pool.block_tokens, "16 (the kernels' block size)")

@@ -47,6 +47,9 @@ log = logging.getLogger(__name__)
 MAX_WAITING = 1024
 """Requests queued in one engine; the server refuses new ones long before."""
 _REMEMBERED_CANCELS = 4096
+_PATIENCE_SECONDS = 0.25
+"""How long a request waits for KV of its prompt that is on its way here."""
+_EXPECTING_SECONDS = 0.001
 _STARVED_SECONDS = 0.05
 """How often a request that found no blocks looks again when nothing here gives any back."""
 
@@ -87,6 +90,7 @@ class Engine:
         self._departing: dict[RequestId, asyncio.Task[None]] = {}
         self._cancelled: dict[RequestId, None] = {}
         self._starved = False
+        self._expecting = False
         self.steps = 0
 
     # --- requests come and go ---
@@ -175,11 +179,12 @@ class Engine:
             self._apply(chunks, sampled)
 
     async def _sleep(self) -> None:
-        """Until something arrives or is given back; while starved, peers may free blocks silently."""
+        """Until something arrives or is given back. What peers bring or free is looked for in between."""
+        seconds = _EXPECTING_SECONDS if self._expecting else _STARVED_SECONDS if self._starved else None
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_STARVED_SECONDS if self._starved else None):
+            async with asyncio.timeout(seconds):
                 await self._wake.wait()
-        self._starved = False
+        self._starved = self._expecting = False
 
     async def close(self) -> None:
         """Cancel what is under way and give all blocks back. Call after ``run`` has been cancelled."""
@@ -198,10 +203,28 @@ class Engine:
         for sequence in self._batcher.admissible():
             if self._batcher.full:
                 return
+            if sequence.addrs is None and self._awaits_kv(sequence):
+                continue
             if sequence.addrs is None and (self._starved or not self._take_blocks(sequence)):
                 self._starved = True
                 continue
             self._batcher.admit(sequence)
+
+    def _awaits_kv(self, sequence: Sequence) -> bool:
+        """Whether a transfer under way brings more of the prompt: sooner here than computed once more.
+
+        The next turn of a chat may come before the last answer's KV has come back from D.
+        """
+        if not self._phases.reuses:
+            return False
+        wanted = sequence.buffer[: sequence.length - 1]
+        if self._pool.incoming_gain(wanted, sequence.namespace) == 0:
+            return False
+        now = self._clock.now()
+        if sequence.patience is None:
+            sequence.patience = now + _PATIENCE_SECONDS
+        self._expecting = now < sequence.patience
+        return self._expecting
 
     def _take_blocks(self, sequence: Sequence) -> bool:
         """Look the tokens up in the pool and allocate what is missing; False if there is no room now."""

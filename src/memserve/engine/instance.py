@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import gc
 import logging
 import os
 import signal
@@ -148,18 +149,23 @@ class Instance:
         self._assembled = assembled
         if self._members is not None:
             assembled.carrier.set_members(self._members.members)
+
+        def send_soon() -> None:
+            loop.call_later(_EVENT_SECONDS, self._send_events)
+
+        assembled.pool.on_events(send_soon)
         self._load = assembled.read_load()
         self._control.notify(assembled.ready)
-        await asyncio.gather(assembled.engine.run(), self._report())
+        gc.collect()
+        gc.freeze()
+        await asyncio.gather(assembled.engine.run(), self._report(assembled))
 
-    async def _report(self) -> None:
-        """Keep the load report fresh, forward pool events, and free what deadlines have ended."""
-        assert self._assembled is not None
+    async def _report(self, assembled: Assembled) -> None:
+        """Keep the load report fresh for the next heartbeat, and end leases whose deadline has passed."""
         while True:
-            self._send_events()
-            self._load = self._assembled.read_load()
-            self._assembled.pool.expire()
-            await asyncio.sleep(_EVENT_SECONDS)
+            self._load = assembled.read_load()
+            assembled.pool.expire()
+            await asyncio.sleep(self._settings.config.cluster.heartbeat / 2)
 
     def _send_events(self) -> None:
         assert self._assembled is not None

@@ -52,6 +52,8 @@ class Sequence:
     ledger: Ledger | None = None
     ledger_sent: bool = False
     ended: FinishReason | None = None
+    patience: float | None = None
+    """Until when to wait for KV on its way here, in the engine's clock; None if there was none so far."""
     trace: bool = False
 
     @property

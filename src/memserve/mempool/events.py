@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from memserve.core.messages import PoolEvent, PoolEvents
 from memserve.core.types import InstanceId
 
@@ -16,6 +18,7 @@ class EventLog:
         self._waiting: list[PoolEvent] = []
         self._bytes = 0
         self._first = 0
+        self.notify: Callable[[], None] = _nobody
 
     @property
     def next_seq(self) -> int:
@@ -28,6 +31,8 @@ class EventLog:
             self.forget()
         self._waiting.append(event)
         self._bytes += len(event.tokens)
+        if len(self._waiting) == 1:
+            self.notify()
 
     def take(self) -> PoolEvents | None:
         """All events since the last call, or None if there are none."""
@@ -42,3 +47,7 @@ class EventLog:
         self._first = self.next_seq
         self._waiting = []
         self._bytes = 0
+
+
+def _nobody() -> None:
+    """The reader polls."""

@@ -22,6 +22,7 @@ from memserve.core.errors import (
     TransferAborted,
 )
 from memserve.core.messages import Member, PoolEvents, Removed, Snapshot, Stored
+from memserve.core.radix import common_prefix
 from memserve.core.types import InstanceId, Namespace, Tokens, pack_tokens
 from memserve.mempool.address import Addresses, BlockNumbers, Origin, Tier, numbers_of
 from memserve.mempool.arena import Arena
@@ -272,6 +273,21 @@ class MemPool:
         reservation = self._reservations.find(transfer)
         return None if reservation is None else reservation.deadline
 
+    def incoming_gain(self, tokens: Tokens, namespace: Namespace) -> int:
+        """How many more tokens of the prefix transfers under way will publish here, beyond what is cached."""
+        promised = max(
+            (
+                common_prefix(reservation.tokens, tokens)
+                for reservation in self._reservations
+                if reservation.namespace == namespace and not reservation.revoked
+            ),
+            default=0,
+        )
+        whole = promised // self.layout.block_tokens
+        if whole == 0:
+            return 0
+        return max(0, whole - len(self._index.find(namespace, tokens).blocks)) * self.layout.block_tokens
+
     def complete_incoming(
         self, transfer: str, origin: Origin, adopt: Callable[[Addresses], None] | None = None
     ) -> Completed:
@@ -341,6 +357,10 @@ class MemPool:
         self._counters.sent_bytes += size
 
     # --- observation ----------------------------------------------------------------------------------
+
+    def on_events(self, notify: Callable[[], None]) -> None:
+        """Have ``notify`` called when the first event since the last :meth:`take_events` happens."""
+        self._events.notify = notify
 
     def take_events(self) -> PoolEvents | None:
         """Index events since the last call. A gap in the numbers means: ask for :meth:`snapshot`."""

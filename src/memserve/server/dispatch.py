@@ -20,7 +20,6 @@ from memserve.core.errors import (
     NoInstance,
     Overloaded,
     PeerLost,
-    RequestFailed,
     error_from_wire,
 )
 from memserve.core.messages import (
@@ -91,14 +90,12 @@ class Dispatcher:
         *,
         model: str,
         max_waiting: int,
-        request_timeout: float,
     ) -> None:
         self._scheduler = scheduler
         self._clock = clock
         self._screen = screen
         self._model = model
         self._max_waiting = max_waiting
-        self._request_timeout = request_timeout
         self._streams: dict[RequestId, _Stream] = {}
         self._snapshots: dict[InstanceId, asyncio.Task[None]] = {}
         self._traces: OrderedDict[RequestId, list[Trace]] = OrderedDict()
@@ -114,10 +111,9 @@ class Dispatcher:
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Generated, None]:
         """See :class:`memserve.server.backend.Backend`."""
         stream = self._open(request)
-        deadline = self._clock.now() + self._request_timeout
         try:
             while not stream.ended:
-                chunk = await self._next(stream, deadline)
+                chunk = await _next(stream)
                 if chunk.offset == 0:
                     self._scheduler.first_token(request.request)
                 stream.ended = chunk.finish is not None
@@ -228,16 +224,6 @@ class Dispatcher:
             raise NoInstance(str(error)) from error
         return stream
 
-    async def _next(self, stream: _Stream, deadline: float) -> TokenChunk:
-        try:
-            async with asyncio.timeout(deadline - self._clock.now()):
-                arrived = await stream.arrived.get()
-        except TimeoutError:
-            raise RequestFailed(f"not finished within {self._request_timeout:g} s") from None
-        if isinstance(arrived, MemServeError):
-            raise arrived
-        return arrived
-
     def _cancel(self, request: RequestId, stream: _Stream, reason: FinishReason) -> None:
         """End the request on both instances. After a stop they report the end; a cancel is final here."""
         for instance in (stream.decision.prefill, stream.decision.decode):
@@ -273,6 +259,14 @@ class Dispatcher:
     def _manager(self) -> ClusterManager:
         assert self.manager is not None, "the composition root sets the manager first"
         return self.manager
+
+
+async def _next(stream: _Stream) -> TokenChunk:
+    # Unbounded here: whoever iterates sets the deadline, and closing the generator cancels the request.
+    arrived = await stream.arrived.get()
+    if isinstance(arrived, MemServeError):
+        raise arrived
+    return arrived
 
 
 def _error_of(message: RequestError) -> MemServeError:

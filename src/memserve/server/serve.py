@@ -128,7 +128,6 @@ class _Cluster:
             screen,
             model=self._source.spec.identity,
             max_waiting=config.server.max_waiting,
-            request_timeout=config.server.request_timeout,
         )
         self._ended: dict[InstanceId, str] = {}
         self._launcher = LocalLauncher(_INSTANCE_COMMAND, self._exited)
@@ -136,7 +135,7 @@ class _Cluster:
         self._dispatcher.manager = self._manager
 
     async def start(self) -> None:
-        """Start all instances and wait until they are ready. Raises ``NoInstance`` if one does not come up."""
+        """Start all instances and wait until they are ready. Raises ``NoInstance`` if one fails."""
         address = f"@memserve-{self._name}-control"
         await self._manager.start(address)
         for instance, role in self._instances:

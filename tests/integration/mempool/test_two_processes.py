@@ -119,10 +119,10 @@ def test_a_peer_restarted_under_its_name_is_another_one() -> None:
 
 def test_nothing_is_left_of_pools_that_are_gone() -> None:
     async def scenario() -> None:
-        async with serving("a", layout=BIG, blocks=8) as (_, _, address), peer_process("b") as peer:
-            assert await peer.do("send", name="a", address=address, blocks=2, seed=1)
+        async with serving("gone", layout=BIG, blocks=8) as (_, _, address), peer_process("b") as peer:
+            assert await peer.do("send", name="gone", address=address, blocks=2, seed=1)
 
     before = set(os.listdir("/dev/shm"))
     asyncio.run(scenario())
-    assert "memfd:memserve-" not in Path("/proc/self/maps").read_text()
+    assert "memfd:memserve-gone" not in Path("/proc/self/maps").read_text()
     assert not [name for name in os.listdir("/dev/shm") if name not in before and "memserve" in name]

@@ -10,10 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
-import subprocess
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +23,7 @@ from memserve.engine.models.spec import LayerWeights, ModelSpec, ModelWeights
 from memserve.engine.runners.base import ForwardBatch
 from memserve.engine.runners.native import NativeRunner
 from native_prototype import Prototype, why_not_here
+from recording import describe_commit, describe_machine
 
 RESULTS = Path(__file__).parent / "results" / "native_speed.json"
 DECODE_CONTEXT = 128  # tokens that each decoding conversation has behind it
@@ -210,22 +208,6 @@ def measure(
     return limits, figures
 
 
-def machine() -> dict[str, object]:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.split(":")[1].strip() for line in lines if "model name" in line]
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
-    return {
-        "cpu": names[0] if names else platform.processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "load_at_start": os.getloadavg()[0],
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "commit": commit.stdout.strip() or "unknown",
-    }
-
-
 def show(limits: list[Limits], figures: list[Figure]) -> None:
     bandwidth = statistics.median(limit.bandwidth for limit in limits) / 1e9
     peak = statistics.median(limit.peak for limit in limits) / 1e9
@@ -265,7 +247,8 @@ def main() -> None:
         print(f"the prototype cannot run here: {reason}")
     weights = load_weights(arguments.model)
     report: dict[str, object] = {
-        "machine": machine(),
+        "machine": describe_machine(),
+        "commit": describe_commit(),
         "isa": arguments.isa or _native.isa(),
         "model": weights.spec.identity,
         "rounds": arguments.rounds,

@@ -96,6 +96,19 @@ def test_second_turn_finds_the_whole_first_turn(disaggregated: Served, expected:
         assert entry["blocks"]["historical"] * BLOCK >= history // BLOCK * BLOCK
 
 
+def test_an_immediate_second_turn_waits_for_the_answers_kv(disaggregated: Served) -> None:
+    """Agents answer at once: the next turn is there before D's KV is back on P, and still finds it."""
+    for number in range(8):
+        messages = [{"role": "user", "content": f"Tell me something about the number {number}{number}."}]
+        first = ask(disaggregated, messages, 40)
+        messages += [
+            {"role": "assistant", "content": first.text},
+            {"role": "user", "content": "And the next one?"},
+        ]
+        second = ask(disaggregated, messages, 4)
+        assert second.cached == (first.prompt + first.completion - 1) // BLOCK * BLOCK
+
+
 def test_repeat_is_cached_up_to_the_last_token(disaggregated: Served) -> None:
     messages = [{"role": "user", "content": "Count: " + ", ".join(map(str, range(200)))}]
     cold, warm = ask(disaggregated, messages, 8), ask(disaggregated, messages, 8)

@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from memserve.cli.sizes import show_size
+from memserve.cluster.host import available_memory, count_cores
 from memserve.core.config import Config
 from memserve.core.errors import ModelError
 
 _WEIGHTS_ROOM = 1 << 30
 """Bytes that weights and buffers of the default model may take in each instance."""
-_NO_LIMIT = 1 << 60
 _EXTRAS = (("huggingface_hub", "hub", "models by hub id"),)
 
 
@@ -56,29 +56,6 @@ def examine_machine(config: Config, root: Path = Path("/")) -> Iterator[Finding]
     yield check_port(config)
     yield check_model(config)
     yield from check_extras()
-
-
-def count_cores(root: Path) -> int:
-    """Cores this process may use: its affinity, cut by the cgroup's CPU quota."""
-    cores = len(os.sched_getaffinity(0))
-    quota, _, period = _read(root / "sys/fs/cgroup/cpu.max").partition(" ")
-    if quota.isdigit() and period.isdigit():
-        cores = min(cores, max(1, int(quota) // int(period)))
-    return cores
-
-
-def available_memory(root: Path) -> int | None:
-    """Bytes that can still be used: the kernel's estimate, cut by the cgroup's limit."""
-    limits = [_meminfo(root, "MemAvailable")]
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        ceiling = _read_number(root / "sys/fs/cgroup" / limit)
-        if ceiling is not None and ceiling < _NO_LIMIT:
-            limits.append(ceiling - (_read_number(root / "sys/fs/cgroup" / used) or 0))
-    known = [limit for limit in limits if limit is not None]
-    return min(known, default=None)
 
 
 def check_cores(root: Path) -> Finding:
@@ -211,23 +188,3 @@ def _use_pidfd() -> None:
         signal.pidfd_send_signal(descriptor, 0)
     finally:
         os.close(descriptor)
-
-
-def _meminfo(root: Path, name: str) -> int | None:
-    for line in _read(root / "proc/meminfo").splitlines():
-        key, _, rest = line.partition(":")
-        if key == name:
-            return int(rest.split()[0]) * 1024
-    return None
-
-
-def _read_number(path: Path) -> int | None:
-    text = _read(path)
-    return int(text) if text.isdigit() else None
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text().strip()
-    except OSError:
-        return ""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from memserve.core.clock import Clock
@@ -36,6 +37,7 @@ class Assembled:
     carrier: PoolCarrier
     engine: Engine
     ready: Ready
+    stopping: threading.Event = field(default_factory=threading.Event)
 
     def read_load(self) -> LoadReport:
         batcher, blocks = self.engine.batcher, self.pool.stats()
@@ -54,8 +56,13 @@ class Assembled:
         counters["steps"] = float(self.engine.steps)
         return Stats(self.settings.instance, self.read_load(), counters)
 
+    def warm_up(self) -> None:
+        """Touch the pool's memory in the background."""
+        threading.Thread(target=self.pool.arena.populate, args=(self.stopping,), daemon=True).start()
+
     async def close(self) -> None:
         """Stop in reverse order; every block is given back before the pool goes."""
+        self.stopping.set()
         await self.engine.close()
         await self.endpoint.close()
         self.runner.close()

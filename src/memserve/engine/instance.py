@@ -156,6 +156,7 @@ class Instance:
         assembled.pool.on_events(send_soon)
         self._load = assembled.read_load()
         self._control.notify(assembled.ready)
+        assembled.warm_up()
         gc.collect()
         gc.freeze()
         await asyncio.gather(assembled.engine.run(), self._report(assembled))

@@ -7,9 +7,11 @@ against resizing, so a peer that maps it can never be hit by a bus error. More m
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import mmap
 import os
+import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,6 +20,9 @@ from numpy.typing import NDArray
 from memserve.core.errors import ConfigError, LayoutMismatch
 from memserve.mempool.address import BlockNumbers
 
+_MADV_POPULATE_WRITE = 23
+_POPULATE_STEP = 2 << 20
+"""Bytes per call: short, because the address space is locked meanwhile."""
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
@@ -32,6 +37,16 @@ class Segment:
         self.blocks = blocks
         self.memory = np.frombuffer(mapped, np.uint8)
         self.base = self.memory.ctypes.data
+
+    def populate(self, stop: threading.Event) -> None:
+        """Have the kernel supply all pages, in small steps, until done or ``stop`` is set."""
+        madvise = ctypes.CDLL(None, use_errno=True).madvise
+        madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+        for start in range(0, len(self.memory), _POPULATE_STEP):
+            size = min(_POPULATE_STEP, len(self.memory) - start)
+            if stop.is_set() or madvise(self.base + start, size, _MADV_POPULATE_WRITE):
+                # An old kernel refuses: pages come on first use then, as they do without this.
+                return
 
 
 class Arena:
@@ -112,6 +127,14 @@ class Arena:
         at = int(np.searchsorted(self._firsts, number, side="right")) - 1
         start = (number - int(self._firsts[at])) * self.block_bytes
         return self._segments[at].memory[start : start + self.block_bytes]
+
+    def populate(self, stop: threading.Event) -> None:
+        """Touch all memory ahead of its use: first use of a page costs as much as ten copies of it.
+
+        For a background thread; other threads may use the arena meanwhile.
+        """
+        for segment in list(self._segments):
+            segment.populate(stop)
 
     def close(self) -> None:
         """Let go of descriptors and memory."""

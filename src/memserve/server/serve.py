@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
+import gc
 import secrets
 import signal
 import socket
@@ -20,6 +20,7 @@ import msgspec
 import uvicorn
 import uvloop
 
+from memserve.cluster.host import available_memory, count_cores
 from memserve.cluster.launcher import LocalLauncher
 from memserve.cluster.manager import ClusterManager
 from memserve.core.clock import MonotonicClock
@@ -68,13 +69,23 @@ def name_of(model: str) -> str:
 
 def plan_threads(asked: int, instances: int) -> int:
     """Threads per instance. Raises ``ConfigError`` when all of them together exceed the cores."""
-    cores = len(os.sched_getaffinity(0))
+    cores = count_cores()
     if asked * instances > max(cores, instances):
         raise ConfigError(
             f"engine.threads is {asked} for each of {instances} instances on {cores} cores; "
             f"accepted: at most {max(1, cores // instances)}, or 0 to choose automatically"
         )
     return asked or max(1, cores // instances)
+
+
+def require_memory(asked: int, instances: int) -> None:
+    """Raise ``ConfigError`` when ``instances`` pools of ``asked`` bytes are more than this machine has."""
+    available = available_memory()
+    if available is not None and asked * instances > available:
+        raise ConfigError(
+            f"pool.memory is {asked} bytes for each of {instances} instances and {available} bytes are "
+            f"available; accepted: at most {available // instances}, less what the weights take"
+        )
 
 
 class _Http(uvicorn.Server):
@@ -116,6 +127,7 @@ class _Cluster:
         self._screen = screen
         self._instances = plan_instances(config)
         self._threads = plan_threads(config.engine.threads, len(self._instances))
+        require_memory(config.pool.memory, len(self._instances))
         self._source: ModelSource = open_model(config.model.model)
         self._context = context_of(self._source, config.model)
         self._name = secrets.token_hex(6)
@@ -159,7 +171,7 @@ class _Cluster:
             self._template,
             (served_name,),
             self._config.server,
-            self._context,
+            self._usable_context(),
         )
         settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2, lifespan="off")
         http = _Http(settings)
@@ -168,8 +180,9 @@ class _Cluster:
         stopping = asyncio.create_task(stop.wait())
         await asyncio.wait((serving, answering, stopping), return_when=asyncio.FIRST_COMPLETED)
         if answering.done():
-            host, port = listening.getsockname()[:2]
-            self._screen.ready(f"http://{host}:{port}", served_name, self._describe())
+            gc.collect()
+            gc.freeze()
+            self._screen.ready(_url_of(listening), served_name, self._describe())
         await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
         answering.cancel()
         stopping.cancel()
@@ -203,6 +216,11 @@ class _Cluster:
         self._manager.process_exited(instance, self._incarnation, reason)
         self._dispatcher.members_changed.set()
 
+    def _usable_context(self) -> int:
+        """The longest sequence that every pool can hold, in tokens, at most the model's context."""
+        ready = [link.ready for link in self._manager.links() if link.ready is not None]
+        return min(self._context, *(one.blocks * one.block_tokens for one in ready))
+
     def _describe(self) -> tuple[str, ...]:
         links = [link for link in self._manager.links() if link.ready is not None]
         roles = ", ".join(link.join.instance for link in links)
@@ -226,6 +244,11 @@ async def _until(starting: Coroutine[None, None, object], stop: asyncio.Event) -
     else:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
+
+
+def _url_of(listening: socket.socket) -> str:
+    host, port = listening.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -13,13 +13,12 @@ from memserve.cli.app import app
 from memserve.cli.machine import (
     Finding,
     Verdict,
-    available_memory,
     check_cores,
     check_memory,
     check_port,
-    count_cores,
     examine_machine,
 )
+from memserve.cluster.host import available_memory, count_cores
 from memserve.core.config import Config, ModelConfig, ServerConfig
 
 GIB = 1 << 30

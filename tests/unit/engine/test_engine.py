@@ -30,7 +30,9 @@ from memserve.engine.models.tiny import tiny_weights
 from memserve.engine.phases import PHASES
 from memserve.engine.runners.base import ForwardBatch
 from memserve.engine.runners.reference import ReferenceRunner
+from memserve.mempool.address import Origin
 from memserve.mempool.pool import MemPool
+from memserve.mempool.stats import AbortCause
 
 HERE = InstanceId("colocated-0")
 SPACE = Namespace("tiny")
@@ -170,6 +172,43 @@ def test_the_second_turn_finds_prompt_and_answer() -> None:
             await one.closed("two")
             # 50 tokens of history, of which the last has no KV: 49 rounded down to blocks.
             assert one.ledger("two") == Ledger(computed=59 - 48, local=48)
+
+    asyncio.run(scenario())
+
+
+def incoming(one: Bench, tokens: Tokens) -> None:
+    """A peer has reserved room for the KV of ``tokens`` and is copying it."""
+    blocks = len(tokens) // 16
+    one.pool.begin_incoming("t", InstanceId("decode-0"), SPACE, tokens[: blocks * 16], blocks, 30.0)
+
+
+def test_kv_on_its_way_here_is_waited_for() -> None:
+    tokens = prompt(100)
+
+    async def scenario() -> None:
+        async with bench() as one:
+            incoming(one, tokens)
+            one.ask("r", tokens, 2)
+            one.ask("other", prompt(20, seed=5), 2)
+            await one.closed("other")
+            assert one.chunks("r") == [], "it waits, others overtake"
+            one.pool.complete_incoming("t", Origin.BACKFLOW)
+            await one.closed("r")
+            assert one.ledger("r") == Ledger(computed=4, backflow=96)
+
+    asyncio.run(scenario())
+
+
+def test_kv_that_does_not_come_is_computed() -> None:
+    tokens = prompt(100)
+
+    async def scenario() -> None:
+        async with bench() as one:
+            incoming(one, tokens)
+            one.ask("r", tokens, 2)
+            await one.closed("r")
+            assert one.ledger("r") == Ledger(computed=100)
+            one.pool.abort_incoming("t", AbortCause.SENDER_LOST, "it died")
 
     asyncio.run(scenario())
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
+import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -60,3 +63,30 @@ def test_close_gives_the_descriptors_back() -> None:
     arena.close()
     del arena
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_populating_supplies_pages_without_changing_them() -> None:
+    arena = Arena.allocate(4096, 1024, "memserve-test")
+    arena.block_memory(7)[:] = 42
+    before = resident_bytes()
+    arena.populate(threading.Event())
+    assert resident_bytes() - before > 3 << 20
+    assert (arena.block_memory(7) == 42).all()
+    assert not arena.block_memory(8).any()
+    arena.close()
+
+
+def test_populating_stops_when_asked() -> None:
+    stop = threading.Event()
+    stop.set()
+    arena = Arena.allocate(4096, 1024, "memserve-test")
+    before = resident_bytes()
+    arena.populate(stop)
+    assert resident_bytes() - before < 1 << 20
+    arena.close()
+
+
+def resident_bytes() -> int:
+    """Shared memory that this process has touched."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"RssShmem:\s+(\d+) kB", status)[1]) * 1024  # type: ignore[index]

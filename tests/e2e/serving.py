@@ -91,6 +91,8 @@ def serving(*arguments: str) -> Iterator[Served]:
                 process.wait()
                 raise
         reader.join(STOP_SECONDS)
+    # Instances check their pools when they stop; a leaked block or any other bug shows up as a traceback.
+    assert not [line for line in lines if "Traceback" in line or "because of a bug" in line], lines
 
 
 _URL = re.compile(r"http://127\.0\.0\.1:\d+")

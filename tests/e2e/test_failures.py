@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
@@ -48,6 +49,18 @@ def test_ctrl_c_stops_everything_and_leaves_nothing() -> None:
         assert served.stop(signal.SIGINT) == 0
         assert not any(map(alive, pids))
         assert shared_memory() == before
+
+
+def test_ctrl_c_in_the_middle_of_requests_gives_every_block_back() -> None:
+    with serving() as served, ThreadPoolExecutor(4) as threads:
+        asking = [threads.submit(post, served, max_tokens=2000) for _ in range(4)]
+        wait_for(lambda: any(entry["running"] for entry in served.instances().values()), "nothing runs")
+        pids = pids_of(served)
+        assert served.stop(signal.SIGINT) == 0
+        assert not any(map(alive, pids))
+        for each in asking:
+            error = each.exception(30)
+            assert error is not None or each.result().status_code >= 500
 
 
 def test_kill_9_of_the_server_ends_the_instances() -> None:

@@ -61,10 +61,11 @@ class Assembled:
         threading.Thread(target=self.pool.arena.populate, args=(self.stopping,), daemon=True).start()
 
     async def close(self) -> None:
-        """Stop in reverse order; every block is given back before the pool goes."""
+        """Stop in reverse order; every block is given back before the pool goes, which is checked."""
         self.stopping.set()
         await self.engine.close()
         await self.endpoint.close()
+        self.pool.check(())
         self.runner.close()
         self.pool.close()
 

@@ -52,9 +52,11 @@ class PoolCarrier:
             try:
                 await self._send(sequence, attachment, with_insert=with_insert)
                 return
-            except (OutOfBlocks, Overloaded):
+            except (OutOfBlocks, Overloaded) as error:
                 if self._clock.now() > deadline:
-                    raise
+                    raise Overloaded(
+                        f"{sequence.decode_on} had no room for {self._timeout:g} s: {error}"
+                    ) from error
             await asyncio.sleep(_RETRY_SECONDS)
 
     async def send_back(self, sequence: Sequence) -> int:

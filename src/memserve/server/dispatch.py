@@ -7,6 +7,7 @@ gone, instance lost, deadline) cancels what still runs and unbooks the load.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections import OrderedDict
 from collections.abc import AsyncGenerator
@@ -96,6 +97,7 @@ class Dispatcher:
         self._screen = screen
         self._model = model
         self._max_waiting = max_waiting
+        self._closing = False
         self._streams: dict[RequestId, _Stream] = {}
         self._snapshots: dict[InstanceId, asyncio.Task[None]] = {}
         self._traces: OrderedDict[RequestId, list[Trace]] = OrderedDict()
@@ -140,6 +142,12 @@ class Dispatcher:
     def trace(self, request: RequestId) -> tuple[Trace, ...]:
         """The rooms that a traced request has passed, in order of time; empty when unknown."""
         return tuple(sorted(self._traces.get(request, ()), key=lambda trace: trace.at))
+
+    def close(self) -> None:
+        """End every request with an error that says why, and take no more."""
+        self._closing = True
+        for stream in self._streams.values():
+            stream.arrived.put_nowait(_stopping())
 
     # --- the cluster manager's listener ---
 
@@ -193,6 +201,8 @@ class Dispatcher:
     # --- inside ---
 
     def _open(self, request: GenerationRequest) -> _Stream:
+        if self._closing:
+            raise _stopping()
         if request.request in self._streams:
             raise InvalidRequest(f"request id {request.request} is in use", field="x-request-id")
         if len(self._streams) >= self._max_waiting:
@@ -227,8 +237,10 @@ class Dispatcher:
     def _cancel(self, request: RequestId, stream: _Stream, reason: FinishReason) -> None:
         """End the request on both instances. After a stop they report the end; a cancel is final here."""
         for instance in (stream.decision.prefill, stream.decision.decode):
-            if instance is not None and self._manager.link(instance) is not None:
-                self._manager.send(instance, Cancel(request, reason))
+            # A lost instance has nothing left to cancel.
+            with contextlib.suppress(PeerLost):
+                if instance is not None:
+                    self._manager.send(instance, Cancel(request, reason))
         self._scheduler.finish(request)
 
     def _apply_events(self, events: PoolEvents) -> None:
@@ -267,6 +279,10 @@ async def _next(stream: _Stream) -> TokenChunk:
     if isinstance(arrived, MemServeError):
         raise arrived
     return arrived
+
+
+def _stopping() -> NoInstance:
+    return NoInstance("the server is stopping")
 
 
 def _error_of(message: RequestError) -> MemServeError:

@@ -186,6 +186,7 @@ class _Cluster:
         await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
         answering.cancel()
         stopping.cancel()
+        self._dispatcher.close()
         http.should_exit = True
         await serving
 

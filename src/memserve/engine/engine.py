@@ -87,7 +87,7 @@ class Engine:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
         self._wake = asyncio.Event()
         self._stepping: frozenset[Sequence] = frozenset()
-        self._departing: dict[RequestId, asyncio.Task[None]] = {}
+        self._departing: dict[RequestId, asyncio.Task[RequestClosed | None]] = {}
         self._cancelled: dict[RequestId, None] = {}
         self._starved = False
         self._expecting = False
@@ -347,27 +347,34 @@ class Engine:
 
     # --- KV on its way to or from a peer ---
 
-    def _depart(self, sequence: Sequence, journey: Coroutine[None, None, None]) -> None:
+    def _depart(self, sequence: Sequence, journey: Coroutine[None, None, RequestClosed | None]) -> None:
         task = asyncio.get_running_loop().create_task(journey)
         self._departing[sequence.request] = task
-        task.add_done_callback(lambda _: self._departing.pop(sequence.request, None))
+        # Not a ``finally`` of the journey: a task that is cancelled before its first step runs none.
+        task.add_done_callback(lambda done: self._arrive(sequence, done))
 
-    async def _hand_over(self, sequence: Sequence) -> None:
+    def _arrive(self, sequence: Sequence, journey: asyncio.Task[RequestClosed | None]) -> None:
+        """However a journey ended: let go of the blocks, and close the request unless it goes on at D."""
+        del self._departing[sequence.request]
+        self._release(sequence)
+        closed: RequestClosed | None = RequestClosed(sequence.request, self._instance)
+        if not journey.cancelled():
+            closed = journey.result()
+        if closed is not None:
+            self._emit(closed)
+
+    async def _hand_over(self, sequence: Sequence) -> RequestClosed | None:
         """P to D. When it cannot be done the request fails; the prompt's KV stays here for the next try."""
         with_insert = self._phases.handoff is Handoff.TRANSFER_WITH_INSERT
-        taken_over = False
         try:
             await self._carrier.hand_over(sequence, with_insert=with_insert)
-            taken_over = True
-            self._trace(sequence, "mempool.transfer", "handed over")
         except MemServeError as error:
             self._emit(RequestError(sequence.request, type(error).__name__, str(error)))
-        finally:
-            self._release(sequence)
-            if not taken_over:
-                self._emit(RequestClosed(sequence.request, self._instance))
+            return RequestClosed(sequence.request, self._instance)
+        self._trace(sequence, "mempool.transfer", "handed over")
+        return None
 
-    async def _send_back(self, sequence: Sequence) -> None:
+    async def _send_back(self, sequence: Sequence) -> RequestClosed:
         """D to P. When it cannot be done the next turn computes a little more; nobody is told."""
         sent = 0
         try:
@@ -375,9 +382,7 @@ class Engine:
             self._trace(sequence, "mempool.backflow", "sent back")
         except MemServeError as error:
             log.info("the answer's KV of %s did not go back: %s", sequence.request, error)
-        finally:
-            self._release(sequence)
-            self._emit(RequestClosed(sequence.request, self._instance, sent))
+        return RequestClosed(sequence.request, self._instance, sent)
 
     # --- small things ---
 

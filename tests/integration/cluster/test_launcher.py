@@ -1,0 +1,119 @@
+"""Child processes: started, watched, ended, whatever they think of it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Callable, Coroutine
+
+import pytest
+
+from memserve.cluster import launcher as launcher_module
+from memserve.cluster.launcher import LocalLauncher
+from memserve.core.types import InstanceId
+
+pytestmark = pytest.mark.processes
+
+CHILD = InstanceId("child-0")
+
+
+def python(code: str) -> tuple[str, str, str]:
+    return sys.executable, "-c", code
+
+
+def run(scenario: Callable[[], Coroutine[None, None, None]]) -> None:
+    async def bounded() -> None:
+        async with asyncio.timeout(30):
+            await scenario()
+
+    asyncio.run(bounded())
+
+
+class Exits:
+    """Remembers how children ended."""
+
+    def __init__(self) -> None:
+        self.reasons: dict[InstanceId, str] = {}
+        self.changed = asyncio.Event()
+
+    def __call__(self, instance: InstanceId, reason: str) -> None:
+        self.reasons[instance] = reason
+        self.changed.set()
+
+
+def gone(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+def test_settings_arrive_and_the_exit_code_is_told() -> None:
+    async def scenario() -> None:
+        exits = Exits()
+        launcher = LocalLauncher(python("import sys; sys.exit(int(sys.stdin.read()))"), exits)
+        pid = launcher.start(CHILD, b"7")
+        await exits.changed.wait()
+        assert exits.reasons == {CHILD: "it exited with code 7"}
+        assert gone(pid)
+        await launcher.stop()
+
+    run(scenario)
+
+
+def test_a_child_that_does_not_read_its_settings_is_no_problem() -> None:
+    async def scenario() -> None:
+        exits = Exits()
+        launcher = LocalLauncher(python("raise SystemExit(3)"), exits)
+        launcher.start(CHILD, b"x" * (1 << 20))
+        await exits.changed.wait()
+        assert exits.reasons == {CHILD: "it exited with code 3"}
+
+    run(scenario)
+
+
+def test_kill_is_seen_as_what_it_is() -> None:
+    async def scenario() -> None:
+        exits = Exits()
+        launcher = LocalLauncher(python("import time; time.sleep(60)"), exits)
+        launcher.start(CHILD, b"")
+        launcher.kill(CHILD)
+        launcher.kill(InstanceId("unknown"))
+        await exits.changed.wait()
+        assert exits.reasons == {CHILD: "it was killed by SIGKILL"}
+
+    run(scenario)
+
+
+def test_stop_is_polite_first() -> None:
+    async def scenario() -> None:
+        exits = Exits()
+        launcher = LocalLauncher(python("import signal; signal.pause()"), exits)
+        pid = launcher.start(CHILD, b"")
+        await launcher.stop()
+        assert exits.reasons == {CHILD: "it was killed by SIGTERM"}
+        assert gone(pid)
+
+    run(scenario)
+
+
+def test_stop_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launcher_module, "STOP_SECONDS", 0.3)
+    stubborn = (
+        "import signal, sys; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+        "print('deaf', flush=True); signal.pause()"
+    )
+
+    async def scenario() -> None:
+        exits = Exits()
+        launcher = LocalLauncher(python(stubborn), exits)
+        pid = launcher.start(CHILD, b"")
+        os.kill(pid, signal.SIGSTOP)
+        await launcher.stop()
+        assert exits.reasons == {CHILD: "it was killed by SIGKILL"}
+        assert gone(pid)
+
+    run(scenario)

@@ -6,7 +6,6 @@ import asyncio
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from memserve.core.clock import Clock
 from memserve.core.config import ModelConfig
@@ -18,10 +17,8 @@ from memserve.engine.engine import Engine
 from memserve.engine.models.loader import ModelSource, open_model
 from memserve.engine.phases import PHASES
 from memserve.engine.runners.base import Runner
+from memserve.engine.settings import InstanceSettings
 from memserve.mempool import MemPool, TransferEndpoint
-
-if TYPE_CHECKING:
-    from memserve.engine.instance import InstanceSettings
 
 Progress = Callable[[str, float], None]
 

@@ -21,7 +21,6 @@ import uvloop
 
 from memserve.cluster.heartbeat import HeartbeatThread
 from memserve.core.clock import MonotonicClock
-from memserve.core.config import Config
 from memserve.core.errors import MemServeError, PeerLost, ProtocolError
 from memserve.core.messages import (
     Cancel,
@@ -38,8 +37,8 @@ from memserve.core.messages import (
     StartFailed,
     Submit,
 )
-from memserve.core.types import InstanceId, Role
 from memserve.engine.assembly import Assembled, assemble
+from memserve.engine.settings import InstanceSettings
 from memserve.wire import Connection, connect
 
 log = logging.getLogger(__name__)
@@ -47,18 +46,6 @@ log = logging.getLogger(__name__)
 _CONNECT_SECONDS = 10.0
 _EVENT_SECONDS = 0.002
 """Pool events are collected this long, so that one step's changes travel as one message."""
-
-
-class InstanceSettings(msgspec.Struct, frozen=True):
-    """What the launcher tells a new instance."""
-
-    instance: InstanceId
-    incarnation: int
-    role: Role
-    cluster: str
-    control_address: str
-    threads: int
-    config: Config
 
 
 class Instance:

@@ -28,8 +28,8 @@ from memserve.core.config import Config
 from memserve.core.errors import ConfigError, NoInstance
 from memserve.core.types import InstanceId, Role
 from memserve.engine.assembly import context_of
-from memserve.engine.instance import InstanceSettings
 from memserve.engine.models.loader import ModelSource, open_model
+from memserve.engine.settings import InstanceSettings
 from memserve.scheduler.policies import policy_by_name
 from memserve.scheduler.service import GlobalScheduler
 from memserve.server.app import create_app

@@ -27,7 +27,7 @@ def fresh_address() -> str:
 async def until(true: Callable[[], bool]) -> None:
     """Wait for something that another process or task brings about."""
     async with asyncio.timeout(DEADLINE):
-        while not true():  # noqa: ASYNC110  what is waited for has no event to offer
+        while not true():
             await asyncio.sleep(0.002)
 
 

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 
 import pytest
 
@@ -100,18 +101,21 @@ def test_stop_is_polite_first() -> None:
     run(scenario)
 
 
-def test_stop_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stop_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(launcher_module, "STOP_SECONDS", 0.3)
+    deaf = tmp_path / "deaf"
     stubborn = (
-        "import signal, sys; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
-        "print('deaf', flush=True); signal.pause()"
+        "import pathlib, signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+        f"pathlib.Path({str(deaf)!r}).touch()\n"
+        "while True: signal.pause()"
     )
 
     async def scenario() -> None:
         exits = Exits()
         launcher = LocalLauncher(python(stubborn), exits)
         pid = launcher.start(CHILD, b"")
-        os.kill(pid, signal.SIGSTOP)
+        while not deaf.exists():
+            await asyncio.sleep(0.01)
         await launcher.stop()
         assert exits.reasons == {CHILD: "it was killed by SIGKILL"}
         assert gone(pid)

@@ -41,8 +41,7 @@ from memserve.mempool.transport import Transport
 class MemPool:
     """The KV pool of ``instance`` in its life ``incarnation``: ``blocks`` blocks of ``layout``.
 
-    Calls come in three groups: memory (``alloc_mem``, ``free_mem``, ``retain``, ``pointers``), index
-    (``insert``, ``match``, ``delete``) and distributed (``transfer``, ``transfer_with_insert``).
+    Three groups of calls: memory (``alloc_mem`` ...), index (``insert`` ...), distributed (``transfer`` ...).
     """
 
     def __init__(
@@ -275,18 +274,11 @@ class MemPool:
 
     def incoming_gain(self, tokens: Tokens, namespace: Namespace) -> int:
         """How many more tokens of the prefix transfers under way will publish here, beyond what is cached."""
-        promised = max(
-            (
-                common_prefix(reservation.tokens, tokens)
-                for reservation in self._reservations
-                if reservation.namespace == namespace and not reservation.revoked
-            ),
-            default=0,
-        )
+        coming = [r.tokens for r in self._reservations if r.namespace == namespace and not r.revoked]
+        promised = max((common_prefix(other, tokens) for other in coming), default=0)
         whole = promised // self.layout.block_tokens
-        if whole == 0:
-            return 0
-        return max(0, whole - len(self._index.find(namespace, tokens).blocks)) * self.layout.block_tokens
+        cached = len(self._index.find(namespace, tokens).blocks) if whole else 0
+        return max(0, whole - cached) * self.layout.block_tokens
 
     def complete_incoming(
         self, transfer: str, origin: Origin, adopt: Callable[[Addresses], None] | None = None

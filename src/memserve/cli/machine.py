@@ -70,7 +70,7 @@ def check_cores(root: Path) -> Finding:
 def check_memory(config: Config, root: Path) -> Finding:
     """Memory against the KV arenas and the weights."""
     instances = config.cluster.prefill + config.cluster.decode + config.cluster.colocated
-    needed = instances * (config.pool.memory + _WEIGHTS_ROOM)
+    needed = instances * (config.pool.memory + config.pool.host_memory + _WEIGHTS_ROOM)
     free = available_memory(root)
     if free is None:
         return Finding("memory", "unknown: /proc/meminfo cannot be read", Verdict.LESS)

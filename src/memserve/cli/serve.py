@@ -13,6 +13,9 @@ from memserve.cli.sizes import parse_size
 from memserve.core.config import Config, check_config, override_config, parse_config
 from memserve.core.errors import ConfigError, MemServeError, ModelError
 
+DEFAULT_DISK = 4 << 30
+"""Bytes per instance where ``--disk`` names a folder and nothing says how much."""
+
 
 @dataclass(frozen=True, slots=True)
 class ServeOptions:
@@ -28,6 +31,9 @@ class ServeOptions:
     phases: str | None = None
     policy: str | None = None
     kv_memory: str | None = None
+    host_memory: str | None = None
+    disk: str | None = None
+    disk_memory: str | None = None
     threads: int | None = None
     host: str | None = None
     port: int | None = None
@@ -45,6 +51,9 @@ def serve(
     phases: options.Phases = None,
     policy: options.Policy = None,
     kv_memory: options.KvMemory = None,
+    host_memory: options.HostMemory = None,
+    disk: options.Disk = None,
+    disk_memory: options.DiskMemory = None,
     threads: options.Threads = None,
     host: options.Host = None,
     port: options.Port = None,
@@ -63,6 +72,9 @@ def serve(
         phases=phases,
         policy=policy,
         kv_memory=kv_memory,
+        host_memory=host_memory,
+        disk=disk,
+        disk_memory=disk_memory,
         threads=threads,
         host=host,
         port=port,
@@ -78,7 +90,6 @@ def serve(
 def build_config(said: ServeOptions, file: Path | None) -> Config:
     """The configuration that options over file over defaults make. Raises ``ConfigError``."""
     config = Config() if file is None else _read_file(file)
-    memory = None if said.kv_memory is None else parse_size(said.kv_memory, "--kv-memory")
     config = override_config(
         config,
         "model",
@@ -87,7 +98,7 @@ def build_config(said: ServeOptions, file: Path | None) -> Config:
         context=said.context,
         runner=said.runner,
     )
-    config = override_config(config, "pool", memory=memory)
+    config = override_config(config, "pool", **_pool(said))
     config = override_config(config, "engine", threads=said.threads, phases=said.phases)
     config = override_config(config, "cluster", **_counts(said))
     config = override_config(
@@ -99,6 +110,21 @@ def build_config(said: ServeOptions, file: Path | None) -> Config:
         api_key=said.api_key,
     )
     return check_config(config)
+
+
+def _pool(said: ServeOptions) -> dict[str, int | str | None]:
+    """Sizes of the tiers; a disk without a size gets the default one."""
+    sizes = {
+        "memory": (said.kv_memory, "--kv-memory"),
+        "host_memory": (said.host_memory, "--host-memory"),
+        "disk_memory": (said.disk_memory, "--disk-memory"),
+    }
+    pool: dict[str, int | str | None] = {
+        field: None if size is None else parse_size(size, option) for field, (size, option) in sizes.items()
+    }
+    if said.disk is not None and pool["disk_memory"] is None:
+        pool["disk_memory"] = DEFAULT_DISK
+    return pool | {"disk_path": said.disk}
 
 
 def _counts(said: ServeOptions) -> dict[str, int | None]:

@@ -77,6 +77,30 @@ KvMemory = Annotated[
         rich_help_panel=_INSTANCES,
     ),
 ]
+HostMemory = Annotated[
+    str | None,
+    typer.Option(
+        help="Memory per instance for KV that no longer fits --kv-memory. Default 0: none.",
+        metavar="SIZE",
+        rich_help_panel=_INSTANCES,
+    ),
+]
+Disk = Annotated[
+    str | None,
+    typer.Option(
+        help="Folder for KV that fits no memory; a restart finds it again. Default: none.",
+        metavar="PATH",
+        rich_help_panel=_INSTANCES,
+    ),
+]
+DiskMemory = Annotated[
+    str | None,
+    typer.Option(
+        help="Room per instance in --disk. Default 4GiB where --disk is given.",
+        metavar="SIZE",
+        rich_help_panel=_INSTANCES,
+    ),
+]
 Threads = Annotated[
     int | None,
     typer.Option(

@@ -10,7 +10,8 @@ from collections.abc import Callable
 
 from memserve.core.messages import Heartbeat, LoadReport
 from memserve.core.types import InstanceId
-from memserve.wire.connection import encode_notification, open_socket
+from memserve.wire.connection import encode_notification
+from memserve.wire.sockets import open_socket
 
 log = logging.getLogger(__name__)
 

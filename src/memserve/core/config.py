@@ -10,6 +10,7 @@ import msgspec
 from memserve.core.errors import ConfigError
 
 PHASES = ("pd-basic", "pd-caching-1", "pd-caching-2", "pd-caching-3", "colocated")
+EVICTION = ("hit-density", "lru", "slru", "lfu", "gdsf")
 POLICIES = ("round-robin", "least-load", "session-id", "prompt-tree")
 
 
@@ -27,10 +28,19 @@ class ModelConfig(_Section, frozen=True):
 
 
 class PoolConfig(_Section, frozen=True):
-    """The KV arena of each instance. ``memory`` is in bytes; ``block_tokens`` in tokens."""
+    """The KV pool of each instance. ``*_memory`` in bytes; ``block_tokens`` in tokens.
+
+    ``memory`` is where kernels read. What it has no room for goes to ``host_memory``, then to files below
+    ``disk_path``, of at most ``disk_memory`` per instance, which a restart finds again.
+    ``eviction`` names what decides which historical KV is given up first.
+    """
 
     memory: int = 1 << 30
     block_tokens: int = 16
+    host_memory: int = 0
+    disk_path: str | None = None
+    disk_memory: int = 0
+    eviction: str = "hit-density"
 
 
 class EngineConfig(_Section, frozen=True):
@@ -124,7 +134,21 @@ def check_config(config: Config) -> Config:
     total = cluster.prefill + cluster.decode + cluster.colocated
     _require(total > 0, "cluster", "0 instances", "at least one colocated, or one prefill and one decode")
     _require(pool.block_tokens == 16, "pool.block_tokens", pool.block_tokens, "16 (the kernels' block size)")
+    _require(pool.eviction in EVICTION, "pool.eviction", pool.eviction, f"one of {', '.join(EVICTION)}")
     _require(pool.memory >= 1 << 20, "pool.memory", pool.memory, "at least 1 MiB")
+    _require(pool.host_memory >= 0, "pool.host_memory", pool.host_memory, "0 (no host tier) or more bytes")
+    _require(
+        pool.disk_path is None or pool.disk_memory >= 1 << 20,
+        "pool.disk_memory",
+        pool.disk_memory,
+        "at least 1 MiB where pool.disk_path is set",
+    )
+    _require(
+        pool.disk_path is not None or pool.disk_memory == 0,
+        "pool.disk_memory",
+        pool.disk_memory,
+        "0, or a size together with pool.disk_path",
+    )
     _require(engine.step_tokens >= 16, "engine.step_tokens", engine.step_tokens, "at least 16")
     _require(engine.max_running >= 1, "engine.max_running", engine.max_running, "at least 1")
     _require(engine.threads >= 0, "engine.threads", engine.threads, "0 (automatic) or more")

@@ -87,6 +87,10 @@ class PeerLost(MemServeError):
     """The process at the other end of a connection is gone or does not answer."""
 
 
+class NotAuthenticated(MemServeError):
+    """A connection that one of its ends refused: keys, certificates or users do not agree."""
+
+
 class ProtocolError(MemServeError):
     """The other side sent something that the protocol does not allow."""
 
@@ -112,6 +116,7 @@ _BY_NAME: dict[str, type[MemServeError]] = {
         LeaseExpired,
         TransferAborted,
         PeerLost,
+        NotAuthenticated,
         ProtocolError,
         NoInstance,
         Overloaded,

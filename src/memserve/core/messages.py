@@ -236,7 +236,12 @@ class Stats(Message, frozen=True):
 
 
 class Hello(Message, frozen=True):
-    """Handshake of two pools. ``fd_address`` serves the arena's descriptors to processes of this host."""
+    """Handshake of two pools.
+
+    Processes that say the same ``host`` can map each other's memory; ``fd_address`` serves the descriptors.
+    ``backends`` are the ways in which this side can receive blocks. For ``tcp`` it listens at ``tcp_port``,
+    and the answer to a Hello names the connection there that belongs to this one: ``stream``.
+    """
 
     instance: InstanceId
     incarnation: int
@@ -245,13 +250,16 @@ class Hello(Message, frozen=True):
     host: str
     fd_address: str
     segments: tuple[tuple[int, int], ...]
+    backends: tuple[str, ...] = ("shm",)
+    tcp_port: int = 0
+    stream: bytes = b""
 
 
 class Reserve(Message, frozen=True):
     """Allocate on the receiver. ``tokens`` is empty for a plain transfer of ``blocks`` blocks.
 
     With tokens the receiver matches first and allocates only what it lacks. ``seconds`` bounds how long
-    the reservation may stand without progress.
+    the reservation may stand without progress. ``backend`` says by which way the bytes will come.
     """
 
     transfer: str
@@ -259,14 +267,27 @@ class Reserve(Message, frozen=True):
     tokens: bytes
     blocks: int
     seconds: float
+    backend: str = "shm"
 
 
 class Reserved(Message, frozen=True):
-    """Of the path, ``held`` blocks are already there; ``dst`` are packed addresses for the others."""
+    """Of the path, ``held`` blocks are already there; ``dst`` are packed addresses for the others.
+
+    ``ticket`` stands for the transfer in streams of blocks.
+    """
 
     transfer: str
     held: int
     dst: bytes
+    ticket: int = 0
+
+
+class Copied(Message, frozen=True):
+    """``blocks`` reserved blocks from the ``first`` on have been written: they may be verified already."""
+
+    transfer: str
+    first: int
+    blocks: int
 
 
 class Publish(Message, frozen=True):
@@ -317,4 +338,4 @@ ControlMessage = (
     | GetStats
     | Stats
 )
-PeerMessage = Ok | Failed | Hello | Reserve | Reserved | Publish | Published | AbortTransfer
+PeerMessage = Ok | Failed | Hello | Reserve | Reserved | Copied | Publish | Published | AbortTransfer

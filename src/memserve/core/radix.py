@@ -141,11 +141,12 @@ class RadixTree(Generic[P]):
 
     # --- changing ---
 
-    def extend(self, path: Path[P], tokens: Tokens, payload: P) -> Node[P]:
+    def extend(self, path: Path[P], tokens: Tokens, payload: P, *, grow: bool = True) -> Node[P]:
         """Add the whole blocks of ``tokens`` beyond ``path``, which is a fresh walk of ``tokens``.
 
         ``payload`` concerns just the new blocks. A leaf that the path covers in full grows in place
-        and is returned; otherwise a new leaf is, after splitting the edge in which the path ends.
+        and is returned, if it may ``grow``; otherwise a new leaf is, after splitting the edge in which
+        the path ends.
         """
         page = self.block_tokens
         end = len(tokens) // page * page
@@ -155,7 +156,7 @@ class RadixTree(Generic[P]):
         parent = path.nodes[-1] if path.nodes else None
         if parent is not None and path.tail < self.blocks_of(parent):
             parent = self.split(parent, path.tail)
-        elif parent is not None and not parent.children:
+        elif grow and parent is not None and not parent.children:
             parent.payload.append(path.tail, payload)
             parent._append_tokens(added)
             return parent
@@ -179,6 +180,19 @@ class RadixTree(Generic[P]):
         upper.children[self._edge_name(node)] = node
         self.size += 1
         return upper
+
+    def renew(self, node: Node[P]) -> Node[P]:
+        """Let a new node stand in ``node``'s place, with its edge, payload and children; ``node`` is dropped.
+
+        For payloads that change so much that nobody may go on knowing the node as what it was.
+        """
+        fresh = Node(node.key, node.parent, node.payload)
+        fresh._room, fresh.children = node._room, node.children
+        for child in fresh.children.values():
+            child.parent = fresh
+        self._children(node.parent)[self._edge_name(node)] = fresh
+        node.children, node.attached = {}, False
+        return fresh
 
     def truncate(self, node: Node[P], keep: int) -> list[P]:
         """Keep the first ``keep`` blocks of ``node``'s edge; drop the rest and everything below.

@@ -6,11 +6,13 @@ import asyncio
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from memserve.core.clock import Clock
-from memserve.core.config import ModelConfig
+from memserve.core.config import ModelConfig, PoolConfig
 from memserve.core.errors import ConfigError
 from memserve.core.messages import LoadReport, Message, Ready, Stats
+from memserve.core.types import InstanceId
 from memserve.engine.batcher import Batcher
 from memserve.engine.carrier import PoolCarrier
 from memserve.engine.engine import Engine
@@ -18,7 +20,7 @@ from memserve.engine.models.loader import ModelSource, open_model
 from memserve.engine.phases import PHASES
 from memserve.engine.runners.base import Runner
 from memserve.engine.settings import InstanceSettings
-from memserve.mempool import MemPool, TransferEndpoint
+from memserve.mempool import DiskTier, MemPool, TransferEndpoint
 
 Progress = Callable[[str, float], None]
 
@@ -63,6 +65,7 @@ class Assembled:
         await self.engine.close()
         await self.endpoint.close()
         self.pool.check(())
+        self.pool.persist()
         self.runner.close()
         self.pool.close()
 
@@ -83,6 +86,8 @@ async def assemble(
         instance=settings.instance,
         incarnation=settings.incarnation,
         clock=clock,
+        host_blocks=config.pool.host_memory // runner.layout.block_bytes,
+        disk=disk_tier(config.pool, settings.instance, runner.layout.block_bytes),
     )
     endpoint = TransferEndpoint(pool, clock)
     address = f"@memserve-{settings.cluster}-{settings.instance}-{settings.incarnation}"
@@ -113,6 +118,13 @@ async def assemble(
         runner.isa,
     )
     return Assembled(settings, runner, pool, endpoint, carrier, engine, ready)
+
+
+def disk_tier(config: PoolConfig, instance: InstanceId, block_bytes: int) -> DiskTier | None:
+    """The instance's own part of the disk tier: the same again after a restart. None if none is wanted."""
+    if config.disk_path is None:
+        return None
+    return DiskTier(Path(config.disk_path) / instance, config.disk_memory // block_bytes)
 
 
 def context_of(source: ModelSource, config: ModelConfig) -> int:

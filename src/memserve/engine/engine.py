@@ -39,7 +39,8 @@ from memserve.engine.runners.base import Runner
 from memserve.engine.sampling import SampledToken
 from memserve.engine.sequence import Sequence, from_adoption, new_sequence
 from memserve.engine.step import compute_step
-from memserve.mempool.address import Addresses, Origin
+from memserve.mempool.address import Addresses, Origin, Tier
+from memserve.mempool.match import Match
 from memserve.mempool.pool import MemPool
 
 log = logging.getLogger(__name__)
@@ -228,19 +229,27 @@ class Engine:
 
     def _take_blocks(self, sequence: Sequence) -> bool:
         """Look the tokens up in the pool and allocate what is missing; False if there is no room now."""
-        limit = sequence.length - 1 if self._phases.reuses else 0
-        with self._pool.match(sequence.tokens, sequence.namespace, limit_tokens=limit) as match:
-            need = self._pool.layout.blocks_for(sequence.length) - len(match.addrs)
+        pool, limit = self._pool, sequence.length - 1 if self._phases.reuses else 0
+        with pool.match(sequence.tokens, sequence.namespace, limit_tokens=limit) as match:
+            need = pool.layout.blocks_for(sequence.length)
             try:
-                fresh = self._pool.alloc_mem(need)
+                # The new blocks first: nothing is brought up for a request that must wait.
+                fresh = pool.alloc_mem(need - len(match.addrs))
             except OutOfBlocks:
                 return False
+            try:
+                cached = pool.swap_in(match.addrs)
+            except OutOfBlocks:
+                pool.free_mem(fresh)
+                return False
+            # Less came up than was found if a block had been damaged on disk; its place is free again.
+            fresh = fresh.concat(pool.alloc_mem(need - len(cached) - len(fresh)))
             if sequence.ledger is None:
                 sequence.ledger = _account(
-                    match.origins, self._pool.layout.block_tokens, sequence.prompt_length
+                    match, len(cached), pool.layout.block_tokens, sequence.prompt_length
                 )
-            sequence.computed = match.tokens
-            self._hold(sequence, match.detach().concat(fresh))
+        sequence.computed = len(cached) * pool.layout.block_tokens
+        self._hold(sequence, cached.concat(fresh))
         self._trace(sequence, "mempool.match", f"{sequence.computed} tokens cached")
         return True
 
@@ -414,12 +423,16 @@ class Engine:
 _MISSING = object()
 
 
-def _account(origins: np.ndarray, block_tokens: int, prompt: int) -> Ledger:
-    """Split a prompt's tokens by where their KV came from."""
-    counts = np.bincount(origins, minlength=len(Origin)) * block_tokens
-    cached = int(counts.sum())
+def _account(match: Match, blocks: int, block_tokens: int, prompt: int) -> Ledger:
+    """Split a prompt's tokens by where their KV came from; the first ``blocks`` of ``match`` were used."""
+    tiers = match.tiers[:blocks]
+    lay_in = np.bincount(tiers, minlength=len(Tier)) * block_tokens
+    on_device = match.origins[:blocks][tiers == Tier.DEVICE]
+    counts = np.bincount(on_device, minlength=len(Origin)) * block_tokens
     return Ledger(
-        computed=prompt - cached,
+        computed=prompt - blocks * block_tokens,
+        host=int(lay_in[Tier.HOST]),
+        disk=int(lay_in[Tier.DISK]),
         local=int(counts[Origin.COMPUTED]),
         peer=int(counts[Origin.PEER]),
         backflow=int(counts[Origin.BACKFLOW]),

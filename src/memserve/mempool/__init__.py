@@ -1,7 +1,8 @@
 """MemPool: one elastic memory pool for the KV cache of an instance, and transfers between pools."""
 
 from memserve.mempool.address import Addresses, Origin, Tier
-from memserve.mempool.eviction import EvictionPolicy, LeastRecentlyUsed
+from memserve.mempool.disk import DiskTier
+from memserve.mempool.eviction import EvictionPolicy, HitDensity, LeastRecentlyUsed, policy_by_name
 from memserve.mempool.layout import KVLayout
 from memserve.mempool.match import Match
 from memserve.mempool.pool import MemPool
@@ -13,8 +14,10 @@ from memserve.mempool.transport import Transport
 __all__ = [
     "AbortCause",
     "Addresses",
+    "DiskTier",
     "EvictionPolicy",
     "Freed",
+    "HitDensity",
     "Inserted",
     "KVLayout",
     "LeastRecentlyUsed",
@@ -26,4 +29,5 @@ __all__ = [
     "TransferEndpoint",
     "Transferred",
     "Transport",
+    "policy_by_name",
 ]

@@ -32,7 +32,7 @@ _TIER_SHIFT = 62
 
 
 class Tier(enum.IntEnum):
-    """Where a block lies. Pools have the device tier; the other numbers are reserved."""
+    """Where a block lies, from the fastest down: kernels read ``DEVICE`` in place."""
 
     DEVICE = 0
     HOST = 1
@@ -52,9 +52,14 @@ def numbers_of(packed: Packed) -> BlockNumbers:
     return ((packed >> _GENERATION_BITS) & _NUMBER_MASK).view(np.int64)
 
 
-def pack_first(blocks: int, tier: Tier) -> Packed:
-    """Addresses of blocks 0..blocks-1 in their generation 0."""
-    numbers = np.arange(blocks, dtype=np.uint64)
+def tiers_in(packed: Packed) -> NDArray[np.uint8]:
+    """The :class:`Tier` of each packed address: uint8[n]."""
+    return (packed >> np.uint64(_TIER_SHIFT)).astype(np.uint8)
+
+
+def pack_first(blocks: int, tier: Tier, first: int = 0) -> Packed:
+    """Addresses of ``blocks`` blocks from number ``first`` on, in their generation 0."""
+    numbers = np.arange(first, first + blocks, dtype=np.uint64)
     return (numbers << _GENERATION_BITS) | np.uint64(int(tier) << _TIER_SHIFT)
 
 
@@ -83,6 +88,11 @@ class Addresses:
     def blocks(self) -> NDArray[np.int32]:
         """Block numbers: int32[n]."""
         return numbers_of(self.packed).astype(np.int32)
+
+    @property
+    def tiers(self) -> NDArray[np.uint8]:
+        """The :class:`Tier` of each block: uint8[n]."""
+        return tiers_in(self.packed)
 
     @property
     def generations(self) -> NDArray[np.uint32]:

@@ -49,29 +49,97 @@ class BlockCounts:
     incoming: int
 
 
-class BlockTable:
-    """State of ``blocks`` blocks of one tier. Numbers are valid from 0 to ``blocks - 1``."""
+class _FreeStack:
+    """The free blocks of one tier; hands neighbours out as neighbours, and what was used last first."""
 
-    def __init__(self, blocks: int, tier: Tier = Tier.DEVICE) -> None:
-        assert 0 < blocks <= MAX_BLOCKS, f"{blocks} blocks; 1 to {MAX_BLOCKS} are possible"
-        self.blocks = blocks
-        self.historical = 0
-        self._packed = pack_first(blocks, tier)
+    __slots__ = ("_stack", "count")
+
+    def __init__(self, first: int, blocks: int) -> None:
+        self._stack = np.arange(first + blocks - 1, first - 1, -1, dtype=np.int64)
+        self.count = blocks
+
+    @property
+    def numbers(self) -> BlockNumbers:
+        return self._stack[: self.count]
+
+    def take(self, count: int) -> BlockNumbers:
+        left = self.count - count
+        numbers = self._stack[left : self.count][::-1].copy()
+        self.count = left
+        return numbers
+
+    def give(self, numbers: BlockNumbers) -> None:
+        upto = self.count + len(numbers)
+        # Reversed, so that a run of neighbours is handed out as a run of neighbours again.
+        self._stack[self.count : upto] = numbers[::-1]
+        self.count = upto
+
+    def take_these(self, numbers: BlockNumbers) -> None:
+        """Take certain blocks, all of them free. Costs a pass over the stack."""
+        left = self.numbers[~np.isin(self.numbers, numbers)]
+        assert len(left) + len(numbers) == self.count, "a block that is not free cannot be taken"
+        self._stack[: len(left)] = left
+        self.count = len(left)
+
+    def use_last(self, numbers: BlockNumbers) -> None:
+        """Hand these free blocks out only when no others are left. Costs a pass over the stack."""
+        self.take_these(numbers)
+        others = self.numbers.copy()
+        self._stack[: len(numbers)] = numbers
+        self._stack[len(numbers) : len(numbers) + len(others)] = others
+        self.count = len(numbers) + len(others)
+
+
+class BlockTable:
+    """State of all blocks: those of the device, then of host and disk, numbered in this order from 0."""
+
+    def __init__(self, device: int, host: int = 0, disk: int = 0) -> None:
+        self.capacity = (device, host, disk)
+        """Blocks of each tier, whatever their state."""
+        self.blocks = device + host + disk
+        assert device > 0 and self.blocks <= MAX_BLOCKS, f"{self.capacity} blocks; 1 to {MAX_BLOCKS} go"
+        self.firsts = (0, device, device + host)
+        """The first block number of each tier."""
+        self._tiered = self.blocks > device
+        self._historical = [0, 0, 0]
+        self._packed = np.concatenate(
+            [pack_first(self.capacity[tier], tier, self.firsts[tier]) for tier in Tier]
+        )
         self._generations = self._packed.view(np.uint32)[LOW_HALF::2]
-        self._uses = np.zeros(blocks, np.int32)
-        self._incoming = np.zeros(blocks, np.bool_)
-        self._origins = np.zeros(blocks, np.uint8)
-        self._free_stack = np.arange(blocks - 1, -1, -1, dtype=np.int64)
-        self._free_count = blocks
-        self._marks = np.empty(blocks, np.int64)
-        self._positions = np.arange(blocks, dtype=np.int64)
+        self._uses = np.zeros(self.blocks, np.int32)
+        self._incoming = np.zeros(self.blocks, np.bool_)
+        self._origins = np.zeros(self.blocks, np.uint8)
+        self._free = tuple(_FreeStack(self.firsts[tier], self.capacity[tier]) for tier in Tier)
+        self._marks = np.empty(self.blocks, np.int64)
+        self._positions = np.arange(self.blocks, dtype=np.int64)
 
     # --- reading ---
 
-    @property
-    def free(self) -> int:
+    def free_in(self, tier: Tier) -> int:
         """Blocks that can be allocated now."""
-        return self._free_count
+        return self._free[tier].count
+
+    def historical_in(self, tier: Tier) -> int:
+        """Blocks that are indexed and that nobody holds."""
+        return self._historical[tier]
+
+    def tiers_of(self, numbers: BlockNumbers) -> NDArray[np.int64]:
+        """The :class:`Tier` of each block: int64[n]."""
+        return np.searchsorted(self.firsts[1:], numbers, side="right")
+
+    def part(self, numbers: BlockNumbers, tier: Tier) -> BlockNumbers:
+        """Those of ``numbers`` that lie in ``tier``."""
+        first = self.firsts[tier]
+        return numbers[(numbers >= first) & (numbers < first + self.capacity[tier])]
+
+    def on_device(self, numbers: BlockNumbers) -> NDArray[np.bool_]:
+        """Whether each block lies on the device."""
+        above: NDArray[np.bool_] = numbers < self.capacity[Tier.DEVICE]
+        return above
+
+    def all_on_device(self, numbers: BlockNumbers) -> bool:
+        """Whether no block lies in a lower tier."""
+        return not self._tiered or not len(numbers) or int(numbers.max()) < self.capacity[Tier.DEVICE]
 
     def addresses_of(self, numbers: BlockNumbers) -> Packed:
         """Present addresses of blocks: uint64[n]."""
@@ -119,20 +187,20 @@ class BlockTable:
         self._marks[numbers] = positions
         return self._marks[numbers].tobytes() == positions.tobytes()
 
-    def counts(self) -> BlockCounts:
-        """Blocks per state. Costs a pass over the table."""
-        incoming = int(np.count_nonzero(self._incoming))
-        active = self.blocks - self._free_count - self.historical - incoming
-        return BlockCounts(self._free_count, active, self.historical, incoming)
+    def counts(self, tier: Tier = Tier.DEVICE) -> BlockCounts:
+        """Blocks of a tier per state. Costs a pass over the table."""
+        first, blocks = self.firsts[tier], self.capacity[tier]
+        incoming = int(np.count_nonzero(self._incoming[first : first + blocks]))
+        free, historical = self.free_in(tier), self.historical_in(tier)
+        return BlockCounts(free, blocks - free - historical - incoming, historical, incoming)
 
     # --- references ---
 
-    def alloc(self, count: int) -> BlockNumbers:
+    def alloc(self, count: int, tier: Tier = Tier.DEVICE) -> BlockNumbers:
         """Take ``count`` free blocks, each with one reference; there must be as many."""
-        assert count <= self._free_count, f"{count} blocks asked of {self._free_count} free"
-        left = self._free_count - count
-        numbers = self._free_stack[left : self._free_count][::-1].copy()
-        self._free_count = left
+        free = self._free[tier]
+        assert count <= free.count, f"{count} blocks asked of {free.count} free"
+        numbers = free.take(count)
         self._uses[numbers] = _REFERENCE
         return numbers
 
@@ -140,7 +208,7 @@ class BlockTable:
         """Add one reference to each; blocks must be indexed or referenced."""
         uses = self._uses[numbers]
         assert np.count_nonzero(uses) == len(uses), "a free block cannot be retained"
-        self.historical -= int(np.count_nonzero(uses == _INDEXED))
+        self._count_historical(numbers, uses == _INDEXED, -1)
         self._uses[numbers] = uses + _ONE_REFERENCE
 
     def release(self, numbers: BlockNumbers) -> NDArray[np.bool_] | None:
@@ -158,14 +226,14 @@ class BlockTable:
             unheld = uses < 0
             numbers, uses = numbers[~unheld], uses[~unheld]
         self._uses[numbers] = uses
-        self.historical += int(np.count_nonzero(uses == _INDEXED))
+        self._count_historical(numbers, uses == _INDEXED, 1)
         self._give_back(numbers[uses == _FREE])
         return unheld
 
     # --- the index's and the reservations' marks ---
 
-    def index(self, numbers: BlockNumbers, origin: Origin) -> None:
-        """Mark referenced blocks as indexed."""
+    def index(self, numbers: BlockNumbers, origin: Origin | NDArray[np.uint8]) -> None:
+        """Mark referenced blocks as indexed; one origin for all, or uint8[n]."""
         self._uses[numbers] |= _INDEXED_BIT
         self._origins[numbers] = origin
 
@@ -173,10 +241,22 @@ class BlockTable:
         """Take blocks out of the index; those without references become free. Returns how many did."""
         uses = self._uses[numbers] & ~_INDEXED
         self._uses[numbers] = uses
-        unused = numbers[uses == _FREE]
-        self.historical -= len(unused)
-        self._give_back(unused)
-        return len(unused)
+        unused = uses == _FREE
+        self._count_historical(numbers, unused, -1)
+        freed = numbers[unused]
+        self._give_back(freed)
+        return len(freed)
+
+    def restore(self, numbers: BlockNumbers, origins: NDArray[np.uint8], tier: Tier) -> None:
+        """Free blocks turn out to hold indexed KV: they are historical now. Costs a pass over the stack."""
+        self._free[tier].take_these(numbers)
+        self._uses[numbers] = _INDEXED
+        self._origins[numbers] = origins
+        self._historical[tier] += len(numbers)
+
+    def use_last(self, numbers: BlockNumbers, tier: Tier) -> None:
+        """Hand these free blocks out only when no others are left."""
+        self._free[tier].use_last(numbers)
 
     def mark_incoming(self, numbers: BlockNumbers, incoming: bool) -> None:
         """Say that a peer writes these blocks, or that it has ended."""
@@ -186,20 +266,31 @@ class BlockTable:
 
     def check(self) -> None:
         """Assert that every block is in exactly one state and that the free stack is complete."""
-        free = self._free_stack[: self._free_count]
+        free = np.concatenate([stack.numbers for stack in self._free])
         assert len(np.unique(free)) == len(free), "a block is free twice"
         assert np.array_equal(np.sort(free), np.flatnonzero(self._uses == _FREE)), (
             "free stack and uses disagree"
         )
+        for tier in Tier:
+            assert len(self.part(self._free[tier].numbers, tier)) == self.free_in(tier), "a tier was mixed up"
+            idle = np.flatnonzero(self._uses == _INDEXED)
+            assert self.historical_in(tier) == len(self.part(idle, tier)), "historical blocks are miscounted"
         assert int(self._uses.min()) >= 0, "a block has negative uses"
-        assert self.historical == np.count_nonzero(self._uses == _INDEXED), "historical blocks are miscounted"
         incoming = self._uses[self._incoming]
         assert bool(np.all(incoming == _REFERENCE)), "an incoming block is indexed or not held exactly once"
         assert np.array_equal(numbers_of(self._packed), self._positions), "an address has a wrong number"
 
+    def _count_historical(self, numbers: BlockNumbers, which: NDArray[np.bool_], sign: int) -> None:
+        if self.all_on_device(numbers):
+            self._historical[Tier.DEVICE] += sign * int(np.count_nonzero(which))
+            return
+        for tier, count in enumerate(np.bincount(self.tiers_of(numbers[which]), minlength=len(Tier))):
+            self._historical[tier] += sign * int(count)
+
     def _give_back(self, numbers: BlockNumbers) -> None:
         self._generations[numbers] += _ONE_GENERATION
-        upto = self._free_count + len(numbers)
-        # Reversed, so that a run of neighbours is handed out as a run of neighbours again.
-        self._free_stack[self._free_count : upto] = numbers[::-1]
-        self._free_count = upto
+        if self.all_on_device(numbers):
+            self._free[Tier.DEVICE].give(numbers)
+            return
+        for tier in Tier:
+            self._free[tier].give(self.part(numbers, tier))

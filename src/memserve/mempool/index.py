@@ -1,6 +1,7 @@
 """The local prompt trees, one per namespace: which block holds the KV of which tokens. Pure.
 
-Knows block numbers only; whether a block is referenced is the block table's business.
+Knows block numbers and in which tier an edge's blocks lie; whether a block is referenced is the block
+table's business. An edge lies in one tier as a whole.
 """
 
 from __future__ import annotations
@@ -13,30 +14,40 @@ from numpy.typing import NDArray
 
 from memserve.core.radix import Node, Path, RadixTree
 from memserve.core.types import Namespace, Tokens
-from memserve.mempool.address import BlockNumbers
+from memserve.mempool.address import BlockNumbers, Tier
+from memserve.mempool.usage import Usage
 
 
 class IndexEntry:
-    """What an edge of a prompt tree carries: ``blocks`` int32[edge blocks] and when it was last used."""
+    """What an edge of a prompt tree carries: ``blocks`` int32[edge blocks] and their past in ``usage``.
 
-    __slots__ = ("blocks", "last_use", "namespace")
+    ``tier`` is where the blocks lie, ``lowered`` how many children lie further down.
+    """
 
-    def __init__(self, namespace: Namespace, blocks: NDArray[np.int32]) -> None:
+    __slots__ = ("blocks", "lowered", "namespace", "tier", "usage")
+
+    def __init__(
+        self, namespace: Namespace, blocks: NDArray[np.int32], usage: Usage, tier: Tier = Tier.DEVICE
+    ) -> None:
         self.namespace = namespace
         self.blocks = blocks
-        self.last_use = 0
+        self.tier = tier
+        self.lowered = 0
+        self.usage = usage
 
     def split(self, at: int) -> IndexEntry:
         """Part of the radix tree's payload contract: keep the blocks before ``at``, return the rest."""
-        lower = IndexEntry(self.namespace, self.blocks[at:].copy())
-        lower.last_use = self.last_use
+        lower = IndexEntry(self.namespace, self.blocks[at:].copy(), self.usage.split(at), self.tier)
+        lower.lowered, self.lowered = self.lowered, 0
         self.blocks = self.blocks[:at].copy()
         return lower
 
     def append(self, at: int, tail: IndexEntry) -> None:
         """Part of the radix tree's payload contract: the edge of ``at`` blocks grows by ``tail``'s."""
+        assert self.tier is tail.tier, f"an edge in {self.tier} cannot grow by blocks in {tail.tier}"
         assert at == len(self.blocks), f"an edge of {at} blocks has {len(self.blocks)} block numbers"
         self.blocks = np.concatenate((self.blocks, tail.blocks))
+        self.usage.append(tail.usage)
 
 
 IndexNode = Node[IndexEntry]
@@ -71,6 +82,7 @@ class PromptIndex:
     def __init__(self, block_tokens: int) -> None:
         self.block_tokens = block_tokens
         self._trees: dict[Namespace, RadixTree[IndexEntry]] = {}
+        self._lower: dict[int, IndexNode] = {}
 
     @property
     def blocks(self) -> int:
@@ -93,7 +105,19 @@ class PromptIndex:
             parts[-1] = parts[-1][: path.tail]
         return Found(_join(parts), path)
 
-    def add(self, namespace: Namespace, tokens: Tokens, found: Found, blocks: BlockNumbers) -> IndexNode:
+    def holder_of(self, block: int) -> IndexNode | None:
+        """The node whose edge lies in ``block``, a block below the device; None if it is not indexed."""
+        return self._lower.get(block)
+
+    def add(
+        self,
+        namespace: Namespace,
+        tokens: Tokens,
+        found: Found,
+        blocks: BlockNumbers,
+        usage: Usage,
+        tier: Tier = Tier.DEVICE,
+    ) -> IndexNode:
         """Index ``blocks`` for what ``tokens`` has beyond ``found``, a fresh answer of :meth:`find`.
 
         Returns the leaf that now ends the path.
@@ -101,7 +125,48 @@ class PromptIndex:
         tree = self._trees.get(namespace)
         if tree is None:
             tree = self._trees[namespace] = RadixTree(self.block_tokens)
-        return tree.extend(found.path, tokens, IndexEntry(namespace, blocks.astype(np.int32)))
+        path = found.path
+        parent = path.nodes[-1] if path.nodes else None
+        if parent is None or (parent.payload.tier is tier is Tier.DEVICE):
+            leaf = tree.extend(path, tokens, IndexEntry(namespace, blocks.astype(np.int32), usage, tier))
+            self._note_lower(leaf)
+            return leaf
+        if path.tail < tree.blocks_of(parent):
+            parent = self.split(parent, path.tail)
+            path = Path([*path.nodes[:-1], parent], path.tail, path.blocks)
+        entry = IndexEntry(namespace, blocks.astype(np.int32), usage, tier)
+        leaf = tree.extend(path, tokens, entry, grow=parent.payload.tier is tier)
+        if tier > parent.payload.tier:
+            parent.payload.lowered += 1
+        self._note_lower(leaf)
+        return leaf
+
+    def split(self, node: IndexNode, at: int) -> IndexNode:
+        """Cut ``node``'s edge after ``at`` blocks; returns the new upper node, ``node`` is the lower one."""
+        upper = self._trees[node.payload.namespace].split(node, at)
+        self._note_lower(upper)
+        return upper
+
+    def place(self, node: IndexNode, blocks: BlockNumbers, tier: Tier) -> IndexNode:
+        """Say that ``node``'s edge lies in other blocks, all in ``tier``. Returns the node in its place.
+
+        It is another one, so that whoever chooses among the nodes of the old tier forgets it.
+        """
+        entry, parent = node.payload, node.parent
+        assert len(blocks) == len(entry.blocks), "an edge keeps its length"
+        self._forget_lower(entry)
+        if parent is not None:
+            upper = parent.payload.tier
+            parent.payload.lowered += int(tier > upper) - int(entry.tier > upper)
+        entry.blocks, entry.tier = blocks.astype(np.int32), tier
+        entry.lowered = sum(child.payload.tier > tier for child in node.children.values())
+        fresh = self._trees[entry.namespace].renew(node)
+        self._note_lower(fresh)
+        return fresh
+
+    def path_tokens(self, node: IndexNode) -> Tokens:
+        """All tokens from the root to the end of ``node``'s edge: int32[n]."""
+        return self._trees[node.payload.namespace].path_tokens(node)
 
     def drop(self, node: IndexNode, keep: int) -> Dropped:
         """Take all but the first ``keep`` blocks of ``node``'s edge, and all below it, out of the index."""
@@ -111,10 +176,17 @@ class PromptIndex:
         kept = len(tokens) - (tree.blocks_of(node) - keep) * self.block_tokens
         parent = node.parent
         payloads = tree.truncate(node, keep)
-        new_leaf = node if keep else parent if parent is not None and not parent.children else None
+        for entry in payloads:
+            self._forget_lower(entry)
+        if keep:
+            node.payload.lowered = 0
+        elif parent is not None:
+            parent.payload.lowered -= int(node.payload.tier > parent.payload.tier)
+        new_leaf = node if keep else parent if parent is not None and open_children(parent) == 0 else None
         if tree.size == 0:
             del self._trees[namespace]
-        return Dropped(namespace, tokens, kept, _join([entry.blocks for entry in payloads]), new_leaf)
+        gone = _join([entry.blocks for entry in payloads])
+        return Dropped(namespace, tokens, kept, gone, new_leaf)
 
     def exclusive_end(self, namespace: Namespace, tokens: Tokens) -> tuple[IndexNode, int] | None:
         """Where to :meth:`drop` so that ``tokens`` is forgotten but nothing that does not begin with it.
@@ -144,6 +216,10 @@ class PromptIndex:
         """Every indexed block: int64[n], in no order."""
         return _join([node.payload.blocks for tree in self._trees.values() for node in tree.nodes()])
 
+    def nodes_now(self) -> list[IndexNode]:
+        """Every node, parents before their children; a copy, so that the trees may change meanwhile."""
+        return [node for tree in self._trees.values() for node in tree.nodes()]
+
     def check(self) -> None:
         """Assert the trees' invariants and that no block is indexed twice."""
         for namespace, tree in self._trees.items():
@@ -152,18 +228,41 @@ class PromptIndex:
             for node in tree.nodes():
                 assert node.payload.namespace == namespace, "an entry lies in another namespace's tree"
                 assert len(node.payload.blocks) == tree.blocks_of(node), "an edge lacks block numbers"
+                node.payload.usage.check(tree.blocks_of(node))
+                below = sum(child.payload.tier > node.payload.tier for child in node.children.values())
+                device = sum(child.payload.tier is Tier.DEVICE for child in node.children.values())
+                assert not device or node.payload.tier is Tier.DEVICE, "a device block lies under a lower one"
+                assert node.payload.lowered == below, "lowered children are miscounted"
+        lower = {number: node for node in self.nodes_now() if node.payload.tier for number in _numbers(node)}
+        assert lower == self._lower, "a block below the device is known for another node"
         blocks = self.all_blocks()
         assert len(np.unique(blocks)) == len(blocks), "a block is indexed twice"
 
+    def _note_lower(self, node: IndexNode) -> None:
+        if node.payload.tier is not Tier.DEVICE:
+            for number in _numbers(node):
+                self._lower[number] = node
 
-def path_to(node: IndexNode) -> list[IndexNode]:
-    """``node`` and what lies above it, from the bottom up."""
-    path = []
-    above: IndexNode | None = node
-    while above is not None:
-        path.append(above)
-        above = above.parent
-    return path
+    def _forget_lower(self, entry: IndexEntry) -> None:
+        if entry.tier is not Tier.DEVICE:
+            for number in entry.blocks.tolist():
+                del self._lower[number]
+
+
+def open_children(node: IndexNode) -> int:
+    """How many children lie in ``node``'s own tier or above: while there are any, its tail must stay."""
+    return len(node.children) - node.payload.lowered
+
+
+def parent_in_tier(node: IndexNode) -> IndexNode | None:
+    """The parent, if it lies in the same tier: the one that may become a leaf there when ``node`` goes."""
+    parent = node.parent
+    return parent if parent is not None and parent.payload.tier is node.payload.tier else None
+
+
+def _numbers(node: IndexNode) -> list[int]:
+    numbers: list[int] = node.payload.blocks.tolist()
+    return numbers
 
 
 def _join(parts: list[NDArray[np.int32]]) -> BlockNumbers:

@@ -44,6 +44,11 @@ class Match:
         return self._addrs
 
     @property
+    def tiers(self) -> NDArray[np.uint8]:
+        """Where each block lies (see :class:`~memserve.mempool.address.Tier`): uint8[blocks]."""
+        return self._addrs.tiers
+
+    @property
     def active(self) -> bool:
         """Whether the lease still holds."""
         return not self._why_ended

@@ -6,6 +6,8 @@ import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from memserve.mempool.blocks import BlockCounts
+
 
 class AbortCause(enum.StrEnum):
     """Why a transfer to this pool did not publish."""
@@ -21,8 +23,10 @@ class AbortCause(enum.StrEnum):
 class PoolStats:
     """State in blocks, and counters since the start.
 
-    Hits and misses are prompt tokens found and not found by ``match``; evicted in blocks; ``sent`` and
-    ``received`` count published transfers, the ``_bytes`` what was copied for them.
+    The first five are the device's, ``host`` and ``disk`` those of the tiers below it. Hits and misses are
+    prompt tokens found and not found by ``match``, with what lay in lower tiers counted once more by tier.
+    Evicted (dropped for good), swapped and corrupt are in blocks; ``sent`` and ``received`` count published
+    transfers, the ``_bytes`` what was copied for them.
     """
 
     blocks: int
@@ -30,12 +34,20 @@ class PoolStats:
     active: int
     historical: int
     incoming: int
+    host: BlockCounts
+    disk: BlockCounts
+    pinned: int
     leases: int
     tree_nodes: int
     tree_blocks: int
     hit_tokens: int
     miss_tokens: int
+    host_hit_tokens: int
+    disk_hit_tokens: int
     evicted_blocks: int
+    swapped_out_blocks: int
+    swapped_in_blocks: int
+    corrupt_blocks: int
     sent: int
     sent_bytes: int
     received: int
@@ -46,8 +58,12 @@ class PoolStats:
     def counters(self) -> Mapping[str, float]:
         """Everything but the states, flat, for metrics."""
         names = ("hit_tokens", "miss_tokens", "evicted_blocks", "sent", "sent_bytes", "received")
-        more = ("received_bytes", "stale", "tree_nodes", "tree_blocks", "leases")
-        flat = {f"pool_{name}": float(getattr(self, name)) for name in names + more}
+        more = ("received_bytes", "stale", "tree_nodes", "tree_blocks", "leases", "pinned", "corrupt_blocks")
+        lower = ("host_hit_tokens", "disk_hit_tokens", "swapped_out_blocks", "swapped_in_blocks")
+        flat = {f"pool_{name}": float(getattr(self, name)) for name in (*names, *more, *lower)}
+        for tier, counts in (("host", self.host), ("disk", self.disk)):
+            flat[f"pool_{tier}_free"] = float(counts.free)
+            flat[f"pool_{tier}_historical"] = float(counts.historical)
         return flat | {f"pool_aborts_{cause.value}": float(count) for cause, count in self.aborts.items()}
 
 
@@ -57,7 +73,12 @@ class Counters:
 
     hit_tokens: int = 0
     miss_tokens: int = 0
+    host_hit_tokens: int = 0
+    disk_hit_tokens: int = 0
     evicted_blocks: int = 0
+    swapped_out_blocks: int = 0
+    swapped_in_blocks: int = 0
+    corrupt_blocks: int = 0
     sent: int = 0
     sent_bytes: int = 0
     received: int = 0

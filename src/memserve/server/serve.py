@@ -24,7 +24,7 @@ from memserve.cluster.host import available_memory, count_cores
 from memserve.cluster.launcher import LocalLauncher
 from memserve.cluster.manager import ClusterManager
 from memserve.core.clock import MonotonicClock
-from memserve.core.config import Config
+from memserve.core.config import Config, PoolConfig
 from memserve.core.errors import ConfigError, NoInstance
 from memserve.core.types import InstanceId, Role
 from memserve.engine.assembly import context_of
@@ -78,13 +78,14 @@ def plan_threads(asked: int, instances: int) -> int:
     return asked or max(1, cores // instances)
 
 
-def require_memory(asked: int, instances: int) -> None:
-    """Raise ``ConfigError`` when ``instances`` pools of ``asked`` bytes are more than this machine has."""
-    available = available_memory()
+def require_memory(pool: PoolConfig, instances: int) -> None:
+    """Raise ``ConfigError`` when the pools of all ``instances`` are more than this machine has."""
+    available, asked = available_memory(), pool.memory + pool.host_memory
     if available is not None and asked * instances > available:
         raise ConfigError(
-            f"pool.memory is {asked} bytes for each of {instances} instances and {available} bytes are "
-            f"available; accepted: at most {available // instances}, less what the weights take"
+            f"pool.memory and pool.host_memory are {asked} bytes for each of {instances} instances and "
+            f"{available} bytes are available; accepted: at most {available // instances} together, less "
+            "what the weights take"
         )
 
 
@@ -127,7 +128,7 @@ class _Cluster:
         self._screen = screen
         self._instances = plan_instances(config)
         self._threads = plan_threads(config.engine.threads, len(self._instances))
-        require_memory(config.pool.memory, len(self._instances))
+        require_memory(config.pool, len(self._instances))
         self._source: ModelSource = open_model(config.model.model)
         self._context = context_of(self._source, config.model)
         self._name = secrets.token_hex(6)

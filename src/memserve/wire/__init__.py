@@ -1,5 +1,6 @@
 """Messages over stream sockets. Knows frames, calls and deadlines; does not know what the messages mean."""
 
-from memserve.wire.connection import Connection, Handler, connect, listen
+from memserve.wire.connection import Connection, Handler, connect, listen, listening_address
+from memserve.wire.security import Security
 
-__all__ = ["Connection", "Handler", "connect", "listen"]
+__all__ = ["Connection", "Handler", "Security", "connect", "listen", "listening_address"]

@@ -2,8 +2,8 @@
 
 A frame is a header (body length, call number, kind) and a msgpack body. Notifications are handled in the
 order in which they came, before anything that came later; each call is handled in a task of its own.
-Addresses are abstract Unix sockets, written ``@name``: they leave nothing in the file system, and only
-processes of the same user are let in.
+Abstract Unix sockets (``@name``) let in processes of the same user; TCP (``tcp://host:port``) those that
+prove the cluster key, between hosts inside mutual TLS.
 """
 
 from __future__ import annotations
@@ -13,14 +13,19 @@ import itertools
 import logging
 import os
 import socket
+import ssl
 import struct
 from collections.abc import Callable
 from typing import Any, Protocol, cast
 
 import msgspec
 
-from memserve.core.errors import MemServeError, PeerLost, ProtocolError, error_from_wire
+from memserve.core.errors import MemServeError, NotAuthenticated, PeerLost, ProtocolError, error_from_wire
 from memserve.core.messages import Failed, Message
+from memserve.wire.address import TcpAddress, UnixAddress, parse_address
+from memserve.wire.gate import Gate
+from memserve.wire.security import KeyProof, Security, require_key, tls_for_connecting
+from memserve.wire.sockets import MESSAGES, bind_tcp, closing_on_error
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +36,8 @@ MAX_FRAME = 256 << 20
 MAX_UNSENT = 256 << 20
 """Bytes waiting to be sent to a peer that does not read; beyond it the peer counts as lost."""
 _QUEUE_FULL_SECONDS = 0.005
+_ADMISSION_SECONDS = 10.0
+"""For whoever dials: TLS and the proof of the key each."""
 _PEER_CREDENTIALS = struct.Struct("3i")
 
 
@@ -106,7 +113,7 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
-        if not _same_user(self._transport):
+        if not _admitted(self._transport):
             log.warning("refused a connection from another user")
             self.close("other user")
 
@@ -189,46 +196,130 @@ class Connection(asyncio.Protocol):
         self._handler.on_close(self, reason)
 
 
-async def listen(address: str, protocol: Any, make_handler: Callable[[], Handler]) -> asyncio.Server:
-    """Accept connections at ``address`` (``@name``), each with a handler of its own."""
+async def listen(
+    address: str, protocol: Any, make_handler: Callable[[], Handler], security: Security | None = None
+) -> asyncio.Server:
+    """Accept connections at ``address``, each with a handler of its own; ``security`` is what TCP needs.
+
+    Raises ``ConfigError`` for TCP without a key, or beyond loopback without TLS, and ``OSError``.
+    """
     loop = asyncio.get_running_loop()
+    place = parse_address(address)
+    if isinstance(place, TcpAddress):
+        listening, context = bind_tcp(place, security)
+
+        def admit() -> Gate:
+            proof = KeyProof(require_key(security), MESSAGES, dialling=False)
+            return Gate(proof, _ADMISSION_SECONDS, lambda: Connection(protocol, make_handler()), _log_refusal)
+
+        seconds = _ADMISSION_SECONDS if context is not None else None
+        return await loop.create_server(admit, sock=listening, ssl=context, ssl_handshake_timeout=seconds)
     bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-    try:
-        bound.bind(_path(address))
-    except OSError:
-        bound.close()
-        raise
+    with closing_on_error(bound):
+        bound.bind(place.path)
     return await loop.create_unix_server(lambda: Connection(protocol, make_handler()), sock=bound)
 
 
-async def connect(address: str, protocol: Any, handler: Handler, timeout: float) -> Connection:
-    """Connect to ``address``; raises ``PeerLost`` when nobody listens there within ``timeout`` seconds."""
-    loop = asyncio.get_running_loop()
+def listening_address(server: asyncio.Server, address: str) -> str:
+    """``address``, with the port that the system chose where it says 0."""
+    place = parse_address(address)
+    if isinstance(place, UnixAddress) or place.port:
+        return address
+    return str(TcpAddress(place.host, server.sockets[0].getsockname()[1]))
+
+
+async def connect(
+    address: str, protocol: Any, handler: Handler, timeout: float, security: Security | None = None
+) -> Connection:
+    """Connect to ``address`` within ``timeout`` seconds; over TCP both sides have proved the cluster key.
+
+    Raises ``PeerLost`` when nobody listens there, ``NotAuthenticated`` when the two do not trust each other,
+    ``ConfigError`` when ``security`` lacks what the address needs.
+    """
+    place = parse_address(address)
     try:
         async with asyncio.timeout(timeout):
-            connected = await _connect_socket(_path(address))
-            _, connection = await loop.create_unix_connection(
-                lambda: Connection(protocol, handler), sock=connected
-            )
+            if isinstance(place, UnixAddress):
+                return await _connect_unix(place, protocol, handler)
+            return await _connect_tcp(place, protocol, handler, timeout, security)
     except (OSError, TimeoutError) as error:
-        raise PeerLost(f"cannot reach {address}: {error or 'no answer'}") from error
+        raise PeerLost(f"cannot reach {address}: {str(error) or 'no answer'}") from error
+    except (NotAuthenticated, PeerLost) as error:
+        raise type(error)(f"cannot talk to {address}: {error}") from error
+
+
+async def _connect_unix(place: UnixAddress, protocol: Any, handler: Handler) -> Connection:
+    loop = asyncio.get_running_loop()
+    connected = await _connect_unix_socket(place.path)
+    _, connection = await loop.create_unix_connection(lambda: Connection(protocol, handler), sock=connected)
     return connection
 
 
-async def _connect_socket(path: str) -> socket.socket:
+async def _connect_tcp(
+    place: TcpAddress, protocol: Any, handler: Handler, timeout: float, security: Security | None
+) -> Connection:
+    loop = asyncio.get_running_loop()
+    proof = KeyProof(require_key(security), MESSAGES, dialling=True)
+    connected = await _connect_tcp_socket(place)
+    with closing_on_error(connected):
+        context = tls_for_connecting(security, connected.getpeername()[0])
+    admitted: asyncio.Future[Connection] = loop.create_future()
+
+    def refuse(error: MemServeError) -> None:
+        if not admitted.done():
+            admitted.set_exception(error)
+
+    def let_through() -> Connection:
+        connection = Connection(protocol, handler)
+        if not admitted.done():
+            admitted.set_result(connection)
+        return connection
+
+    try:
+        transport, _ = await loop.create_connection(
+            lambda: Gate(proof, timeout, let_through, refuse),
+            sock=connected,
+            ssl=context,
+            server_hostname=place.host if context is not None else None,
+        )
+    except (ssl.SSLError, ConnectionError) as error:
+        reason = str(error) or "the other side closed the connection; does it use TLS at all?"
+        raise NotAuthenticated(f"TLS was refused: {reason}") from error
+    try:
+        return await admitted
+    except BaseException:
+        transport.abort()
+        raise
+
+
+async def _connect_tcp_socket(place: TcpAddress) -> socket.socket:
+    loop = asyncio.get_running_loop()
+    failed: OSError = ConnectionRefusedError("the name has no address")
+    for family, kind, number, _, where in await loop.getaddrinfo(
+        place.host, place.port, type=socket.SOCK_STREAM
+    ):
+        connected = socket.socket(family, kind | socket.SOCK_NONBLOCK, number)
+        try:
+            with closing_on_error(connected):
+                await loop.sock_connect(connected, where)
+        except OSError as error:
+            failed = error
+        else:
+            return connected
+    raise failed
+
+
+async def _connect_unix_socket(path: str) -> socket.socket:
     # uvloop cannot connect to abstract names itself. Connecting to a local socket never waits, unless the
     # listener's queue is full, which says EAGAIN.
     connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-    try:
+    with closing_on_error(connected):
         while True:
             try:
                 connected.connect(path)
                 return connected
             except BlockingIOError:
                 await asyncio.sleep(_QUEUE_FULL_SECONDS)
-    except BaseException:
-        connected.close()
-        raise
 
 
 def encode_notification(message: Message) -> bytes:
@@ -237,28 +328,19 @@ def encode_notification(message: Message) -> bytes:
     return _HEADER.pack(len(body), 0, _NOTIFY) + body
 
 
-def open_socket(address: str, timeout: float) -> socket.socket:
-    """A blocking socket connected to ``address``, each operation bounded by ``timeout`` seconds."""
-    opened = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    opened.settimeout(timeout)
-    try:
-        opened.connect(_path(address))
-    except OSError:
-        opened.close()
-        raise
-    return opened
+def _log_refusal(error: MemServeError) -> None:
+    log.warning("refused a connection: %s", error)
 
 
-def _path(address: str) -> str:
-    if not address.startswith("@"):
-        raise ProtocolError(f"address {address!r} is not an abstract Unix socket; write @name")
-    return "\0" + address[1:]
-
-
-def _same_user(transport: asyncio.Transport) -> bool:
+def _admitted(transport: asyncio.Transport) -> bool:
+    """Unix sockets: the same user or root. TCP connections have come through the gate."""
     raw = transport.get_extra_info("socket")
-    if raw is None or raw.family != socket.AF_UNIX:
+    if raw is None:
         return False
-    size = _PEER_CREDENTIALS.size
-    _, uid, _ = _PEER_CREDENTIALS.unpack(raw.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
-    return uid in (os.getuid(), 0)
+    return raw.family != socket.AF_UNIX or same_user(raw)
+
+
+def same_user(connected: socket.socket) -> bool:
+    """Whether a Unix socket's other end is a process of this user, or of root."""
+    raw = connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size)
+    return _PEER_CREDENTIALS.unpack(raw)[1] in (os.getuid(), 0)

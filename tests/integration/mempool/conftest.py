@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import Any
 
 from memserve.core.clock import Clock, MonotonicClock
 from memserve.core.types import InstanceId
@@ -41,16 +42,16 @@ async def serving(
     address: str | None = None,
     clock: Clock | None = None,
     observe: Callable[[str], None] | None = None,
-    **limits: float,
+    **options: Any,
 ) -> AsyncIterator[tuple[MemPool, TransferEndpoint, str]]:
     """A pool that listens, in this process."""
     clock = clock or MonotonicClock()
     pool = MemPool(layout, blocks, instance=InstanceId(name), incarnation=incarnation, clock=clock)
-    endpoint = TransferEndpoint(pool, clock, observe=observe, **limits)
+    endpoint = TransferEndpoint(pool, clock, observe=observe, **options)
     where = address or fresh_address()
     await endpoint.start(where)
     try:
-        yield pool, endpoint, where
+        yield pool, endpoint, endpoint.address
     finally:
         await endpoint.close()
         pool.check()
@@ -79,7 +80,13 @@ class PeerProcess:
 
 @contextlib.asynccontextmanager
 async def peer_process(
-    name: str = "b", *, blocks: int = 64, incarnation: int = 1, address: str | None = None
+    name: str = "b",
+    *,
+    blocks: int = 64,
+    incarnation: int = 1,
+    address: str | None = None,
+    backend: str = "shm",
+    reserve_seconds: float = 30.0,
 ) -> AsyncIterator[PeerProcess]:
     where = address or fresh_address()
     program = str(Path(__file__).with_name("peer_process.py"))
@@ -90,6 +97,8 @@ async def peer_process(
         where,
         str(incarnation),
         str(blocks),
+        backend,
+        str(reserve_seconds),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
     )

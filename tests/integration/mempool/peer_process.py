@@ -15,8 +15,10 @@ from memserve.core.errors import MemServeError
 from memserve.core.messages import Member
 from memserve.core.types import InstanceId, Namespace, Role
 from memserve.mempool import Addresses, KVLayout, MemPool, Origin, TransferEndpoint
+from memserve.wire import Security
 
 NS = Namespace("m")
+SECURITY = Security(b"a key for tests only")
 BIG = KVLayout("big", layers=30, kv_heads=3, head_dim=64)
 
 
@@ -47,10 +49,19 @@ def member(name: str, address: str, incarnation: int = 1) -> Member:
 
 
 class Peer:
-    def __init__(self, name: str, incarnation: int, blocks: int) -> None:
+    def __init__(
+        self, name: str, incarnation: int, blocks: int, backend: str, reserve_seconds: float
+    ) -> None:
         clock = MonotonicClock()
         self.pool = MemPool(BIG, blocks, instance=InstanceId(name), incarnation=incarnation, clock=clock)
-        self.endpoint = TransferEndpoint(self.pool, clock, observe=self.die_in_time)
+        self.endpoint = TransferEndpoint(
+            self.pool,
+            clock,
+            observe=self.die_in_time,
+            backends=(backend,),
+            security=SECURITY,
+            reserve_seconds=reserve_seconds,
+        )
         self.last_step = ""
         self.lives = 1
 
@@ -86,8 +97,10 @@ class Peer:
             return [len(match.addrs), int(holds_pattern(self.pool, match.addrs, seed))]
 
 
-async def main(name: str, address: str, incarnation: str, blocks: str) -> None:
-    peer = Peer(name, int(incarnation), int(blocks))
+async def main(
+    name: str, address: str, incarnation: str, blocks: str, backend: str, reserve_seconds: str
+) -> None:
+    peer = Peer(name, int(incarnation), int(blocks), backend, float(reserve_seconds))
     await peer.endpoint.start(address)
     loop = asyncio.get_running_loop()
     orders = asyncio.StreamReader()

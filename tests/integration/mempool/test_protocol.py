@@ -29,6 +29,7 @@ from memserve.core.errors import (
 )
 from memserve.core.messages import (
     AbortTransfer,
+    Copied,
     Hello,
     Message,
     Ok,
@@ -190,6 +191,66 @@ def test_a_sender_that_vanishes_during_verification_publishes_nothing_it_could_l
                     await call
             await until(lambda: pool.stats().incoming == 0)
             pool.check([])
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    "told",
+    [[(0, 2)], [(0, 2), (2, 1)], [(0, 4)], [(2, 2)], [(0, 2), (0, 2)], [(0, 99)], [(0, 0)]],
+    ids=["early", "in parts", "all", "lost one", "doubled", "too many", "none"],
+)
+def test_hints_of_written_blocks_change_no_outcome(told: list[tuple[int, int]]) -> None:
+    """What is verified early is verified; all else is in the end, and a wrong byte is found either way."""
+
+    async def scenario() -> None:
+        async with serving("b") as (pool, _, address), raw_peer(address) as (peer, _):
+            await peer.call(hello(), 5.0)
+            peer.notify(Copied("never heard of", 0, 1))
+            for transfer, wrong in (("t", True), ("u", False)):
+                reserved = await peer.call(reserve(transfer), 5.0)
+                for first, blocks in told:
+                    peer.notify(Copied(transfer, first, blocks))
+                message = publish(pool, reserved)
+                if not wrong:
+                    assert await peer.call(message, 5.0) == Published(transfer, 4)
+                    continue
+                checksums = bytes(8) + message.checksums[8:]
+                with pytest.raises(CorruptBlock, match="1 of 4"):
+                    await peer.call(Publish(transfer, checksums, 1), 5.0)
+            peer.notify(Copied("u", 0, 1))
+            assert matched(pool) == len(TOKENS)
+            pool.check([])
+
+    asyncio.run(scenario())
+
+
+def test_progress_keeps_a_reservation_alive() -> None:
+    async def scenario() -> None:
+        clock = VirtualClock()
+        async with serving("b", clock=clock) as (pool, _, address), raw_peer(address) as (peer, _):
+            await peer.call(hello(), 5.0)
+            reserved = await peer.call(reserve(seconds=20.0), 5.0)
+            for first in range(4):
+                clock.advance(15.0)
+                peer.notify(Copied("t", first, 1))
+                # Answered in the order of arrival: the hint has been heard when this has.
+                with pytest.raises(StaleAddress):
+                    await peer.call(Publish("other", b"", 1), 5.0)
+                pool.expire()
+            assert await peer.call(publish(pool, reserved), 5.0) == Published("t", 4)
+
+    asyncio.run(scenario())
+
+
+def test_a_way_that_this_side_does_not_offer_is_refused() -> None:
+    async def scenario() -> None:
+        async with serving("b") as (pool, _, address), raw_peer(address) as (peer, _):
+            await peer.call(hello(), 5.0)
+            asked = Reserve("t", NS, pack_tokens(TOKENS), 4, 20.0, "tcp")
+            with pytest.raises(RequestFailed, match="cannot come by tcp"):
+                await peer.call(asked, 5.0)
+            assert pool.stats().free == 16
 
     asyncio.run(scenario())
 

@@ -19,7 +19,7 @@ from .peer_process import BIG, NS, fill_blocks, holds_pattern, member, tokens_of
 pytestmark = pytest.mark.processes
 B = InstanceId("b")
 BLOCKS = 24
-"""Nearly nine megabytes: a copy of three steps."""
+"""Nearly nine megabytes: a copy of two steps."""
 
 
 def test_a_peer_pushes_what_is_missing_and_the_bytes_are_right() -> None:

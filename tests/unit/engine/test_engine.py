@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,6 +32,7 @@ from memserve.engine.phases import PHASES
 from memserve.engine.runners.base import ForwardBatch
 from memserve.engine.runners.reference import ReferenceRunner
 from memserve.mempool.address import Origin
+from memserve.mempool.disk import DiskTier
 from memserve.mempool.pool import MemPool
 from memserve.mempool.stats import AbortCause
 
@@ -89,10 +91,20 @@ async def bench(
     step_tokens: int = 64,
     max_running: int = 8,
     runner: ReferenceRunner | None = None,
+    host_blocks: int = 0,
+    disk: DiskTier | None = None,
 ) -> AsyncIterator[Bench]:
     runner = runner or ReferenceRunner(WEIGHTS)
     clock = MonotonicClock()
-    pool = MemPool(runner.layout, blocks, instance=HERE, incarnation=1, clock=clock)
+    pool = MemPool(
+        runner.layout,
+        blocks,
+        instance=HERE,
+        incarnation=1,
+        clock=clock,
+        host_blocks=host_blocks,
+        disk=disk,
+    )
     made: list[Bench] = []
 
     def emit(message: Message) -> None:
@@ -172,6 +184,53 @@ def test_the_second_turn_finds_prompt_and_answer() -> None:
             await one.closed("two")
             # 50 tokens of history, of which the last has no KV: 49 rounded down to blocks.
             assert one.ledger("two") == Ledger(computed=59 - 48, local=48)
+
+    asyncio.run(scenario())
+
+
+def test_kv_in_lower_tiers_is_brought_up_and_accounted_for(tmp_path: Path) -> None:
+    tokens, expected = prompt(100), alone(prompt(100))
+
+    async def scenario() -> None:
+        async with bench(blocks=10, host_blocks=2, disk=DiskTier(tmp_path, 10)) as one:
+            one.ask("cold", tokens)
+            await one.closed("cold")
+            assert one.pool.swap_out(2) == 2
+            assert one.pool.swap_out(2) == 2
+            one.ask("warm", tokens)
+            await one.closed("warm")
+            assert one.ledger("warm") == Ledger(computed=4, local=32, host=32, disk=32)
+            one.ask("hot", tokens)
+            await one.closed("hot")
+            assert one.ledger("hot") == Ledger(computed=4, local=96)
+            answers = [one.answer(name) for name in ("cold", "warm", "hot")]
+            assert answers == [expected] * 3
+
+    asyncio.run(scenario())
+
+
+def damage_third_of_ten(path: Path) -> None:
+    """Flip a bit in the middle of the third block of a disk tier of ten."""
+    (file,) = path.glob("*.kv")
+    raw = bytearray(file.read_bytes())
+    raw[len(raw) // 10 * 5 // 2] ^= 1
+    file.write_bytes(raw)
+
+
+def test_a_block_damaged_on_disk_is_computed_again(tmp_path: Path) -> None:
+    tokens, expected = prompt(100), alone(prompt(100))
+
+    async def scenario() -> None:
+        async with bench(blocks=7, disk=DiskTier(tmp_path, 10)) as one:
+            one.ask("cold", tokens)
+            await one.closed("cold")
+            one.pool.persist()
+            damage_third_of_ten(tmp_path)
+            one.ask("warm", tokens)
+            await one.closed("warm")
+            assert one.ledger("warm") == Ledger(computed=68, disk=32)
+            assert one.answer("warm") == expected
+            assert one.pool.stats().corrupt_blocks == 1
 
     asyncio.run(scenario())
 

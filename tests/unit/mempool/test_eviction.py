@@ -21,7 +21,9 @@ NS = Namespace("m")
 @pytest.fixture
 def full(clock: VirtualClock) -> Iterator[MemPool]:
     """Nine blocks: 1-2-3, 1-2-4-5, 6-7 and 8-9, in this order of use."""
-    made = MemPool(LAYOUT, 9, instance=InstanceId("a"), incarnation=1, clock=clock)
+    made = MemPool(
+        LAYOUT, 9, instance=InstanceId("a"), incarnation=1, clock=clock, eviction=LeastRecentlyUsed()
+    )
     for blocks in ((1, 2, 3), (1, 2, 4, 5), (6, 7), (8, 9)):
         addrs = made.alloc_mem(len(blocks))
         made.insert(prompt(*blocks), addrs, NS)
@@ -92,12 +94,23 @@ def test_evictions_are_counted_in_blocks(full: MemPool) -> None:
     assert full.stats().evicted_blocks == 4
 
 
+def test_a_match_that_ends_inside_an_edge_does_not_refresh_what_follows(full: MemPool) -> None:
+    full.match(prompt(6), NS).release()
+    full.match(prompt(1, 2, 3), NS).release()
+    full.match(prompt(1, 2, 4, 5), NS).release()
+    full.alloc_mem(2)
+    assert cached(full, 6, 7) == 1
+    assert cached(full, 8, 9) == 1
+
+
 def test_dropped_leaves_do_not_pile_up() -> None:
     policy, index = LeastRecentlyUsed(), PromptIndex(LAYOUT.block_tokens)
     for turn in range(5000):
         tokens = prompt(turn)
-        leaf = index.add(NS, tokens, index.find(NS, tokens), np.array([turn]))
-        policy.touch([leaf])
+        found = index.find(NS, tokens)
+        usage = policy.publish(NS, tokens, found.path, 1, float(turn))
+        leaf = index.add(NS, tokens, found, np.array([turn]), usage)
         policy.add_leaf(leaf)
         index.drop(leaf, 0)
-    assert len(policy._queue) <= 1024
+    assert len(policy._queues[0]) <= 1025
+    assert len(policy._places) <= 1025

@@ -26,7 +26,8 @@ from memserve.core.messages import (
 )
 from memserve.core.types import FinishReason, InstanceId, RequestId
 from memserve.wire import Connection, connect, listen
-from memserve.wire.connection import MAX_FRAME, encode_notification, open_socket
+from memserve.wire.connection import MAX_FRAME, encode_notification
+from memserve.wire.sockets import open_socket
 
 
 class Recorder:
@@ -189,6 +190,6 @@ def test_nobody_listening_is_a_lost_peer() -> None:
         with pytest.raises(PeerLost, match="cannot reach @memserve-nowhere"):
             await connect("@memserve-nowhere", ControlMessage, Recorder(), 1)
         with pytest.raises(ProtocolError, match="write @name"):
-            await connect("tcp://somewhere", ControlMessage, Recorder(), 1)
+            await connect("udp://somewhere:1", ControlMessage, Recorder(), 1)
 
     asyncio.run(scenario())

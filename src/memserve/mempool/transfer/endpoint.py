@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable
+import os
+import secrets
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
 from memserve.core.clock import Clock
@@ -20,22 +23,37 @@ from memserve.core.types import InstanceId, Namespace, Tokens
 from memserve.mempool.address import Addresses, Origin
 from memserve.mempool.pool import MemPool
 from memserve.mempool.results import Transferred
+from memserve.mempool.transfer.backends import (
+    BACKENDS,
+    SHM,
+    TCP,
+    TransferBackend,
+    choose_backend,
+    require_known,
+)
 from memserve.mempool.transfer.receiver import Adopt, Receiver, require_same_layout
-from memserve.mempool.transfer.sender import OutboundLink, SendLimits, SendOrder
-from memserve.mempool.transfer.shm import DescriptorServer, receive_arena
-from memserve.wire import connect, listen
+from memserve.mempool.transfer.sender import LinkState, OutboundLink, SendLimits, SendOrder
+from memserve.mempool.transfer.shm import DescriptorServer, SharedMemoryBackend, receive_arena
+from memserve.mempool.transfer.streams import StreamListener
+from memserve.mempool.transfer.tcp import connect_stream
+from memserve.wire import Security, connect, listen, listening_address
+from memserve.wire.address import UnixAddress, parse_address
 
 _NO_TOKENS = np.empty(0, np.int32)
 _NO_NAMESPACE = Namespace(model="")
 _WORKERS = 2
+_LOOPBACK = "127.0.0.1"
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_NETWORK_NAMESPACE = Path("/proc/self/ns/net")
 
 
 class TransferEndpoint:
     """Connects ``pool`` to other pools, and attaches itself to it.
 
     ``reserve_seconds`` is how long a receiver keeps blocks for a transfer without progress, ``call_seconds``
-    how long a peer may take to answer. ``observe`` is told each step of a sent transfer: ``reserved``,
+    how long a peer may take to answer and a stream may stand still. ``link_bytes`` bounds the bytes on their
+    way to one peer. ``backends`` are the allowed ways of moving blocks, the preferred first; ``tcp`` (and
+    any TCP address) needs ``security``. ``observe`` is told each step of a sent transfer: ``reserved``,
     ``copying`` (in a worker thread, once per few megabytes), ``copied``, ``published``.
     """
 
@@ -46,32 +64,58 @@ class TransferEndpoint:
         *,
         reserve_seconds: float = 30.0,
         call_seconds: float = 10.0,
+        link_bytes: int = 256 << 20,
+        backends: Sequence[str] = BACKENDS,
+        security: Security | None = None,
         observe: Callable[[str], None] | None = None,
     ) -> None:
         self.on_adopt: Adopt | None = None
         """Takes over the blocks of transfers to here that come with an attachment."""
+        require_known(backends)
+        self.address = ""
+        """Where peers reach this pool, once it listens: what ``Member.peer_address`` says."""
         self._pool = pool
         self._clock = clock
-        self._limits = SendLimits(reserve_seconds, call_seconds)
+        self._limits = SendLimits(reserve_seconds, call_seconds, link_bytes)
+        self._backends = tuple(name for name in backends if name != TCP or security is not None)
+        self._security = security
         self._observe = observe or (lambda step: None)
         self._workers = ThreadPoolExecutor(_WORKERS, thread_name_prefix="memserve-copy")
         self._members: dict[InstanceId, Member] = {}
         self._links: dict[InstanceId, OutboundLink] = {}
         self._connecting: dict[InstanceId, asyncio.Lock] = {}
         self._numbers = itertools.count(1)
-        self._hello = _hello_of(pool, fd_address="")
+        self._hello = _hello_of(pool)
         self._receiver = Receiver(pool, clock, self._workers, self._adopt)
         self._server: asyncio.Server | None = None
         self._descriptors: DescriptorServer | None = None
         pool.attach(self)
 
     async def start(self, address: str) -> None:
-        """Listen for peers at ``address``, an abstract Unix socket (``@name``)."""
+        """Listen for peers at ``address``: ``@name`` or ``tcp://host:port`` (port 0: see ``address`` then).
+
+        Raises ``ConfigError`` for TCP without a key, or beyond loopback without TLS; ``OSError``.
+        """
         assert self._server is None, "an endpoint is started once"
-        self._hello = _hello_of(self._pool, fd_address=f"{address}-arena")
+        if SHM in self._backends:
+            fd_address = f"@memserve-arena-{secrets.token_hex(8)}"
+            self._descriptors = DescriptorServer(fd_address, self._pool.arena, self._pool.incarnation)
+        if TCP in self._backends:
+            place = parse_address(address)
+            host = _LOOPBACK if isinstance(place, UnixAddress) else place.host
+            self._receiver.streams = StreamListener(
+                host, self._pool.layout.block_bytes, self._security, self._limits.call_seconds
+            )
+        self._hello = msgspec.structs.replace(
+            self._hello,
+            backends=self._backends,
+            fd_address="" if self._descriptors is None else self._descriptors.address,
+            tcp_port=0 if self._receiver.streams is None else self._receiver.streams.port,
+            segments=tuple((n, n * self._pool.layout.block_bytes) for n in self._pool.arena.segment_blocks),
+        )
         self._receiver.hello = self._hello
-        self._descriptors = DescriptorServer(self._hello.fd_address, self._pool.arena, self._pool.incarnation)
-        self._server = await listen(address, PeerMessage, self._receiver.accept)
+        self._server = await listen(address, PeerMessage, self._receiver.accept, self._security)
+        self.address = listening_address(self._server, address)
 
     async def close(self) -> None:
         """Stop copying, end all connections, free what peers had reserved."""
@@ -112,6 +156,11 @@ class TransferEndpoint:
         if link is not None:
             link.close(reason)
         self._receiver.drop_peer(instance, reason)
+
+    def links(self) -> tuple[LinkState, ...]:
+        """The links to peers that are up, as they are now."""
+        states = (link.state for link in self._links.values())
+        return tuple(state for state in states if state is not None)
 
     # --- transfers ---
 
@@ -179,20 +228,28 @@ class TransferEndpoint:
         if member is None:
             raise PeerLost(f"{peer} is not a living member of the cluster")
         timeout = self._limits.call_seconds
-        link = OutboundLink(self._pool.arena, self._clock, self._workers, self._limits, self._observe)
-        connection = await connect(member.peer_address, PeerMessage, link, timeout)
+        link = OutboundLink(self._pool.layout.block_bytes, self._clock, self._limits, self._observe)
+        connection = await connect(member.peer_address, PeerMessage, link, timeout, self._security)
         connection.label = peer
         try:
             hello = await connection.call(self._hello, timeout)
             self._require_usable(hello, member)
-            arena = await asyncio.get_running_loop().run_in_executor(
-                self._workers, receive_arena, hello, self._pool.layout.block_bytes, timeout
+            backend = await asyncio.get_running_loop().run_in_executor(
+                self._workers, self._open_backend, member.peer_address, hello
             )
         except BaseException:
             connection.close("the handshake failed")
             raise
-        link.open(connection, hello, arena)
+        link.open(connection, hello, backend)
         return link
+
+    def _open_backend(self, peer_address: str, hello: Hello) -> TransferBackend:
+        own, timeout = self._pool.arena, self._limits.call_seconds
+        if choose_backend(self._backends, self._hello, hello) == TCP:
+            return connect_stream(own, peer_address, hello, self._security, timeout)
+        return SharedMemoryBackend(
+            own, receive_arena(hello, self._pool.layout.block_bytes, timeout), self._workers
+        )
 
     def _require_usable(self, hello: Hello, member: Member) -> None:
         if not isinstance(hello, Hello):
@@ -203,8 +260,6 @@ class TransferEndpoint:
                 f"{member.peer_address} is {hello.instance} (incarnation {hello.incarnation}), not "
                 f"{member.instance} (incarnation {member.incarnation})"
             )
-        if hello.host != self._hello.host:
-            raise PeerLost(f"{member.instance} is on another host; shared memory does not reach it")
 
     def _adopt(self, attachment: bytes, addrs: Addresses) -> None:
         if self.on_adopt is None:
@@ -212,13 +267,13 @@ class TransferEndpoint:
         self.on_adopt(attachment, addrs)
 
 
-def _hello_of(pool: MemPool, fd_address: str) -> Hello:
-    return Hello(
-        pool.instance,
-        pool.incarnation,
-        pool.layout.fingerprint,
-        pool.layout.text,
-        _BOOT_ID.read_text().strip(),
-        fd_address,
-        tuple((blocks, blocks * pool.layout.block_bytes) for blocks in pool.arena.segment_blocks),
-    )
+def _hello_of(pool: MemPool) -> Hello:
+    """What is known before listening."""
+    layout = pool.layout
+    return Hello(pool.instance, pool.incarnation, layout.fingerprint, layout.text, _host(), "", ())
+
+
+def _host() -> str:
+    """Equal for processes that reach each other's shared memory: one kernel, network namespace and user."""
+    boot = _BOOT_ID.read_text().strip()
+    return f"{boot}/{_NETWORK_NAMESPACE.stat().st_ino}/{os.getuid()}"

@@ -1,22 +1,25 @@
 """The receiving side: answers peers' handshakes, reservations and publications.
 
-Order of a transfer: reserve (allocate) -> the sender copies -> publish (verify, then insert). What a sender
-had reserved is freed when it aborts, when its connection ends, or after the deadline, once it says that it
-has stopped writing.
+Order of a transfer: reserve (allocate) -> bytes arrive and are verified -> publish (compare, then insert).
+What a sender had reserved is freed when it aborts, when its connection ends, or after the deadline, but not
+before whoever writes has stopped: the sender itself into shared memory, a thread here for a stream.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
+import itertools
 import logging
 from collections.abc import Callable
 from concurrent.futures import Executor
+from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import numpy as np
 
-from memserve._native import checksum_blocks
 from memserve.core.clock import Clock
 from memserve.core.errors import (
     CorruptBlock,
@@ -26,14 +29,28 @@ from memserve.core.errors import (
     PeerLost,
     ProtocolError,
     StaleAddress,
+    TransferAborted,
 )
-from memserve.core.messages import AbortTransfer, Hello, Message, Publish, Published, Reserve, Reserved
+from memserve.core.messages import (
+    AbortTransfer,
+    Copied,
+    Hello,
+    Message,
+    Publish,
+    Published,
+    Reserve,
+    Reserved,
+)
 from memserve.core.types import InstanceId, unpack_tokens
 from memserve.mempool.address import Addresses, Origin
 from memserve.mempool.pool import MemPool
 from memserve.mempool.reservations import Completed, Reservation
 from memserve.mempool.stats import AbortCause
+from memserve.mempool.transfer.arrivals import Arrival, Checksums, SharedArrival, StreamedArrival
+from memserve.mempool.transfer.backends import TCP
+from memserve.mempool.transfer.streams import StreamListener
 from memserve.wire import Connection
+from memserve.wire.channel import Channel
 
 log = logging.getLogger(__name__)
 
@@ -54,16 +71,29 @@ def require_same_layout(own: Hello, other: Hello) -> None:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class _Incoming:
+    """A transfer that stands: its arrival, and the link through which it was reserved."""
+
+    arrival: Arrival
+    ticket: int
+    link: InboundLink
+
+
 class Receiver:
     """Serves peers that send to ``pool``; ``adopt`` takes over what comes with an attachment."""
 
     def __init__(self, pool: MemPool, clock: Clock, workers: Executor, adopt: Adopt) -> None:
         self.hello: Hello | None = None
         """What this side says in handshakes, once it listens."""
+        self.streams: StreamListener | None = None
+        """Where streams of blocks arrive, if they may."""
         self._pool = pool
         self._clock = clock
         self._workers = workers
         self._adopt = adopt
+        self._incoming: dict[str, _Incoming] = {}
+        self._tickets = itertools.count(1)
         self._publishing: dict[str, asyncio.Task[Completed]] = {}
         self._incarnations: dict[InstanceId, int] = {}
         self._links: set[InboundLink] = set()
@@ -79,7 +109,6 @@ class Receiver:
         """``instance`` is gone for good in the lives known so far: free what it had reserved."""
         for link in [x for x in self._links if x.peer is not None and x.peer.instance == instance]:
             link.close(reason)
-        self._pool.drop_peer(instance, reason)
 
     async def close(self) -> None:
         """End all connections; what was reserved through them is freed."""
@@ -89,6 +118,8 @@ class Receiver:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        if self.streams is not None:
+            await self.streams.close()
 
     # --- what links ask for ---
 
@@ -105,10 +136,16 @@ class Receiver:
             self.drop_peer(hello.instance, f"{hello.instance} was restarted")
         self._incarnations[hello.instance] = hello.incarnation
         link.peer = hello
-        return self.hello
+        if self.streams is None:
+            return self.hello
+        link.stream_name = self.streams.expect(link)
+        return msgspec.structs.replace(self.hello, stream=link.stream_name)
 
     def reserve(self, link: InboundLink, peer: Hello, asked: Reserve) -> Reserved:
         """Hold and allocate what a transfer needs. Raises ``OutOfBlocks``."""
+        assert self.hello is not None, "connections come only after the start"
+        if asked.backend not in self.hello.backends:
+            raise InvalidRequest(f"blocks cannot come by {asked.backend} here", field="backend")
         if asked.blocks < 1 or not 0 < asked.seconds <= _LONGEST_RESERVATION:
             raise InvalidRequest(
                 f"{asked.blocks} blocks for {asked.seconds} s; at least 1 block and at most "
@@ -123,9 +160,18 @@ class Receiver:
             asked.blocks,
             asked.seconds,
         )
-        if asked.transfer not in link.timers:
+        incoming = self._incoming.get(asked.transfer)
+        if incoming is None:
+            incoming = self._incoming[asked.transfer] = self._expect(link, asked.backend, reservation)
             self._watch(link, asked.transfer, asked.seconds)
-        return Reserved(asked.transfer, len(reservation.held), reservation.fresh.to_bytes())
+        return Reserved(asked.transfer, len(reservation.held), reservation.fresh.to_bytes(), incoming.ticket)
+
+    def written(self, asked: Copied) -> None:
+        """A sender has written some blocks into shared memory. What is too late is of no interest."""
+        incoming = self._incoming.get(asked.transfer)
+        if incoming is not None and isinstance(incoming.arrival, SharedArrival):
+            incoming.arrival.written(asked.first, asked.blocks)
+            self._renew(asked.transfer)
 
     async def publish(self, link: InboundLink, asked: Publish) -> Published:
         """Verify and publish. The same message again, even meanwhile, gets the same answer."""
@@ -134,7 +180,8 @@ class Receiver:
             found = self._pool.find_incoming(asked.transfer)
             if isinstance(found, Completed):
                 return Published(asked.transfer, found.inserted)
-            task = asyncio.get_running_loop().create_task(self._verify_and_complete(found, asked))
+            incoming = self._incoming[asked.transfer]
+            task = asyncio.get_running_loop().create_task(self._verify_and_complete(incoming, asked))
             self._publishing[asked.transfer] = task
             task.add_done_callback(functools.partial(self._finish, asked.transfer))
         done = await asyncio.shield(task)
@@ -144,11 +191,13 @@ class Receiver:
     def abort(self, link: InboundLink, transfer: str, cause: AbortCause, reason: str) -> None:
         """The sender has stopped writing for this transfer: free what it had reserved."""
         link.stop_timer(transfer)
-        self._pool.abort_incoming(transfer, cause, reason)
+        self._end(transfer, cause, reason)
 
     def forget(self, link: InboundLink, reason: str) -> None:
         """A connection has ended, and with it its sender's writing."""
         self._links.discard(link)
+        if self.streams is not None:
+            self.streams.forget(link.stream_name)
         for transfer in list(link.timers):
             self.abort(link, transfer, AbortCause.SENDER_LOST, reason)
 
@@ -160,38 +209,63 @@ class Receiver:
             # Retrieved here as well, in case that the sender, who would be told, is gone.
             task.exception()
 
-    async def _verify_and_complete(self, reservation: Reservation, asked: Publish) -> Completed:
+    def _expect(self, link: InboundLink, backend: str, reservation: Reservation) -> _Incoming:
+        fresh = reservation.fresh
+        pointers = self._pool.pointers(fresh)
+        ticket = next(self._tickets)
+        if backend != TCP:
+            shared = SharedArrival(pointers, self._pool.layout.block_bytes, self._workers)
+            return _Incoming(shared, ticket, link)
+        memory = [self._pool.arena.block_memory(number) for number in fresh.blocks.tolist()]
+        streamed = link.arrivals[ticket] = StreamedArrival(memory, pointers)
+        return _Incoming(streamed, ticket, link)
+
+    async def _verify_and_complete(self, incoming: _Incoming, asked: Publish) -> Completed:
         try:
-            await self._verify(reservation, asked)
+            _require_equal(asked, await incoming.arrival.checksums())
             adopt = functools.partial(self._adopt, asked.attachment) if asked.attachment else None
-            return self._pool.complete_incoming(asked.transfer, Origin(asked.origin), adopt)
+            done = self._pool.complete_incoming(asked.transfer, Origin(asked.origin), adopt)
         except MemServeError as error:
             cause = AbortCause.CORRUPT if isinstance(error, CorruptBlock) else AbortCause.REFUSED
-            self._pool.abort_incoming(asked.transfer, cause, str(error))
+            self._end(asked.transfer, cause, str(error))
             raise
+        self._forget_incoming(asked.transfer)
+        return done
 
-    async def _verify(self, reservation: Reservation, asked: Publish) -> None:
-        """Raise ``CorruptBlock`` unless each reserved block holds the bytes that the sender read."""
-        told = np.frombuffer(asked.checksums, "<u8")
-        pointers = self._pool.pointers(reservation.fresh)
-        found = await asyncio.get_running_loop().run_in_executor(
-            self._workers, checksum_blocks, pointers, self._pool.layout.block_bytes
-        )
-        if len(told) != len(found):
-            raise CorruptBlock(f"transfer {asked.transfer}: {len(told)} checksums for {len(found)} blocks")
-        wrong = int(np.count_nonzero(found != told))
-        if wrong:
-            raise CorruptBlock(
-                f"transfer {asked.transfer}: {wrong} of {len(found)} blocks arrived with wrong bytes; "
-                "all of them were thrown away"
-            )
+    def _end(self, transfer: str, cause: AbortCause, reason: str) -> None:
+        """Free what a transfer had reserved, once nobody here writes to it."""
+
+        def release() -> None:
+            self._forget_incoming(transfer)
+            self._pool.abort_incoming(transfer, cause, reason)
+
+        incoming = self._incoming.get(transfer)
+        if incoming is None:
+            release()
+        else:
+            incoming.arrival.stop(TransferAborted(f"transfer {transfer} was ended: {reason}"), release)
+
+    def _forget_incoming(self, transfer: str) -> None:
+        incoming = self._incoming.pop(transfer, None)
+        if incoming is not None:
+            incoming.link.arrivals.pop(incoming.ticket, None)
+
+    def _renew(self, transfer: str) -> None:
+        with contextlib.suppress(MemServeError):
+            # What has ended or was revoked meanwhile is dealt with where that happened.
+            self._pool.find_incoming(transfer)
 
     def _watch(self, link: InboundLink, transfer: str, seconds: float) -> None:
-        """Look at a transfer again after ``seconds``, or never if its link has let go of it by then."""
+        """Look at a transfer again within ``seconds``, or never if its link has let go of it by then."""
         loop = asyncio.get_running_loop()
-        link.timers[transfer] = loop.call_later(max(seconds, _SHORTEST_WAIT), self._look, link, transfer)
+        # Early enough to see progress before the deadline that it moves.
+        later = max(seconds / 2, _SHORTEST_WAIT)
+        link.timers[transfer] = loop.call_later(later, self._look, link, transfer)
 
     def _look(self, link: InboundLink, transfer: str) -> None:
+        incoming = self._incoming.get(transfer)
+        if incoming is not None and incoming.arrival.take_progress():
+            self._renew(transfer)
         deadline, now = self._pool.incoming_deadline(transfer), self._clock.now()
         if deadline is None:
             link.stop_timer(transfer)
@@ -207,6 +281,13 @@ class Receiver:
         """Have the sender of a revoked transfer stop, then free its blocks."""
         reason = "it made no progress before its deadline"
         log.warning("transfer %s: %s", transfer, reason)
+        incoming = self._incoming.get(transfer)
+        if incoming is not None and not incoming.arrival.trusted:
+            self.abort(link, transfer, AbortCause.EXPIRED, reason)
+            if transfer in self._incoming:
+                # It stands still in the middle of a chunk, and so does all that comes behind it.
+                link.close(f"its stream of blocks stands still: {reason}")
+                return
         try:
             await link.ask(AbortTransfer(transfer, reason))
         except PeerLost as error:
@@ -217,6 +298,19 @@ class Receiver:
         self.abort(link, transfer, AbortCause.EXPIRED, reason)
 
 
+def _require_equal(asked: Publish, found: Checksums) -> None:
+    """Raise ``CorruptBlock`` unless each block that arrived holds the bytes that the sender read."""
+    told = np.frombuffer(asked.checksums, "<u8")
+    if len(told) != len(found):
+        raise CorruptBlock(f"transfer {asked.transfer}: {len(told)} checksums for {len(found)} blocks")
+    wrong = int(np.count_nonzero(found != told))
+    if wrong:
+        raise CorruptBlock(
+            f"transfer {asked.transfer}: {wrong} of {len(found)} blocks arrived with wrong bytes; "
+            "all of them were thrown away"
+        )
+
+
 class InboundLink:
     """One peer's connection to a :class:`Receiver`."""
 
@@ -224,12 +318,18 @@ class InboundLink:
         self.peer: Hello | None = None
         self.timers: dict[str, asyncio.TimerHandle] = {}
         """One per transfer that was reserved through this connection and has not ended."""
+        self.arrivals: dict[int, StreamedArrival] = {}
+        """Where the blocks of each ticket go, for the stream's thread."""
+        self.stream_name = b""
         self._receiver = receiver
         self._connection: Connection | None = None
+        self._channel: Channel | None = None
 
     def on_notify(self, connection: Connection, message: Any) -> None:
         if isinstance(message, AbortTransfer):
             self._receiver.abort(self, message.transfer, AbortCause.SENDER_ABORTED, message.reason)
+        elif isinstance(message, Copied):
+            self._receiver.written(message)
 
     async def on_call(self, connection: Connection, message: Any) -> Message:
         self._connection = connection
@@ -245,7 +345,21 @@ class InboundLink:
         raise ProtocolError(f"a pool does not answer {type(message).__name__}")
 
     def on_close(self, connection: Connection, reason: str) -> None:
+        if self._channel is not None:
+            self._channel.shut()
         self._receiver.forget(self, reason)
+
+    def find_arrival(self, ticket: int) -> StreamedArrival | None:
+        return self.arrivals.get(ticket)
+
+    def stream_opened(self, channel: Channel) -> None:
+        self._channel = channel
+        if self._connection is None or self._connection.closed:
+            channel.shut()
+
+    def stream_ended(self, reason: str) -> None:
+        # What is missing of its transfers will not come any more.
+        self.close(f"the stream of blocks ended: {reason}")
 
     def stop_timer(self, transfer: str) -> None:
         timer = self.timers.pop(transfer, None)

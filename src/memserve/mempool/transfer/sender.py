@@ -1,8 +1,8 @@
-"""The sending side: one connection to a peer whose arena is mapped here, and the transfers that go over it.
+"""The sending side: one connection to a peer, the backend that moves blocks there, and the transfers.
 
-Order of a transfer: reserve on the peer -> copy into its memory -> publish there. Whatever goes wrong in
-between, the peer is told to forget it, but not before the copy has really stopped: from then on the
-blocks may belong to somebody else.
+Order of a transfer: reserve on the peer -> move the bytes -> publish there. Whatever goes wrong in between,
+the peer is told to forget it, but not before the backend has really stopped: from then on the blocks may
+belong to somebody else.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections.abc import Callable
-from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,13 +18,13 @@ from numpy.typing import NDArray
 
 from memserve.core.clock import Clock
 from memserve.core.errors import MemServeError, PeerLost, ProtocolError, TransferAborted
-from memserve.core.messages import AbortTransfer, Hello, Message, Ok, Publish, Reserve, Reserved
-from memserve.core.types import Namespace, Tokens, pack_tokens
+from memserve.core.messages import AbortTransfer, Copied, Hello, Message, Ok, Publish, Reserve, Reserved
+from memserve.core.types import InstanceId, Namespace, Tokens, pack_tokens
 from memserve.mempool.address import Addresses, Origin
-from memserve.mempool.arena import Arena
 from memserve.mempool.results import Transferred
+from memserve.mempool.transfer.backends import TransferBackend, Transmission
 from memserve.mempool.transfer.plan import plan_steps
-from memserve.mempool.transfer.shm import SharedMemoryCopy
+from memserve.mempool.transfer.window import Window
 from memserve.wire import Connection
 
 
@@ -42,10 +41,22 @@ class SendOrder:
 
 @dataclass(frozen=True, slots=True)
 class SendLimits:
-    """Seconds: how long a peer keeps blocks without progress, and how long it may take to answer."""
+    """How long a peer keeps blocks without progress and may take to answer, and bytes on their way to it."""
 
     reserve_seconds: float
     call_seconds: float
+    link_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class LinkState:
+    """How blocks go to ``peer``, how many transfers and bytes have gone, and bytes on their way now."""
+
+    peer: InstanceId
+    backend: str
+    sent: int
+    sent_bytes: int
+    under_way_bytes: int
 
 
 @dataclass(slots=True)
@@ -66,49 +77,65 @@ class OutboundLink:
     """A connection to a peer's pool. Single-threaded but for the copying itself."""
 
     def __init__(
-        self,
-        own: Arena,
-        clock: Clock,
-        workers: Executor,
-        limits: SendLimits,
-        observe: Callable[[str], None],
+        self, block_bytes: int, clock: Clock, limits: SendLimits, observe: Callable[[str], None]
     ) -> None:
-        self._own = own
+        self._block_bytes = block_bytes
         self._clock = clock
-        self._workers = workers
         self._limits = limits
         self._observe = observe
+        self._window = Window(limits.link_bytes)
         self._jobs: dict[str, _Job] = {}
+        self._sent = 0
+        self._sent_bytes = 0
         self._connection: Connection | None = None
         self._peer: Hello | None = None
-        self._arena: Arena | None = None
+        self._backend: TransferBackend | None = None
 
-    def open(self, connection: Connection, peer: Hello, arena: Arena) -> None:
-        """The handshake is done: ``arena`` is the peer's memory, mapped here."""
+    def open(self, connection: Connection, peer: Hello, backend: TransferBackend) -> None:
+        """The handshake is done: ``backend`` leads to the peer's memory."""
         self._connection = connection
         self._peer = peer
-        self._arena = arena
+        self._backend = backend
+        if connection.closed:
+            self.on_close(connection, "lost during the handshake")
 
     @property
     def closed(self) -> bool:
         return self._connection is None or self._connection.closed
 
+    @property
+    def state(self) -> LinkState | None:
+        """None once the link is gone."""
+        if self._peer is None or self._backend is None:
+            return None
+        return LinkState(
+            self._peer.instance, self._backend.name, self._sent, self._sent_bytes, self._window.used
+        )
+
     async def send(self, transfer: str, order: SendOrder) -> Transferred:
-        """Reserve, copy, publish; all or nothing. Raises what ``MemPool.transfer_with_insert`` names."""
+        """Reserve, move, publish; all or nothing. Raises what ``MemPool.transfer_with_insert`` names."""
+        async with self._window.room(len(order.src) * self._block_bytes):
+            done = await self._send(transfer, order)
+        self._sent += 1
+        self._sent_bytes += done.bytes
+        return done
+
+    async def _send(self, transfer: str, order: SendOrder) -> Transferred:
         assert self._peer is not None, "sent before the handshake"
         job = self._jobs[transfer] = _Job(transfer, self._clock.now() + self._limits.reserve_seconds)
         reason = "the sender gave up"
         try:
-            dst, held = await self._reserve(transfer, order)
+            dst, answer = await self._reserve(transfer, order)
+            held = answer.held
             self._observe("reserved")
-            checksums = await self._copy(job, order.src[held:], dst)
+            checksums = await self._transmit(job, order.src[held:], dst, answer.ticket)
             self._observe("copied")
             await self._call(
                 Publish(transfer, checksums.astype("<u8").tobytes(), int(order.origin), order.attachment)
             )
             self._observe("published")
             reason = ""
-            return Transferred(held, len(dst), len(dst) * self._own.block_bytes)
+            return Transferred(held, len(dst), len(dst) * self._block_bytes)
         except MemServeError as error:
             reason = str(error)
             raise
@@ -124,6 +151,8 @@ class OutboundLink:
         writing = [job.copying for job in self._jobs.values() if job.copying is not None and job.writing]
         for job in self._jobs.values():
             job.stopped = True
+        if self._backend is not None:
+            self._backend.interrupt()
         if writing:
             writing[0].add_done_callback(lambda _: self.close(reason))
         elif self._connection is not None:
@@ -148,44 +177,71 @@ class OutboundLink:
     def on_close(self, connection: Connection, reason: str) -> None:
         for job in self._jobs.values():
             job.stopped = True
-        # A copy under way holds on to the mapping by itself; nobody else may keep a dead peer's memory.
-        self._arena = None
+        if self._backend is not None:
+            # A copy under way holds on to the mapping by itself; nobody else may keep a dead peer's memory.
+            self._backend.close()
+            self._backend = None
 
     # --- the steps ---
 
-    async def _reserve(self, transfer: str, order: SendOrder) -> tuple[Addresses, int]:
-        """Where to copy to, and how many blocks of the path the peer holds already."""
-        assert self._peer is not None, "sent before the handshake"
+    async def _reserve(self, transfer: str, order: SendOrder) -> tuple[Addresses, Reserved]:
+        """Where to copy to, and the peer's answer."""
+        peer, backend = self._require_open()
         blocks = len(order.src)
         asked = Reserve(
-            transfer, order.namespace, pack_tokens(order.tokens), blocks, self._limits.reserve_seconds
+            transfer,
+            order.namespace,
+            pack_tokens(order.tokens),
+            blocks,
+            self._limits.reserve_seconds,
+            backend.name,
         )
         answer = await self._call(asked)
         if not isinstance(answer, Reserved):
-            raise ProtocolError(f"{self._peer.instance} answered {type(answer).__name__} to Reserve")
-        dst = Addresses.from_bytes(self._peer.instance, self._peer.incarnation, answer.dst)
+            raise ProtocolError(f"{peer.instance} answered {type(answer).__name__} to Reserve")
+        dst = Addresses.from_bytes(peer.instance, peer.incarnation, answer.dst)
         if answer.held + len(dst) != blocks:
             raise ProtocolError(f"{answer.held} + {len(dst)} blocks were reserved instead of {blocks}")
-        return dst, answer.held
+        return dst, answer
 
-    async def _copy(self, job: _Job, src: Addresses, dst: Addresses) -> NDArray[np.uint64]:
-        if self._arena is None:
-            raise PeerLost(f"{dst.instance} was lost before the copy")
-        copy = SharedMemoryCopy(self._own, self._arena, plan_steps(src, dst, self._own.block_bytes))
-        may_go_on = functools.partial(self._may_go_on, job)
-        job.copying = asyncio.get_running_loop().run_in_executor(self._workers, copy.run, may_go_on)
+    async def _transmit(self, job: _Job, src: Addresses, dst: Addresses, ticket: int) -> NDArray[np.uint64]:
+        _, backend = self._require_open()
+        loop = asyncio.get_running_loop()
+
+        def written(first: int, blocks: int) -> None:
+            loop.call_soon_threadsafe(self._tell_written, job, first, blocks)
+
+        order = Transmission(
+            ticket,
+            plan_steps(src, dst, self._block_bytes),
+            functools.partial(self._may_go_on, job),
+            written,
+        )
+        job.copying = loop.run_in_executor(backend.workers, backend.transmit, order)
         try:
             # Shielded: a cancelled future would say "done" while the thread still writes.
             return await asyncio.shield(job.copying)
         except TransferAborted as error:
-            if self._connection is not None and self._connection.closed:
-                raise PeerLost(f"{self._connection.label} was lost during a copy") from error
+            if self.closed:
+                raise PeerLost(f"{dst.instance} was lost during a copy") from error
+            raise
+        except PeerLost as error:
+            # The way to the peer is cut, so this link is of no use any more; the next one starts afresh.
+            self.close(str(error))
             raise
 
     def _may_go_on(self, job: _Job) -> bool:
-        # Called in the worker thread, before each step of the copy.
+        # Called in the worker thread, before each step of the copy. To come so far is progress.
         self._observe("copying")
-        return not job.stopped and self._clock.now() < job.deadline
+        now = self._clock.now()
+        if job.stopped or now >= job.deadline:
+            return False
+        job.deadline = now + self._limits.reserve_seconds
+        return True
+
+    def _tell_written(self, job: _Job, first: int, blocks: int) -> None:
+        if not job.stopped and self._connection is not None and not self._connection.closed:
+            self._connection.notify(Copied(job.transfer, first, blocks))
 
     def _abort(self, job: _Job, reason: str) -> None:
         """Tell the peer that nothing is written any more, as soon as that is true."""
@@ -198,6 +254,11 @@ class OutboundLink:
             job.copying.exception()
         if self._connection is not None and not self._connection.closed:
             self._connection.notify(AbortTransfer(job.transfer, reason))
+
+    def _require_open(self) -> tuple[Hello, TransferBackend]:
+        if self._peer is None or self._backend is None:
+            raise PeerLost("the link to the peer was lost")
+        return self._peer, self._backend
 
     async def _call(self, message: Message) -> Any:
         if self._connection is None:

@@ -12,7 +12,8 @@ import logging
 import os
 import socket
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from concurrent.futures import Executor
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,12 +22,12 @@ from memserve._native import copy_blocks
 from memserve.core.errors import PeerLost, StaleAddress, TransferAborted
 from memserve.core.messages import Hello
 from memserve.mempool.arena import Arena
-from memserve.mempool.transfer.plan import Step
-from memserve.wire.connection import open_socket
+from memserve.mempool.transfer.backends import SHM, Transmission
+from memserve.wire.connection import same_user
+from memserve.wire.sockets import open_socket
 
 log = logging.getLogger(__name__)
 
-_CREDENTIALS = struct.Struct("3i")
 _INCARNATION = struct.Struct("<Q")
 _MOST_SEGMENTS = 64
 
@@ -55,8 +56,7 @@ class DescriptorServer:
                 self._send(asked)
 
     def _send(self, asked: socket.socket) -> None:
-        raw = asked.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-        if _CREDENTIALS.unpack(raw)[1] not in (os.getuid(), 0):
+        if not same_user(asked):
             log.warning("refused the arena to a process of another user")
             return
         with contextlib.suppress(OSError):
@@ -81,26 +81,35 @@ def receive_arena(hello: Hello, block_bytes: int, timeout: float) -> Arena:
         return Arena.attach(block_bytes, fds, [blocks for blocks, _ in hello.segments])
 
 
-class SharedMemoryCopy:
-    """One transfer's copying, for a worker thread."""
+class SharedMemoryBackend:
+    """Copies into ``peer``, the mapped arena of a peer, in threads of ``workers``."""
 
-    def __init__(self, own: Arena, peer: Arena, steps: list[Step]) -> None:
+    name = SHM
+
+    def __init__(self, own: Arena, peer: Arena, workers: Executor) -> None:
+        self.workers = workers
         self._own = own
         self._peer = peer
-        self._steps = steps
 
-    def run(self, may_go_on: Callable[[], bool]) -> NDArray[np.uint64]:
-        """Copy all steps; returns the checksum of each block: uint64[n].
-
-        Asks ``may_go_on`` before each step. Raises ``TransferAborted`` when told to stop.
-        """
+    def transmit(self, order: Transmission) -> NDArray[np.uint64]:
         checksums = [np.empty(0, np.uint64)]
-        for step in self._steps:
-            if not may_go_on():
+        first = 0
+        for at, step in enumerate(order.steps):
+            if not order.may_go_on():
                 raise TransferAborted("the copy was stopped half-way; nothing was published")
             targets, sources = self._peer.pointers(step.dst), self._own.pointers(step.src)
             checksums.append(copy_blocks(targets, sources, self._own.block_bytes))
+            # The publication, which comes at once, tells of the last step.
+            if at + 1 < len(order.steps):
+                order.written(first, len(step.src))
+            first += len(step.src)
         return np.concatenate(checksums)
+
+    def interrupt(self) -> None:
+        """Steps are short: a copy ends by itself when ``may_go_on`` says no."""
+
+    def close(self) -> None:
+        """The mapping goes with the last user of it; the threads are the endpoint's."""
 
 
 @contextlib.contextmanager

@@ -1,0 +1,108 @@
+"""The disk tier as the pool sees it: block numbers and prompts here, places and records there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from memserve.core.types import Namespace, Tokens, pack_tokens, unpack_tokens
+from memserve.mempool.address import BlockNumbers
+from memserve.mempool.arena import Arena
+from memserve.mempool.disk import DiskStore
+from memserve.mempool.disk_record import Record, chain_keys
+from memserve.mempool.layout import KVLayout
+from memserve.mempool.orphans import Orphan, Orphans
+
+
+class DiskShelf:
+    """The disk blocks of a pool, numbered from ``first`` on, filled from and read into ``arena``."""
+
+    def __init__(self, store: DiskStore, layout: KVLayout, arena: Arena, first: int) -> None:
+        self.orphans = Orphans()
+        self._store = store
+        self._layout = layout
+        self._arena = arena
+        self._first = first
+        for place, record in store.scan():
+            doubled = self.orphans.add(place, record)
+            if doubled is not None:
+                store.erase([doubled])
+
+    @property
+    def orphaned(self) -> BlockNumbers:
+        """Free blocks that hold something which may become reachable: int64[n]."""
+        return np.array(self.orphans.places, np.int64) + self._first
+
+    def close(self) -> None:
+        self._store.close()
+
+    def write(
+        self,
+        blocks: BlockNumbers,
+        sources: BlockNumbers,
+        origins: NDArray[np.uint8],
+        namespace: Namespace,
+        path: Tokens,
+    ) -> bool:
+        """Store memory blocks ``sources``, which hold the last blocks of ``path``, in disk ``blocks``.
+
+        All or none: False when the disk refuses.
+        """
+        self.take(blocks)
+        step = self._layout.block_tokens
+        keys = chain_keys(self._layout.fingerprint, namespace, path, step)
+        depth = len(keys) - 1 - len(blocks)
+        for at, (block, source) in enumerate(zip(blocks.tolist(), sources.tolist(), strict=True)):
+            tokens = pack_tokens(path[(depth + at) * step : (depth + at + 1) * step])
+            record = Record(namespace, keys[depth + at], tokens, int(origins[at]), 0, 0)
+            if not self._store.write(block - self._first, self._arena.block_memory(source), record):
+                self.erase(blocks[:at])
+                return False
+        return True
+
+    def read(self, block: int, target: int) -> bool:
+        """Fill the memory block ``target``; False when the disk does not give back what was written."""
+        return self._store.read(block - self._first, self._arena.block_memory(target))
+
+    def erase(self, blocks: BlockNumbers) -> None:
+        """What these blocks hold must not come back after a restart."""
+        self._store.erase((blocks - self._first).tolist())
+
+    def take(self, blocks: BlockNumbers) -> None:
+        """These blocks are in use from now on."""
+        if self.orphans:
+            for block in blocks.tolist():
+                self.orphans.forget(block - self._first)
+
+    def erase_orphans(self, namespace: Namespace, tokens: Tokens) -> None:
+        """Whatever is orphaned of ``tokens`` and what continues them must not come back."""
+        if not self.orphans:
+            return
+        step = self._layout.block_tokens
+        keys = chain_keys(self._layout.fingerprint, namespace, tokens, step)
+        doomed = {orphan.place for chain in self.orphans.chains(keys[-1]) for orphan in chain}
+        for depth, key in enumerate(keys[:-1]):
+            orphan = self.orphans.find(key, pack_tokens(tokens[depth * step : (depth + 1) * step]))
+            if orphan is not None:
+                doomed.add(orphan.place)
+        self._store.erase(sorted(doomed))
+        for place in doomed:
+            self.orphans.forget(place)
+
+    def continuations(
+        self, namespace: Namespace, tokens: Tokens
+    ) -> Iterator[tuple[Tokens, BlockNumbers, NDArray[np.uint8]]]:
+        """What is orphaned beyond each block of ``tokens``: a whole path, its last blocks, their origins."""
+        step = self._layout.block_tokens
+        keys = chain_keys(self._layout.fingerprint, namespace, tokens, step)
+        for depth, key in enumerate(keys):
+            for chain in self.orphans.chains(key):
+                yield self._path(tokens[: depth * step], chain)
+
+    def _path(self, head: Tokens, chain: list[Orphan]) -> tuple[Tokens, BlockNumbers, NDArray[np.uint8]]:
+        tail = unpack_tokens(b"".join(orphan.record.tokens for orphan in chain))
+        blocks = np.array([orphan.place for orphan in chain], np.int64) + self._first
+        origins = np.array([orphan.record.origin for orphan in chain], np.uint8)
+        return np.concatenate((head, tail)), blocks, origins

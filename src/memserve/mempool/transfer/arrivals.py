@@ -1,0 +1,171 @@
+"""One transfer's bytes on their way in: which have arrived, their checksums, and who still writes.
+
+Two kinds, by who writes: ``Shared`` memory is written by the sender, a ``Streamed`` arrival by a thread here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from memserve._native import checksum_blocks
+from memserve.core.errors import MemServeError, ProtocolError
+
+Checksums = NDArray[np.uint64]
+_AT_ONCE_BYTES = 1 << 20
+"""Fewer are verified in the event loop: quicker than waking a thread."""
+
+
+class Arrival(Protocol):
+    """What the receiver asks of a transfer's arrival, in the event loop."""
+
+    trusted: bool
+    """Whether the sender writes, and so has to say that it has stopped."""
+
+    def take_progress(self) -> bool:
+        """Whether anything has arrived since this was last asked."""
+
+    async def checksums(self) -> Checksums:
+        """Of all blocks, as they lie in memory, once the sender has sent all: uint64[n]."""
+
+    def stop(self, error: MemServeError, then: Callable[[], None]) -> None:
+        """The transfer has failed with ``error``; call ``then`` once nobody here writes any more.
+
+        Of several calls the first counts.
+        """
+
+
+class SharedArrival:
+    """Blocks that the sender writes; verified piece by piece as it says that they are written."""
+
+    trusted = True
+
+    def __init__(self, pointers: NDArray[np.uint64], block_bytes: int, workers: Executor) -> None:
+        self._pointers = pointers
+        self._block_bytes = block_bytes
+        self._workers = workers
+        self._verified = 0
+        self._parts: list[asyncio.Future[Checksums]] = []
+        self._progress = False
+        self._stopped = False
+
+    def written(self, first: int, blocks: int) -> None:
+        """The sender has written ``blocks`` blocks from ``first`` on. Verifies them in the background.
+
+        Parts must come in order; one that does not is verified in the end, with the rest.
+        """
+        if first != self._verified or blocks < 1 or first + blocks > len(self._pointers):
+            return
+        self._progress = True
+        self._verified += blocks
+        part = self._pointers[first : first + blocks]
+        loop = asyncio.get_running_loop()
+        self._parts.append(loop.run_in_executor(self._workers, checksum_blocks, part, self._block_bytes))
+
+    def take_progress(self) -> bool:
+        progress, self._progress = self._progress, False
+        return progress
+
+    async def checksums(self) -> Checksums:
+        rest = self._pointers[self._verified :]
+        if len(rest) * self._block_bytes <= _AT_ONCE_BYTES:
+            last = checksum_blocks(rest, self._block_bytes)
+            return np.concatenate([*(await asyncio.gather(*self._parts)), last])
+        self.written(self._verified, len(rest))
+        return np.concatenate(await asyncio.gather(*self._parts))
+
+    def stop(self, error: MemServeError, then: Callable[[], None]) -> None:
+        if not self._stopped:
+            self._stopped = True
+            then()
+
+
+class StreamedArrival:
+    """Blocks that a stream's thread writes, ``memory``: uint8[block_bytes] each, and verifies at once.
+
+    The thread calls ``begin`` and ``finish``; between the two the blocks cannot be freed.
+    """
+
+    trusted = False
+
+    def __init__(self, memory: Sequence[NDArray[np.uint8]], pointers: NDArray[np.uint64]) -> None:
+        self._memory = memory
+        self._pointers = pointers
+        self._checksums = np.zeros(len(memory), np.uint64)
+        self._arrived = 0
+        self._seen = 0
+        self._lock = threading.Lock()
+        self._writing = False
+        self._stopped = False
+        self._when_idle: Callable[[], None] | None = None
+        self._loop = asyncio.get_running_loop()
+        self._complete: asyncio.Future[None] = self._loop.create_future()
+        if not len(memory):
+            self._complete.set_result(None)
+
+    # --- the stream's thread ---
+
+    def begin(self, first: int, blocks: int) -> list[memoryview] | None:
+        """Where to write the next ``blocks`` blocks; None when the transfer is over. Then call ``finish``.
+
+        Raises ``ProtocolError`` for blocks that are not the next ones.
+        """
+        with self._lock:
+            if self._stopped:
+                return None
+            if first != self._arrived or not 0 < blocks <= len(self._memory) - first:
+                raise ProtocolError(
+                    f"blocks {first} to {first + blocks} came when {self._arrived} of {len(self._memory)} had"
+                )
+            self._writing = True
+            return [block.data for block in self._memory[first : first + blocks]]
+
+    def finish(self, blocks: int) -> None:
+        """The next ``blocks`` blocks are in place; 0 when the stream broke off instead."""
+        if blocks:
+            first = self._arrived
+            part = self._pointers[first : first + blocks]
+            self._checksums[first : first + blocks] = checksum_blocks(part, len(self._memory[0]))
+        with self._lock:
+            self._writing = False
+            self._arrived += blocks
+            idle, complete = self._when_idle, self._arrived == len(self._memory)
+        if idle is not None:
+            self._loop.call_soon_threadsafe(idle)
+        elif complete:
+            self._loop.call_soon_threadsafe(self._announce)
+
+    # --- the event loop ---
+
+    def take_progress(self) -> bool:
+        progress, self._seen = self._arrived != self._seen, self._arrived
+        return progress
+
+    async def checksums(self) -> Checksums:
+        await asyncio.shield(self._complete)
+        return self._checksums
+
+    def stop(self, error: MemServeError, then: Callable[[], None]) -> None:
+        with self._lock:
+            if self._stopped:
+                return
+            self._stopped = True
+            writing = self._writing
+            if writing:
+                self._when_idle = then
+        if not self._complete.done():
+            self._complete.set_exception(error)
+            # Retrieved, in case that nobody waits for it.
+            self._complete.exception()
+        if not writing:
+            then()
+
+    def _announce(self) -> None:
+        if not self._complete.done():
+            self._complete.set_result(None)

@@ -1,0 +1,76 @@
+"""Ways of moving blocks to a peer, and which of them two pools use with each other. No I/O here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from memserve.core.errors import ConfigError, PeerLost
+from memserve.core.messages import Hello
+from memserve.mempool.transfer.plan import Step
+
+SHM = "shm"
+TCP = "tcp"
+BACKENDS = (SHM, TCP)
+"""In the order in which they are preferred."""
+
+
+@dataclass(frozen=True, slots=True)
+class Transmission:
+    """What to move for one transfer, which the receiver knows as ``ticket``.
+
+    ``may_go_on`` is asked before each step. ``written(first, blocks)`` tells the receiver of blocks that lie
+    in its memory; a backend whose receiver sees that by itself does not call it.
+    """
+
+    ticket: int
+    steps: Sequence[Step]
+    may_go_on: Callable[[], bool]
+    written: Callable[[int, int], None]
+
+
+class TransferBackend(Protocol):
+    """Moves blocks to one peer. ``transmit`` runs in a thread of ``workers``, all else in the event loop."""
+
+    name: str
+
+    @property
+    def workers(self) -> Executor:
+        """Where ``transmit`` is to run."""
+
+    def transmit(self, order: Transmission) -> NDArray[np.uint64]:
+        """Move all steps, in order; returns the checksum of each block as it was read here: uint64[n].
+
+        Raises ``TransferAborted`` when told to stop, ``PeerLost`` when the way to the peer is cut.
+        """
+
+    def interrupt(self) -> None:
+        """Have a transmission under way end soon; the link is not used any more."""
+
+    def close(self) -> None:
+        """Let go of everything; nothing is under way."""
+
+
+def require_known(names: Sequence[str]) -> None:
+    """Raise ``ConfigError`` unless all are names of backends, and at least one is given."""
+    unknown = [name for name in names if name not in BACKENDS]
+    if unknown or not names:
+        raise ConfigError(f"transfer backends {list(names)}: choose from {', '.join(BACKENDS)}")
+
+
+def choose_backend(wanted: Sequence[str], own: Hello, peer: Hello) -> str:
+    """The first of ``wanted`` by which ``peer`` can receive from here. Raises ``PeerLost``: why none."""
+    same_host = own.host == peer.host
+    for name in wanted:
+        if name in peer.backends and (name != SHM or same_host):
+            return name
+    where = "on this host" if same_host else "on another host (shm does not reach it)"
+    raise PeerLost(
+        f"no way to move blocks to {peer.instance}, which is {where}: here {', '.join(wanted)} are allowed, "
+        f"there {', '.join(peer.backends) or 'none'}; tcp needs a cluster key on both sides"
+    )

@@ -224,26 +224,19 @@ class Engine:
         now = self._clock.now()
         if sequence.patience is None:
             sequence.patience = now + _PATIENCE_SECONDS
-        self._expecting = now < sequence.patience
-        return self._expecting
+        if now >= sequence.patience:
+            return False
+        self._expecting = True
+        return True
 
     def _take_blocks(self, sequence: Sequence) -> bool:
         """Look the tokens up in the pool and allocate what is missing; False if there is no room now."""
         pool, limit = self._pool, sequence.length - 1 if self._phases.reuses else 0
         with pool.match(sequence.tokens, sequence.namespace, limit_tokens=limit) as match:
-            need = pool.layout.blocks_for(sequence.length)
             try:
-                # The new blocks first: nothing is brought up for a request that must wait.
-                fresh = pool.alloc_mem(need - len(match.addrs))
+                cached, fresh = self._bring_up(match, pool.layout.blocks_for(sequence.length))
             except OutOfBlocks:
                 return False
-            try:
-                cached = pool.swap_in(match.addrs)
-            except OutOfBlocks:
-                pool.free_mem(fresh)
-                return False
-            # Less came up than was found if a block had been damaged on disk; its place is free again.
-            fresh = fresh.concat(pool.alloc_mem(need - len(cached) - len(fresh)))
             if sequence.ledger is None:
                 sequence.ledger = _account(
                     match, len(cached), pool.layout.block_tokens, sequence.prompt_length
@@ -252,6 +245,21 @@ class Engine:
         self._hold(sequence, cached.concat(fresh))
         self._trace(sequence, "mempool.match", f"{sequence.computed} tokens cached")
         return True
+
+    def _bring_up(self, match: Match, need: int) -> tuple[Addresses, Addresses]:
+        """The matched blocks on the device, and new ones up to ``need``. ``OutOfBlocks``: nothing is kept."""
+        # The new blocks first: nothing is brought up for a request that must wait.
+        held = [self._pool.alloc_mem(need - len(match.addrs))]
+        try:
+            cached = self._pool.swap_in(match.addrs)
+            held.append(cached)
+            # Less comes up than was found if a block had been damaged on disk: that much is computed.
+            held.append(self._pool.alloc_mem(need - len(cached) - len(held[0])))
+        except OutOfBlocks:
+            for addrs in held:
+                self._pool.free_mem(addrs)
+            raise
+        return cached, held[0].concat(held[2])
 
     def _grow(self) -> None:
         """Give each running sequence a block for its next token; preempt where there is none."""

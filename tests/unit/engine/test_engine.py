@@ -31,7 +31,7 @@ from memserve.engine.models.tiny import tiny_weights
 from memserve.engine.phases import PHASES
 from memserve.engine.runners.base import ForwardBatch
 from memserve.engine.runners.reference import ReferenceRunner
-from memserve.mempool.address import Origin
+from memserve.mempool.address import Addresses, Origin
 from memserve.mempool.disk import DiskTier
 from memserve.mempool.pool import MemPool
 from memserve.mempool.stats import AbortCause
@@ -93,10 +93,11 @@ async def bench(
     runner: ReferenceRunner | None = None,
     host_blocks: int = 0,
     disk: DiskTier | None = None,
+    pool_type: type[MemPool] = MemPool,
 ) -> AsyncIterator[Bench]:
     runner = runner or ReferenceRunner(WEIGHTS)
     clock = MonotonicClock()
-    pool = MemPool(
+    pool = pool_type(
         runner.layout,
         blocks,
         instance=HERE,
@@ -268,6 +269,41 @@ def test_kv_that_does_not_come_is_computed() -> None:
             await one.closed("r")
             assert one.ledger("r") == Ledger(computed=100)
             one.pool.abort_incoming("t", AbortCause.SENDER_LOST, "it died")
+
+    asyncio.run(scenario())
+
+
+class CrowdedPool(MemPool):
+    """Once armed, nothing comes up from below, and somebody else takes all blocks at the same moment."""
+
+    armed = False
+    taken: Addresses | None = None
+
+    def swap_in(self, addrs: Addresses) -> Addresses:
+        if not self.armed:
+            return super().swap_in(addrs)
+        self.armed = False
+        self.taken = self.alloc_mem(self.stats().free)
+        return super().swap_in(addrs[:0])
+
+
+def test_admission_that_fails_half_way_keeps_nothing_and_is_tried_again() -> None:
+    tokens = prompt(40)
+
+    async def scenario() -> None:
+        async with bench(blocks=16, pool_type=CrowdedPool) as one:
+            pool = one.pool
+            assert isinstance(pool, CrowdedPool)
+            one.ask("first", tokens, 2)
+            await one.closed("first")
+            pool.armed = True
+            one.ask("again", tokens, 2)
+            while pool.taken is None:
+                await asyncio.sleep(0)
+            pool.check([pool.taken])
+            pool.free_mem(pool.taken)
+            await one.closed("again")
+            assert one.answer("again") == one.answer("first")
 
     asyncio.run(scenario())
 

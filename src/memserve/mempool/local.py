@@ -83,7 +83,11 @@ class LocalPool:
     @property
     def blocks(self) -> int:
         """Blocks that the device tier is to have, whatever their state."""
-        return self._table.capacity[Tier.DEVICE] - self._elastic.surplus[Tier.DEVICE]
+        return self.size_of(Tier.DEVICE)
+
+    def size_of(self, tier: Tier) -> int:
+        """Blocks that a tier is to have; while it shrinks it may have more."""
+        return self._table.capacity[tier] - self._elastic.surplus[tier]
 
     def close(self) -> None:
         """Let go of the memory; the pool must not be used afterwards. Repeatable. See :meth:`persist`."""

@@ -259,7 +259,8 @@ class Reserve(Message, frozen=True):
     """Allocate on the receiver. ``tokens`` is empty for a plain transfer of ``blocks`` blocks.
 
     With tokens the receiver matches first and allocates only what it lacks. ``seconds`` bounds how long
-    the reservation may stand without progress. ``backend`` says by which way the bytes will come.
+    the reservation may stand without progress. ``backend`` says by which way the bytes will come, ``mode`` in
+    which units and in which order.
     """
 
     transfer: str
@@ -268,6 +269,7 @@ class Reserve(Message, frozen=True):
     blocks: int
     seconds: float
     backend: str = "shm"
+    mode: str = "by_request_aggregated"
 
 
 class Reserved(Message, frozen=True):
@@ -283,15 +285,15 @@ class Reserved(Message, frozen=True):
 
 
 class Copied(Message, frozen=True):
-    """``blocks`` reserved blocks from the ``first`` on have been written: they may be verified already."""
+    """``units`` units from the ``first`` on have been written: they may be verified already."""
 
     transfer: str
     first: int
-    blocks: int
+    units: int
 
 
 class Publish(Message, frozen=True):
-    """The bytes are in place: verify ``checksums`` (packed uint64, one per block), then publish.
+    """The bytes are in place: verify ``checksums`` (packed uint64, one per unit), then publish.
 
     ``attachment`` goes to the receiver's engine together with the blocks (empty: nobody takes them).
     """

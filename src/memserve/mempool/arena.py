@@ -19,10 +19,12 @@ from numpy.typing import NDArray
 
 from memserve.core.errors import ConfigError, LayoutMismatch
 from memserve.mempool.address import BlockNumbers
+from memserve.mempool.segments import Parts, SegmentMap, runs_of
 
 _MADV_POPULATE_WRITE = 23
 _POPULATE_STEP = 2 << 20
 """Bytes per call: short, because the address space is locked meanwhile."""
+_NOTHING = np.empty(0, np.int64)
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
@@ -56,29 +58,32 @@ class Arena:
     left without the ground it stands on.
     """
 
-    def __init__(self, block_bytes: int) -> None:
-        assert block_bytes > 0, "a block needs bytes"
+    def __init__(self, block_bytes: int, pieces: int = 1) -> None:
+        assert block_bytes > 0 and block_bytes % pieces == 0, "a block needs bytes, and equal pieces"
         self.block_bytes = block_bytes
+        self.pieces = pieces
+        """Contiguous pieces per block; pieces of the same kind lie side by side."""
+        self.piece_bytes = block_bytes // pieces
         self.fds: list[int] = []
         """A descriptor per segment of own memory; empty when attached."""
         self._segments: list[Segment] = []
-        self._firsts = np.empty(0, np.int64)
-        self._bases = np.empty(0, np.int64)
+        self.map = SegmentMap(_NOTHING, _NOTHING, _NOTHING, block_bytes, pieces)
+        """Where blocks lie in this process's memory."""
 
     @classmethod
-    def allocate(cls, block_bytes: int, blocks: int, name: str) -> Arena:
+    def allocate(cls, block_bytes: int, blocks: int, name: str, pieces: int = 1) -> Arena:
         """Own memory for ``blocks`` blocks; ``name`` shows up in ``/proc/PID/maps``."""
-        arena = cls(block_bytes)
+        arena = cls(block_bytes, pieces)
         arena.grow(blocks, name)
         return arena
 
     @classmethod
-    def attach(cls, block_bytes: int, fds: Sequence[int], blocks: Sequence[int]) -> Arena:
+    def attach(cls, block_bytes: int, fds: Sequence[int], blocks: Sequence[int], pieces: int = 1) -> Arena:
         """Map a peer's segments for reading and writing. The descriptors stay the caller's.
 
         Raises ``LayoutMismatch`` when a segment is smaller than the peer said.
         """
-        arena = cls(block_bytes)
+        arena = cls(block_bytes, pieces)
         for fd, count in zip(fds, blocks, strict=True):
             size = os.fstat(fd).st_size
             if size < count * block_bytes:
@@ -113,20 +118,30 @@ class Arena:
         return tuple(segment.blocks for segment in self._segments)
 
     def pointers(self, numbers: BlockNumbers) -> NDArray[np.uint64]:
-        """Memory addresses in this process of blocks (int64[n], valid numbers): uint64[n]."""
-        if len(self._segments) == 1:
-            within, base = numbers, self._bases[0]
-        else:
-            at = np.searchsorted(self._firsts, numbers, side="right") - 1
-            within, base = numbers - self._firsts[at], self._bases[at]
-        pointers: NDArray[np.int64] = within * self.block_bytes + base
-        return pointers.view(np.uint64)
+        """Addresses in this process of all pieces of blocks int64[n], block by block: uint64[n * pieces]."""
+        return self.map.pointers(numbers)
 
     def block_memory(self, number: int) -> NDArray[np.uint8]:
-        """The bytes of one block, in place: uint8[block_bytes]."""
-        at = int(np.searchsorted(self._firsts, number, side="right")) - 1
-        start = (number - int(self._firsts[at])) * self.block_bytes
-        return self._segments[at].memory[start : start + self.block_bytes]
+        """The bytes of one block, in place: uint8[block_bytes], or uint8[pieces, piece_bytes]."""
+        at = int(self.map.segments_of(np.array([number]))[0])
+        within, memory = number - int(self.map.firsts[at]), self._segments[at].memory
+        if self.pieces == 1:
+            return memory[within * self.block_bytes : (within + 1) * self.block_bytes]
+        return memory.reshape(self.pieces, -1, self.piece_bytes)[:, within]
+
+    def unit_memory(self, numbers: BlockNumbers, parts: Parts, unit_bytes: int) -> list[memoryview]:
+        """The bytes of units (see ``SegmentMap``) in their order, in place; neighbours come as one."""
+        if not len(numbers):
+            return []
+        starts, counts = runs_of(self.map.touching(numbers, parts, unit_bytes))
+        firsts = numbers[starts]
+        at = self.map.segments_of(firsts)
+        pointers = self.map.unit_pointers(firsts, parts[starts], unit_bytes).view(np.int64)
+        begins, sizes = pointers - self.map.bases[at], counts * unit_bytes
+        return [
+            self._segments[segment].memory[begin : begin + size].data
+            for segment, begin, size in zip(at.tolist(), begins.tolist(), sizes.tolist(), strict=True)
+        ]
 
     def populate(self, stop: threading.Event) -> None:
         """Touch all memory ahead of its use: first use of a page costs as much as ten copies of it.
@@ -145,5 +160,5 @@ class Arena:
     def _add(self, segment: Segment) -> None:
         self._segments.append(segment)
         counts = np.array(self.segment_blocks, np.int64)
-        self._firsts = np.cumsum(counts) - counts
-        self._bases = np.array([segment.base for segment in self._segments], np.int64)
+        bases = np.array([segment.base for segment in self._segments], np.int64)
+        self.map = SegmentMap(np.cumsum(counts) - counts, counts, bases, self.block_bytes, self.pieces)

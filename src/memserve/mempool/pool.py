@@ -17,8 +17,10 @@ from memserve.core.types import InstanceId, Namespace, Tokens
 from memserve.mempool.address import Addresses, Origin, numbers_of
 from memserve.mempool.disk import DiskTier
 from memserve.mempool.eviction import EvictionPolicy
+from memserve.mempool.layer_gate import LayerGate
 from memserve.mempool.layout import KVLayout
 from memserve.mempool.local import LocalPool
+from memserve.mempool.modes import TransferMode
 from memserve.mempool.reservations import Completed, Reservation, ReservationTable
 from memserve.mempool.results import Transferred
 from memserve.mempool.stats import AbortCause
@@ -68,13 +70,23 @@ class MemPool(LocalPool):
         """Learn which other pools live; whatever the missing ones had reserved here is freed."""
         self._require_transport().set_peers(members)
 
-    async def transfer(self, peer: InstanceId, src: Addresses, *, attachment: bytes = b"") -> Transferred:
+    async def transfer(
+        self,
+        peer: InstanceId,
+        src: Addresses,
+        *,
+        attachment: bytes = b"",
+        mode: TransferMode | None = None,
+        ready: LayerGate | None = None,
+    ) -> Transferred:
         """Copy blocks to ``peer``, where ``attachment`` says who takes them over.
 
-        Errors: see :meth:`transfer_with_insert`.
+        Options and errors: see :meth:`transfer_with_insert`.
         """
         self.pointers(src)
-        return await self._require_transport().transfer(peer, src, attachment=attachment)
+        return await self._require_transport().transfer(
+            peer, src, attachment=attachment, mode=mode, ready=ready
+        )
 
     async def transfer_with_insert(
         self,
@@ -85,17 +97,21 @@ class MemPool(LocalPool):
         *,
         origin: Origin = Origin.PEER,
         attachment: bytes = b"",
+        mode: TransferMode | None = None,
+        ready: LayerGate | None = None,
     ) -> Transferred:
         """Copy to ``peer`` what it lacks of the KV of ``tokens``, and publish it there in one go.
 
         ``src`` covers ``tokens``. The last, partly filled block travels only together with an
-        ``attachment``, whose taker gets references to all blocks of the path. All or nothing: raises
-        ``PeerLost``, ``PeerOutOfBlocks``, ``CorruptBlock``, ``LeaseExpired``, ``TransferAborted``,
-        ``LayoutMismatch`` or what the taker raised, and then the peer has kept nothing.
+        ``attachment``, whose taker gets references to all blocks of the path. ``mode`` says in which pieces
+        and in which order, and is chosen if None. With ``ready`` the blocks are still being computed: nothing
+        is read before the gate is open for it. All or nothing: raises ``PeerLost``, ``PeerOutOfBlocks``,
+        ``CorruptBlock``, ``LeaseExpired``, ``TransferAborted``, ``LayoutMismatch`` or what the taker raised,
+        and then the peer has kept nothing; ``InvalidRequest`` for a mode that the layout does not have.
         """
         self.pointers(src)
         return await self._require_transport().transfer_with_insert(
-            peer, tokens, src, namespace, origin=origin, attachment=attachment
+            peer, tokens, src, namespace, origin=origin, attachment=attachment, mode=mode, ready=ready
         )
 
     # --- transfers into this pool, driven by the transport ----------------------------------------------

@@ -57,14 +57,21 @@ class DiskShelf:
         for at, (block, source) in enumerate(zip(blocks.tolist(), sources.tolist(), strict=True)):
             tokens = pack_tokens(path[(depth + at) * step : (depth + at + 1) * step])
             record = Record(namespace, keys[depth + at], tokens, int(origins[at]), 0, 0)
-            if not self._store.write(block - self._first, self._arena.block_memory(source), record):
+            # On disk a block is one piece; only where it is not so in memory is this a copy.
+            kv = self._arena.block_memory(source).reshape(-1)
+            if not self._store.write(block - self._first, kv, record):
                 self.erase(blocks[:at])
                 return False
         return True
 
     def read(self, block: int, target: int) -> bool:
         """Fill the memory block ``target``; False when the disk does not give back what was written."""
-        return self._store.read(block - self._first, self._arena.block_memory(target))
+        memory = self._arena.block_memory(target)
+        kv = memory.reshape(-1)
+        good = self._store.read(block - self._first, kv)
+        if self._arena.pieces > 1:
+            memory[:] = kv.reshape(memory.shape)
+        return good
 
     def erase(self, blocks: BlockNumbers) -> None:
         """What these blocks hold must not come back after a restart."""

@@ -7,6 +7,8 @@ from typing import Protocol
 from memserve.core.messages import Member
 from memserve.core.types import InstanceId, Namespace, Tokens
 from memserve.mempool.address import Addresses, Origin
+from memserve.mempool.layer_gate import LayerGate
+from memserve.mempool.modes import TransferMode
 from memserve.mempool.results import Transferred
 
 
@@ -15,7 +17,15 @@ class Transport(Protocol):
 
     def set_peers(self, members: tuple[Member, ...]) -> None: ...
 
-    async def transfer(self, peer: InstanceId, src: Addresses, *, attachment: bytes) -> Transferred: ...
+    async def transfer(
+        self,
+        peer: InstanceId,
+        src: Addresses,
+        *,
+        attachment: bytes,
+        mode: TransferMode | None,
+        ready: LayerGate | None,
+    ) -> Transferred: ...
 
     async def transfer_with_insert(
         self,
@@ -26,4 +36,6 @@ class Transport(Protocol):
         *,
         origin: Origin,
         attachment: bytes,
+        mode: TransferMode | None,
+        ready: LayerGate | None,
     ) -> Transferred: ...

@@ -42,12 +42,15 @@ from memserve.core.messages import (
     Reserved,
 )
 from memserve.core.types import InstanceId, unpack_tokens
-from memserve.mempool.address import Addresses, Origin
+from memserve.mempool.address import Addresses, Origin, numbers_of
+from memserve.mempool.layout import KVLayout
+from memserve.mempool.modes import Cut, TransferMode, cut_blocks
 from memserve.mempool.pool import MemPool
 from memserve.mempool.reservations import Completed, Reservation
 from memserve.mempool.stats import AbortCause
 from memserve.mempool.transfer.arrivals import Arrival, Checksums, SharedArrival, StreamedArrival
 from memserve.mempool.transfer.backends import TCP
+from memserve.mempool.transfer.plan import spread_units
 from memserve.mempool.transfer.streams import StreamListener
 from memserve.wire import Connection
 from memserve.wire.channel import Channel
@@ -152,6 +155,7 @@ class Receiver:
                 f"{_LONGEST_RESERVATION} s are possible",
                 field="blocks",
             )
+        cut = _cut_of(self._pool.layout, asked.mode)
         reservation = self._pool.begin_incoming(
             asked.transfer,
             peer.instance,
@@ -162,7 +166,7 @@ class Receiver:
         )
         incoming = self._incoming.get(asked.transfer)
         if incoming is None:
-            incoming = self._incoming[asked.transfer] = self._expect(link, asked.backend, reservation)
+            incoming = self._incoming[asked.transfer] = self._expect(link, asked.backend, cut, reservation)
             self._watch(link, asked.transfer, asked.seconds)
         return Reserved(asked.transfer, len(reservation.held), reservation.fresh.to_bytes(), incoming.ticket)
 
@@ -170,7 +174,7 @@ class Receiver:
         """A sender has written some blocks into shared memory. What is too late is of no interest."""
         incoming = self._incoming.get(asked.transfer)
         if incoming is not None and isinstance(incoming.arrival, SharedArrival):
-            incoming.arrival.written(asked.first, asked.blocks)
+            incoming.arrival.written(asked.first, asked.units)
             self._renew(asked.transfer)
 
     async def publish(self, link: InboundLink, asked: Publish) -> Published:
@@ -209,15 +213,19 @@ class Receiver:
             # Retrieved here as well, in case that the sender, who would be told, is gone.
             task.exception()
 
-    def _expect(self, link: InboundLink, backend: str, reservation: Reservation) -> _Incoming:
-        fresh = reservation.fresh
-        pointers = self._pool.pointers(fresh)
+    def _expect(self, link: InboundLink, backend: str, cut: Cut, reservation: Reservation) -> _Incoming:
+        arena, size = self._pool.arena, cut.unit_bytes
+        blocks, parts = spread_units(numbers_of(reservation.fresh.packed), cut)
+        pointers = arena.map.unit_pointers(blocks, parts, size)
         ticket = next(self._tickets)
         if backend != TCP:
-            shared = SharedArrival(pointers, self._pool.layout.block_bytes, self._workers)
-            return _Incoming(shared, ticket, link)
-        memory = [self._pool.arena.block_memory(number) for number in fresh.blocks.tolist()]
-        streamed = link.arrivals[ticket] = StreamedArrival(memory, pointers)
+            return _Incoming(SharedArrival(pointers, size, self._workers), ticket, link)
+
+        def memory(first: int, units: int) -> list[memoryview]:
+            chunk = slice(first, first + units)
+            return arena.unit_memory(blocks[chunk], parts[chunk], size)
+
+        streamed = link.arrivals[ticket] = StreamedArrival(memory, pointers, size)
         return _Incoming(streamed, ticket, link)
 
     async def _verify_and_complete(self, incoming: _Incoming, asked: Publish) -> Completed:
@@ -298,11 +306,18 @@ class Receiver:
         self.abort(link, transfer, AbortCause.EXPIRED, reason)
 
 
+def _cut_of(layout: KVLayout, mode: str) -> Cut:
+    """Raises ``InvalidRequest`` for a mode that is unknown here or does not go with the layout."""
+    if mode not in list(TransferMode):
+        raise InvalidRequest(f"mode {mode!r} is unknown here", field="mode")
+    return cut_blocks(layout, TransferMode(mode))
+
+
 def _require_equal(asked: Publish, found: Checksums) -> None:
     """Raise ``CorruptBlock`` unless each block that arrived holds the bytes that the sender read."""
     told = np.frombuffer(asked.checksums, "<u8")
     if len(told) != len(found):
-        raise CorruptBlock(f"transfer {asked.transfer}: {len(told)} checksums for {len(found)} blocks")
+        raise CorruptBlock(f"transfer {asked.transfer}: {len(told)} checksums for {len(found)} units")
     wrong = int(np.count_nonzero(found != told))
     if wrong:
         raise CorruptBlock(

@@ -259,8 +259,9 @@ class Reserve(Message, frozen=True):
     """Allocate on the receiver. ``tokens`` is empty for a plain transfer of ``blocks`` blocks.
 
     With tokens the receiver matches first and allocates only what it lacks. ``seconds`` bounds how long
-    the reservation may stand without progress. ``backend`` says by which way the bytes will come, ``mode`` in
-    which units and in which order.
+    the reservation may stand without progress. ``backend`` says by which way the bytes will come, ``mode``
+    in which units and in which order. ``dst``: packed addresses of blocks lent to the sender; empty: the
+    receiver chooses.
     """
 
     transfer: str
@@ -270,6 +271,7 @@ class Reserve(Message, frozen=True):
     seconds: float
     backend: str = "shm"
     mode: str = "by_request_aggregated"
+    dst: bytes = b""
 
 
 class Reserved(Message, frozen=True):
@@ -318,6 +320,38 @@ class AbortTransfer(Message, frozen=True):
     reason: str
 
 
+class Allocate(Message, frozen=True):
+    """Lend the sender of this ``blocks`` blocks of a tier until it has not used them for ``seconds``.
+
+    The same ``loan`` again gives the same blocks.
+    """
+
+    loan: str
+    blocks: int
+    tier: int
+    seconds: float
+
+
+class Allocated(Message, frozen=True):
+    """``addrs`` are packed addresses."""
+
+    loan: str
+    addrs: bytes
+
+
+class GiveBack(Message, frozen=True):
+    """The sender of this needs these blocks no longer."""
+
+    addrs: bytes
+
+
+class GivenBack(Message, frozen=True):
+    """How many were freed, and how many were not lent to the peer (any more)."""
+
+    freed: int
+    stale: int
+
+
 ControlMessage = (
     Ok
     | Failed
@@ -340,4 +374,18 @@ ControlMessage = (
     | GetStats
     | Stats
 )
-PeerMessage = Ok | Failed | Hello | Reserve | Reserved | Copied | Publish | Published | AbortTransfer
+PeerMessage = (
+    Ok
+    | Failed
+    | Hello
+    | Reserve
+    | Reserved
+    | Copied
+    | Publish
+    | Published
+    | AbortTransfer
+    | Allocate
+    | Allocated
+    | GiveBack
+    | GivenBack
+)

@@ -6,10 +6,10 @@ from typing import Protocol
 
 from memserve.core.messages import Member
 from memserve.core.types import InstanceId, Namespace, Tokens
-from memserve.mempool.address import Addresses, Origin
+from memserve.mempool.address import Addresses, Origin, Tier
 from memserve.mempool.layer_gate import LayerGate
 from memserve.mempool.modes import TransferMode
-from memserve.mempool.results import Transferred
+from memserve.mempool.results import Freed, Transferred
 
 
 class Transport(Protocol):
@@ -25,6 +25,7 @@ class Transport(Protocol):
         attachment: bytes,
         mode: TransferMode | None,
         ready: LayerGate | None,
+        dst: Addresses | None,
     ) -> Transferred: ...
 
     async def transfer_with_insert(
@@ -38,4 +39,9 @@ class Transport(Protocol):
         attachment: bytes,
         mode: TransferMode | None,
         ready: LayerGate | None,
+        dst: Addresses | None,
     ) -> Transferred: ...
+
+    async def allocate(self, peer: InstanceId, n: int, tier: Tier, seconds: float) -> Addresses: ...
+
+    async def give_back(self, addrs: Addresses) -> Freed: ...

@@ -20,11 +20,11 @@ from memserve.core.clock import Clock
 from memserve.core.errors import CorruptBlock, InvalidRequest, PeerLost, ProtocolError, StaleAddress
 from memserve.core.messages import Hello, Member, PeerMessage
 from memserve.core.types import InstanceId, Namespace, Tokens
-from memserve.mempool.address import Addresses, Origin
+from memserve.mempool.address import Addresses, Origin, Tier
 from memserve.mempool.layer_gate import LayerGate
 from memserve.mempool.modes import TransferMode, cut_blocks
 from memserve.mempool.pool import MemPool
-from memserve.mempool.results import Transferred
+from memserve.mempool.results import Freed, Transferred
 from memserve.mempool.transfer.backends import (
     BACKENDS,
     SHM,
@@ -172,11 +172,12 @@ class TransferEndpoint:
         attachment: bytes = b"",
         mode: TransferMode | None = None,
         ready: LayerGate | None = None,
+        dst: Addresses | None = None,
     ) -> Transferred:
         """See ``MemPool.transfer``."""
-        if not attachment:
-            raise InvalidRequest("without an attachment nobody would hold the copies", field="attachment")
-        order = SendOrder(_NO_TOKENS, src, _NO_NAMESPACE, Origin.PEER, attachment, mode, ready)
+        if not attachment and dst is None:
+            raise InvalidRequest("without dst or attachment nobody would hold the copies", field="attachment")
+        order = SendOrder(_NO_TOKENS, src, _NO_NAMESPACE, Origin.PEER, attachment, mode, ready, dst)
         return await self._send(peer, order)
 
     async def transfer_with_insert(
@@ -190,21 +191,39 @@ class TransferEndpoint:
         attachment: bytes = b"",
         mode: TransferMode | None = None,
         ready: LayerGate | None = None,
+        dst: Addresses | None = None,
     ) -> Transferred:
         """See ``MemPool.transfer_with_insert``."""
         layout = self._pool.layout
         wanted = layout.blocks_for(len(tokens)) if attachment else len(tokens) // layout.block_tokens
         if len(src) < wanted:
             raise InvalidRequest(f"{len(src)} addresses for {wanted} blocks of tokens", field="src")
-        return await self._send(
-            peer, SendOrder(tokens, src[:wanted], namespace, origin, attachment, mode, ready)
-        )
+        there = None if dst is None else dst[:wanted]
+        order = SendOrder(tokens, src[:wanted], namespace, origin, attachment, mode, ready, there)
+        return await self._send(peer, order)
+
+    # --- a peer's memory ---
+
+    async def allocate(self, peer: InstanceId, n: int, tier: Tier, seconds: float) -> Addresses:
+        """See ``MemPool.alloc_peer_mem``."""
+        link = await self._link(peer)
+        return await link.allocate(self._next_transfer(), n, tier, seconds)
+
+    async def give_back(self, addrs: Addresses) -> Freed:
+        """See ``MemPool.free_peer_mem``."""
+        member = self._members.get(addrs.instance)
+        if member is None or member.incarnation != addrs.incarnation:
+            # What was lent by a life that has ended went with it.
+            return Freed(0, len(addrs))
+        return await (await self._link(addrs.instance)).give_back(addrs)
 
     # --- inside ---
 
     async def _send(self, peer: InstanceId, order: SendOrder) -> Transferred:
         if order.mode is not None:
             cut_blocks(self._pool.layout, order.mode)
+        if order.dst is not None and len(order.dst) != len(order.src):
+            raise InvalidRequest(f"{len(order.dst)} addresses for {len(order.src)} blocks", field="dst")
         if not len(order.src):
             return Transferred(0, 0, 0, 0, order.mode or TransferMode.BY_REQUEST, "")
         self._pool.retain(order.src)
@@ -216,7 +235,7 @@ class TransferEndpoint:
                 done = await link.send(self._next_transfer(), order)
         finally:
             self._pool.free_mem(order.src)
-        self._pool.count_sent(done.bytes)
+        self._pool.count_sent(peer, done)
         return done
 
     def _next_transfer(self) -> str:

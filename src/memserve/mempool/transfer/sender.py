@@ -16,14 +16,27 @@ from typing import Any
 import numpy as np
 
 from memserve.core.clock import Clock
-from memserve.core.errors import MemServeError, PeerLost, ProtocolError, TransferAborted
-from memserve.core.messages import AbortTransfer, Copied, Hello, Message, Ok, Publish, Reserve, Reserved
+from memserve.core.errors import MemServeError, PeerLost, ProtocolError, StaleAddress, TransferAborted
+from memserve.core.messages import (
+    AbortTransfer,
+    Allocate,
+    Allocated,
+    Copied,
+    GiveBack,
+    GivenBack,
+    Hello,
+    Message,
+    Ok,
+    Publish,
+    Reserve,
+    Reserved,
+)
 from memserve.core.types import InstanceId, Namespace, Tokens, pack_tokens
-from memserve.mempool.address import Addresses, Origin
+from memserve.mempool.address import Addresses, Origin, Tier
 from memserve.mempool.layer_gate import LayerGate
 from memserve.mempool.layout import KVLayout
 from memserve.mempool.modes import TransferMode, choose_mode, cut_blocks
-from memserve.mempool.results import Transferred
+from memserve.mempool.results import Freed, Transferred
 from memserve.mempool.transfer.backends import Moved, TransferBackend, Transmission
 from memserve.mempool.transfer.plan import Step, plan_steps
 from memserve.mempool.transfer.window import Window
@@ -34,7 +47,7 @@ from memserve.wire import Connection
 class SendOrder:
     """What to send: blocks ``src`` for ``tokens`` (empty: a plain transfer), by ``mode`` (None: as fits).
 
-    With ``ready`` layers are sent once they are computed.
+    With ``ready`` layers are sent once they are computed; with ``dst`` the peer's blocks are chosen here.
     """
 
     tokens: Tokens
@@ -44,6 +57,7 @@ class SendOrder:
     attachment: bytes
     mode: TransferMode | None = None
     ready: LayerGate | None = None
+    dst: Addresses | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +201,23 @@ class OutboundLink:
             else:
                 self._jobs.pop(transfer)
 
+    async def allocate(self, loan: str, blocks: int, tier: Tier, seconds: float) -> Addresses:
+        """Borrow blocks of the peer. Raises what ``MemPool.alloc_peer_mem`` names."""
+        peer, _ = self._require_open()
+        answer = await self._call(Allocate(loan, blocks, tier, seconds))
+        if not isinstance(answer, Allocated):
+            raise ProtocolError(f"{peer.instance} answered {type(answer).__name__} to Allocate")
+        return Addresses.from_bytes(peer.instance, peer.incarnation, answer.addrs)
+
+    async def give_back(self, addrs: Addresses) -> Freed:
+        """End the loan of these blocks. Raises what ``MemPool.free_peer_mem`` names."""
+        peer, _ = self._require_open()
+        _require_life(addrs, peer)
+        answer = await self._call(GiveBack(addrs.to_bytes()))
+        if not isinstance(answer, GivenBack):
+            raise ProtocolError(f"{peer.instance} answered {type(answer).__name__} to GiveBack")
+        return Freed(answer.freed, answer.stale)
+
     def close(self, reason: str) -> None:
         """Stop all transfers, then end the connection: to the peer this means that nobody writes any more."""
         writing = [job.copying for job in self._jobs.values() if job.copying is not None and job.writing]
@@ -230,7 +261,9 @@ class OutboundLink:
     ) -> tuple[Addresses, Reserved]:
         """Where to copy to, and the peer's answer."""
         peer, backend = self._require_open()
-        blocks = len(order.src)
+        blocks, chosen = len(order.src), order.dst
+        if chosen is not None:
+            _require_life(chosen, peer)
         asked = Reserve(
             transfer,
             order.namespace,
@@ -239,6 +272,7 @@ class OutboundLink:
             self._limits.reserve_seconds,
             backend.name,
             mode.value,
+            b"" if chosen is None else chosen.to_bytes(),
         )
         answer = await self._call(asked)
         if not isinstance(answer, Reserved):
@@ -246,6 +280,8 @@ class OutboundLink:
         dst = Addresses.from_bytes(peer.instance, peer.incarnation, answer.dst)
         if answer.held + len(dst) != blocks:
             raise ProtocolError(f"{answer.held} + {len(dst)} blocks were reserved instead of {blocks}")
+        if chosen is not None and dst != chosen[answer.held :]:
+            raise ProtocolError(f"{peer.instance} reserved other blocks than those that were asked for")
         return dst, answer
 
     async def _move(
@@ -322,3 +358,11 @@ class OutboundLink:
         if self._connection is None:
             raise PeerLost("the connection was never opened")
         return await self._connection.call(message, self._limits.call_seconds)
+
+
+def _require_life(addrs: Addresses, peer: Hello) -> None:
+    """Raise ``StaleAddress`` for blocks of another life of the peer, or of another pool."""
+    if (addrs.instance, addrs.incarnation) != (peer.instance, peer.incarnation):
+        raise StaleAddress(
+            f"blocks of {addrs.owner_text} mean nothing to {peer.instance} (incarnation {peer.incarnation})"
+        )

@@ -77,9 +77,18 @@ struct Heads {
   const Bf16* values(uint64_t block, int head) const { return keys(block + half_bytes, head); }
 };
 
+// What some families do to the heads of q, k and v before q and k are rotated; null where a model does not.
+struct HeadVectors {
+  const float* bias;    // added to q, k and v of all heads, in the order of `qkv`
+  const float* q_norm;  // [dim]: RMS norm of each head
+  const float* k_norm;
+  float epsilon;
+};
+
 // Rotate a row's q and k by its position; q goes to `queries` in bf16, k and v into the row's KV block.
 struct PlaceRow {
   Heads heads;
+  HeadVectors vectors;
   const float* qkv;  // q, k, v of all heads, one after the other
   const float* cosines;  // [dim / 2] of the row's position
   const float* sines;

@@ -145,6 +145,13 @@ void Model::set_layer(int index, const LayerSource& source) {
        s.feed_forward);
 }
 
+void Model::set_head_vectors(int index, const HeadVectorSource& source) {
+  Layer& layer = layers_[static_cast<size_t>(index)];
+  if (source.qkv_bias != nullptr) layer.qkv_bias.assign(source.qkv_bias, source.qkv_bias + shape_.qkv_size());
+  if (source.q_norm != nullptr) layer.q_norm.assign(source.q_norm, source.q_norm + shape_.head_dim);
+  if (source.k_norm != nullptr) layer.k_norm.assign(source.k_norm, source.k_norm + shape_.head_dim);
+}
+
 void Model::set_embedding(const float* embedding) {
   require(embedding_.values == nullptr, "the embedding was set before");
   pack(embedding_ = allocate(shape_.vocabulary, shape_.hidden), rows_of(embedding, shape_.vocabulary, shape_.hidden),
@@ -192,6 +199,12 @@ void Model::check(const Batch& batch) const {
 Heads Model::heads_of(int layer) const {
   const size_t half = static_cast<size_t>(shape_.kv_size()) * kBlockTokens * sizeof(Bf16);
   return {shape_.heads, shape_.kv_heads, shape_.head_dim, 2 * half * static_cast<size_t>(layer), half};
+}
+
+HeadVectors Model::head_vectors_of(int index) const {
+  const Layer& layer = layers_[static_cast<size_t>(index)];
+  const auto values = [](const std::vector<float>& vector) { return vector.empty() ? nullptr : vector.data(); };
+  return {values(layer.qkv_bias), values(layer.q_norm), values(layer.k_norm), shape_.rms_epsilon};
 }
 
 void Model::forward(const Batch& batch, float* logits) {
@@ -273,7 +286,7 @@ void Model::run_layer(const Batch& batch, const Tile& tile, int index) {
   const Matmul down{layer.down, gated_.data(), gated_stride_, Output::kAdd, residual_.data(), nullptr, residual_stride};
   normalise_rows(layer.attention_norm.data(), rows);
   multiply(qkv, rows);
-  place_rows(batch, tile, heads);
+  place_rows(batch, tile, heads, head_vectors_of(index));
   attend(tile, heads);
   multiply(o, rows);
   normalise_rows(layer.ffn_norm.data(), rows);
@@ -295,7 +308,7 @@ void Model::normalise_rows(const float* weight, int rows) {
   });
 }
 
-void Model::place_rows(const Batch& batch, const Tile& tile, const Heads& heads) {
+void Model::place_rows(const Batch& batch, const Tile& tile, const Heads& heads, const HeadVectors& vectors) {
   const int rows = tile.rows.size();
   const int items = ceil_divide(rows, kRowsPerSmallItem);
   const size_t half = static_cast<size_t>(shape_.head_dim / 2);
@@ -304,7 +317,8 @@ void Model::place_rows(const Batch& batch, const Tile& tile, const Heads& heads)
     for (int row = range.begin; row < range.end; ++row) {
       const int position = batch.positions[tile.rows.begin + row];
       const size_t angles = static_cast<size_t>(position) * half;
-      kernels_.place_row({heads, qkv_.data() + static_cast<size_t>(row) * shape_.qkv_size(),
+      kernels_.place_row({heads, vectors,
+                          qkv_.data() + static_cast<size_t>(row) * shape_.qkv_size(),
                           rope_.cosines.data() + angles, rope_.sines.data() + angles,
                           tile.blocks[static_cast<size_t>(row)][position / kBlockTokens], position % kBlockTokens,
                           queries_.data() + static_cast<size_t>(row) * shape_.query_size()});

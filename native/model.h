@@ -46,6 +46,13 @@ struct LayerSource {
   const float* down;
 };
 
+// Float vectors for the heads of one layer (see HeadVectors in kernels.h); null where the model has none.
+struct HeadVectorSource {
+  const float* qkv_bias;
+  const float* q_norm;
+  const float* k_norm;
+};
+
 // See ForwardBatch in engine/runners/base.py.
 struct Batch {
   const int32_t* tokens;
@@ -68,6 +75,7 @@ class Model {
   size_t weight_bytes() const { return weights_used_ * sizeof(Bf16); }
 
   void set_layer(int index, const LayerSource& source);
+  void set_head_vectors(int index, const HeadVectorSource& source);
   void set_embedding(const float* embedding);
   // `head` null: tied to the embedding.
   void set_output(const float* norm, const float* head);
@@ -85,6 +93,9 @@ class Model {
     PackedMatrix o;
     PackedMatrix gate_up;
     PackedMatrix down;
+    std::vector<float> qkv_bias;  // these three are empty where the model has none
+    std::vector<float> q_norm;
+    std::vector<float> k_norm;
   };
 
   // Consecutive rows of one sequence that attend together.
@@ -126,12 +137,13 @@ class Model {
   void run_layer(const Batch& batch, const Tile& tile, int index);
   void normalise_rows(const float* weight, int rows);
   void normalise_row(const float* input, const float* weight, Bf16* output) const;
-  void place_rows(const Batch& batch, const Tile& tile, const Heads& heads);
+  void place_rows(const Batch& batch, const Tile& tile, const Heads& heads, const HeadVectors& vectors);
   void attend(const Tile& tile, const Heads& heads);
   Attention attention_of(const Tile& tile, const Heads& heads, const AttentionItem& item) const;
   void write_logits(const Batch& batch, const Tile& tile, float* logits);
   void multiply(const Matmul& job, int rows);
   Heads heads_of(int layer) const;
+  HeadVectors head_vectors_of(int layer) const;
 
   ModelShape shape_;
   RopeTable rope_;

@@ -133,11 +133,15 @@ void construct(PythonModel* self, int layers, int hidden, int heads, int kv_head
   new (self) PythonModel(shape, rope_table(cosines, sines, head_dim), chosen_kernels(isa), threads, pin);
 }
 
+void check_layer(const ModelShape& s, int index) {
+  if (index < 0 || index >= s.layers)
+    throw std::invalid_argument("there is no layer " + std::to_string(index) + " of " + std::to_string(s.layers));
+}
+
 void set_layer(PythonModel& self, int index, const Vector& attention_norm, const Matrix& q, const Matrix& k,
                const Matrix& v, const Matrix& o, const Vector& ffn_norm, const Matrix& gate, const Matrix& up, const Matrix& down) {
   const ModelShape& s = self.shape();
-  if (index < 0 || index >= s.layers)
-    throw std::invalid_argument("there is no layer " + std::to_string(index) + " of " + std::to_string(s.layers));
+  check_layer(s, index);
   const LayerSource source{checked(attention_norm, s.hidden, "attention_norm"),
                            checked(q, s.query_size(), s.hidden, "q"),
                            checked(k, s.kv_size(), s.hidden, "k"),
@@ -149,6 +153,18 @@ void set_layer(PythonModel& self, int index, const Vector& attention_norm, const
                            checked(down, s.hidden, s.feed_forward, "down")};
   nb::gil_scoped_release unlocked;
   self.set_layer(index, source);
+}
+
+const float* checked(const std::optional<Vector>& values, int size, const char* name) {
+  return values ? checked(*values, size, name) : nullptr;
+}
+
+void set_head_vectors(PythonModel& self, int index, const std::optional<Vector>& qkv_bias,
+                      const std::optional<Vector>& q_norm, const std::optional<Vector>& k_norm) {
+  const ModelShape& s = self.shape();
+  check_layer(s, index);
+  self.set_head_vectors(index, {checked(qkv_bias, s.qkv_size(), "qkv_bias"), checked(q_norm, s.head_dim, "q_norm"),
+                                checked(k_norm, s.head_dim, "k_norm")});
 }
 
 void set_embedding(PythonModel& self, const Matrix& embedding) {
@@ -227,6 +243,8 @@ NB_MODULE(_native, m) {
       .def_prop_ro("weight_bytes", [](const PythonModel& self) { return self.weight_bytes(); })
       .def("set_layer", &set_layer, "index"_a, "attention_norm"_a, "q"_a, "k"_a, "v"_a, "o"_a, "ffn_norm"_a, "gate"_a,
            "up"_a, "down"_a)
+      .def("set_head_vectors", &set_head_vectors, "index"_a, "qkv_bias"_a = nb::none(), "q_norm"_a = nb::none(),
+           "k_norm"_a = nb::none())
       .def("set_embedding", &set_embedding, "embedding"_a)
       .def("set_output", &set_output, "norm"_a, "head"_a = nb::none())
       .def("forward", &forward, "tokens"_a, "positions"_a, "starts"_a, "blocks"_a, "logit_rows"_a);

@@ -73,6 +73,13 @@ class Model:
     ) -> None:
         """Pack one layer; matrices are float32[outputs, inputs]."""
 
+    def set_head_vectors(
+        self,
+        index: int,
+        qkv_bias: NDArray[np.float32] | None = None,
+        q_norm: NDArray[np.float32] | None = None,
+        k_norm: NDArray[np.float32] | None = None,
+    ) -> None: ...
     def set_embedding(self, embedding: NDArray[np.float32]) -> None:
         """embedding: float32[vocabulary, hidden]."""
 

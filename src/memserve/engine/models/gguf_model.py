@@ -1,16 +1,18 @@
-"""A Llama-family model in one GGUF file: hyper-parameters, weights, tokenizer and template from it."""
+"""A Llama-like model in one GGUF file: hyper-parameters, weights, tokenizer and template from it."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from memserve.core.errors import ModelError
 from memserve.engine.models.chat_template import ChatTemplate
 from memserve.engine.models.gguf_file import GGUFFile
+from memserve.engine.models.gguf_metadata import Metadata
+from memserve.engine.models.gguf_rope import read_rope_scaling
 from memserve.engine.models.llama import (
     LayerNames,
     Progress,
@@ -19,6 +21,7 @@ from memserve.engine.models.llama import (
     check_tensors,
     read_weights,
 )
+from memserve.engine.models.rope import YarnScaling
 from memserve.engine.models.spec import Float, ModelSpec, ModelWeights
 from memserve.engine.models.tokenizer import Tokenizer
 from memserve.engine.models.vocabulary import CONTROL, Vocabulary, build_tokenizer
@@ -38,8 +41,35 @@ _NAMES = TensorNames(
         "ffn_gate.weight",
         "ffn_up.weight",
         "ffn_down.weight",
+        "attn_q.bias",
+        "attn_k.bias",
+        "attn_v.bias",
+        "attn_q_norm.weight",
+        "attn_k_norm.weight",
     ),
 )
+_ROPE_DIVISORS = "rope_freqs.weight"
+
+
+@dataclass(frozen=True, slots=True)
+class _Architecture:
+    """What the name of an architecture implies about its files.
+
+    ``interleaved``: q and k rows lie in the order of interleaved rope. ``bias``: whether q, k and v have
+    biases; None: if the file has them.
+    """
+
+    interleaved: bool
+    bias: bool | None
+    qk_norm: bool
+
+
+_ARCHITECTURES = {
+    # Mistral, SmolLM2 and most other relatives are called llama in GGUF files.
+    "llama": _Architecture(interleaved=True, bias=None, qk_norm=False),
+    "qwen2": _Architecture(interleaved=False, bias=True, qk_norm=False),
+    "qwen3": _Architecture(interleaved=False, bias=None, qk_norm=True),
+}
 _END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|endoftext|>", "<|end_of_text|>", "<|end|>")
 """Control tokens that end a turn even where the file names only one of them as its eos token."""
 
@@ -52,9 +82,10 @@ class GGUFModel:
 
     def __init__(self, path: Path) -> None:
         self._file = GGUFFile(path)
-        self._check_supported()
+        self._metadata = Metadata(path, self._file.metadata)
+        self._architecture = self._check_supported()
         self.spec = check_spec(self._read_spec(), path)
-        check_tensors(self.spec, self._file, _NAMES, self._file.tensors)
+        check_tensors(self.spec, self._file, _NAMES, self._file.tensors, ignored=[_ROPE_DIVISORS])
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of the file's vocabulary."""
@@ -62,11 +93,11 @@ class GGUFModel:
 
     def chat_template(self) -> ChatTemplate | None:
         """The file's chat template, or None when it has none."""
-        if "tokenizer.chat_template" not in self._file.metadata:
+        if "tokenizer.chat_template" not in self._metadata:
             return None
         words = self._vocabulary
         return ChatTemplate(
-            self._text("tokenizer.chat_template"),
+            self._metadata.text("tokenizer.chat_template"),
             bos_token=words.text_of(words.bos),
             eos_token=words.text_of(words.eos),
         )
@@ -74,50 +105,75 @@ class GGUFModel:
     def weights(self, progress: Progress | None = None) -> ModelWeights:
         """All weights in float32; ``progress`` hears the fraction done."""
         weights = read_weights(self.spec, self._file, _NAMES, progress)
-        for layer in weights.layers:
-            layer.q = _split_halves(layer.q, self.spec.heads)
-            layer.k = _split_halves(layer.k, self.spec.kv_heads)
+        if self._architecture.interleaved:
+            _undo_interleaving(weights)
         return weights
 
-    def _check_supported(self) -> None:
-        architecture = self._text("general.architecture")
-        if architecture != "llama":
-            raise self._fail(f"architecture {architecture!r} is not supported (supported: llama)")
-        if self._integer("llama.expert_count", 0):
-            raise self._fail("mixtures of experts are not supported (llama.expert_count)")
-        scaling = self._text("llama.rope.scaling.type", "none")
-        if scaling != "none" or self._number("llama.rope.scale_linear", 1.0) != 1.0:
-            raise self._fail(f"rope scaling ({scaling}) is not supported (llama.rope.scaling.type)")
+    def _check_supported(self) -> _Architecture:
+        metadata = self._metadata
+        known = _ARCHITECTURES.get(metadata.architecture)
+        if known is None:
+            raise metadata.fail(
+                f"architecture {metadata.architecture!r} is not supported "
+                f"(general.architecture; supported: {', '.join(_ARCHITECTURES)})"
+            )
+        if metadata.integer("split.count", 1) > 1:
+            raise metadata.fail("is one part of a split model (split.count); merge the parts into one file")
+        if metadata.integer(".expert_count", 0):
+            key = f"{metadata.architecture}.expert_count"
+            raise metadata.fail(f"mixtures of experts are not supported ({key})")
+        return known
 
     def _read_spec(self) -> ModelSpec:
-        hidden, heads = self._integer("llama.embedding_length"), self._integer("llama.attention.head_count")
-        head_dim = self._integer("llama.attention.key_length", hidden // max(heads, 1))
-        for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
-            if self._integer(key, head_dim) != head_dim:
-                raise self._fail(f"{key} differs from the head size {head_dim}, which is not supported")
+        metadata, architecture = self._metadata, self._architecture
+        heads = metadata.integer(".attention.head_count")
+        scaling = read_rope_scaling(metadata, self._read_rope_divisors())
+        context = metadata.integer(".context_length")
+        window = metadata.integer(".attention.sliding_window", 0)
+        if isinstance(scaling, YarnScaling):
+            context = int(scaling.factor * scaling.original_context)
         words = self._vocabulary
-        context = self._integer("llama.context_length")
-        window = self._integer("llama.attention.sliding_window", 0)
+        has_bias = self._file.shape(_NAMES.in_layer(0, "q_bias")) is not None
         return ModelSpec(
             identity=f"{self._model_name()}-{self._file.fingerprint()}",
-            architecture="llama",
-            layers=self._integer("llama.block_count"),
-            hidden=hidden,
+            architecture=metadata.architecture,
+            layers=metadata.integer(".block_count"),
+            hidden=metadata.integer(".embedding_length"),
             heads=heads,
-            kv_heads=self._integer("llama.attention.head_count_kv", heads),
-            head_dim=head_dim,
-            feed_forward=self._integer("llama.feed_forward_length"),
+            kv_heads=metadata.integer(".attention.head_count_kv", heads),
+            head_dim=self._read_head_dim(),
+            feed_forward=metadata.integer(".feed_forward_length"),
             vocabulary=len(words.tokens),
-            # Up to its length a sliding window is plain causal attention.
             context=min(context, window) if window else context,
-            rms_epsilon=self._number("llama.attention.layer_norm_rms_epsilon"),
-            rope_theta=self._number("llama.rope.freq_base", 10000.0),
+            rms_epsilon=metadata.number(".attention.layer_norm_rms_epsilon"),
+            rope_theta=metadata.number(".rope.freq_base", 10000.0),
             eos_tokens=self._eos_tokens(words),
+            rope_scaling=scaling,
+            window=window or None,
+            attention_bias=has_bias if architecture.bias is None else architecture.bias,
+            qk_norm=architecture.qk_norm,
         )
 
+    def _read_head_dim(self) -> int:
+        metadata = self._metadata
+        hidden, heads = metadata.integer(".embedding_length"), metadata.integer(".attention.head_count")
+        head_dim = metadata.integer(".attention.key_length", hidden // max(heads, 1))
+        for key in (".attention.value_length", ".rope.dimension_count"):
+            if metadata.integer(key, head_dim) != head_dim:
+                raise metadata.complain(key, f"the head size {head_dim} (others are not supported)")
+        return head_dim
+
+    def _read_rope_divisors(self) -> Float | None:
+        shape, expected = self._file.shape(_ROPE_DIVISORS), (self._read_head_dim() // 2,)
+        if shape is None:
+            return None
+        if shape != expected:
+            raise self._metadata.fail(f"tensor {_ROPE_DIVISORS} has shape {shape}; expected {expected}")
+        return self._file.read(_ROPE_DIVISORS)
+
     def _model_name(self) -> str:
-        name = self._text("general.name", "llama")
-        return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")[:48] or "llama"
+        name = self._metadata.text("general.name", self._metadata.architecture)
+        return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")[:48] or self._metadata.architecture
 
     def _eos_tokens(self, words: Vocabulary) -> tuple[int, ...]:
         named = [words.eos, self._token("eot"), self._token("eom")]
@@ -126,80 +182,41 @@ class GGUFModel:
 
     @cached_property
     def _vocabulary(self) -> Vocabulary:
-        tokens = self._file.metadata.get("tokenizer.ggml.tokens")
-        if not isinstance(tokens, list):
-            raise self._fail("metadata key tokenizer.ggml.tokens is missing or not a list of strings")
-        merges = self._file.metadata.get("tokenizer.ggml.merges", [])
-        if not isinstance(merges, list):
-            raise self._fail("metadata key tokenizer.ggml.merges is not a list of strings")
         return Vocabulary(
             path=self._file.path,
-            model=self._text("tokenizer.ggml.model"),
-            pre=self._text("tokenizer.ggml.pre", "default"),
-            tokens=tokens,
-            types=self._numbers("tokenizer.ggml.token_type"),
-            scores=self._numbers("tokenizer.ggml.scores"),
-            merges=merges,
+            model=self._metadata.text("tokenizer.ggml.model"),
+            pre=self._metadata.text("tokenizer.ggml.pre", "default"),
+            tokens=self._metadata.texts("tokenizer.ggml.tokens"),
+            types=self._metadata.numbers("tokenizer.ggml.token_type"),
+            scores=self._metadata.numbers("tokenizer.ggml.scores"),
+            merges=self._metadata.texts("tokenizer.ggml.merges", []),
             bos=self._token("bos"),
             eos=self._token("eos"),
             unknown=self._token("unknown"),
-            add_bos=self._flag("tokenizer.ggml.add_bos_token"),
-            add_space_prefix=self._flag("tokenizer.ggml.add_space_prefix"),
+            add_bos=self._metadata.flag("tokenizer.ggml.add_bos_token"),
+            add_space_prefix=self._metadata.flag("tokenizer.ggml.add_space_prefix"),
         )
-
-    def _fail(self, problem: str) -> ModelError:
-        return ModelError(f"{self._file.path}: {problem}")
-
-    def _text(self, key: str, default: str | None = None) -> str:
-        value = self._file.metadata.get(key, default)
-        if not isinstance(value, str):
-            raise self._fail(self._complaint(key, "a string"))
-        return value
-
-    def _integer(self, key: str, default: int | None = None) -> int:
-        value = self._file.metadata.get(key, default)
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 32:
-            raise self._fail(self._complaint(key, "a number"))
-        return value
-
-    def _number(self, key: str, default: float | None = None) -> float:
-        value = self._file.metadata.get(key, default)
-        if not isinstance(value, int | float):
-            raise self._fail(self._complaint(key, "a number"))
-        return float(value)
-
-    def _flag(self, key: str) -> bool | None:
-        value = self._file.metadata.get(key)
-        if not isinstance(value, bool | None):
-            raise self._fail(self._complaint(key, "true or false"))
-        return value
-
-    def _numbers(self, key: str) -> Float | None:
-        value = self._file.metadata.get(key)
-        if value is None:
-            return None
-        if not isinstance(value, np.ndarray):
-            raise self._fail(self._complaint(key, "a list of numbers"))
-        return value.astype(np.float32)
 
     def _token(self, name: str) -> int | None:
         key = f"tokenizer.ggml.{name}_token_id"
-        if key not in self._file.metadata:
+        if key not in self._metadata:
             return None
-        token = self._integer(key)
-        if token >= len(self._file.metadata["tokenizer.ggml.tokens"]):  # type: ignore[arg-type]
-            raise self._fail(f"metadata key {key} is {token}, which is outside the vocabulary")
+        token = self._metadata.integer(key)
+        if token >= len(self._metadata.texts("tokenizer.ggml.tokens")):
+            raise self._metadata.fail(f"metadata key {key} is {token}, which is outside the vocabulary")
         return token
 
-    def _complaint(self, key: str, expected: str) -> str:
-        value = self._file.metadata.get(key)
-        if value is None:
-            return f"metadata key {key} is missing"
-        return f"metadata key {key} is {str(value)[:60]!r}; expected {expected}"
+
+def _undo_interleaving(weights: ModelWeights) -> None:
+    spec = weights.spec
+    for layer in weights.layers:
+        layer.q, layer.k = _split_halves(layer.q, spec.heads), _split_halves(layer.k, spec.kv_heads)
+        if layer.q_bias is not None and layer.k_bias is not None:
+            layer.q_bias = _split_halves(layer.q_bias, spec.heads)
+            layer.k_bias = _split_halves(layer.k_bias, spec.kv_heads)
 
 
 def _split_halves(rows: Float, heads: int) -> Float:
     """Undo GGUF's row order for interleaved rope: pairs (i, i + d/2) lie next to each other there."""
-    outputs, inputs = rows.shape
-    pairs = rows.reshape(heads, outputs // heads // 2, 2, inputs)
-    return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(outputs, inputs)
+    pairs = rows.reshape(heads, len(rows) // heads // 2, 2, -1)
+    return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows.shape)

@@ -1,4 +1,4 @@
-"""The Llama family: which tensors a model has, their shapes, and what a plausible spec looks like.
+"""Decoders of the Llama kind: which tensors a model has, their shapes, what a plausible spec looks like.
 
 Knows nothing about files; containers hand over shapes and float32 arrays by name.
 """
@@ -6,9 +6,11 @@ Knows nothing about files; containers hand over shapes and float32 arrays by nam
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
+
+import numpy as np
 
 from memserve.core.errors import ModelError
 from memserve.engine.models.spec import Float, LayerWeights, ModelSpec, ModelWeights
@@ -59,15 +61,17 @@ class LayerNames:
     gate: str
     up: str
     down: str
-
-
-_PARTS = tuple(part.name for part in fields(LayerNames))
+    q_bias: str
+    k_bias: str
+    v_bias: str
+    q_norm: str
+    k_norm: str
 
 
 def layer_shapes(spec: ModelSpec) -> dict[str, Shape]:
-    """Shape of each field of :class:`LayerWeights`, [outputs, inputs]."""
+    """Shape of each field of :class:`LayerWeights` that a layer of ``spec`` has, [outputs, inputs]."""
     hidden, wide, narrow = spec.hidden, spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-    return {
+    shapes: dict[str, Shape] = {
         "attention_norm": (hidden,),
         "q": (wide, hidden),
         "k": (narrow, hidden),
@@ -78,6 +82,11 @@ def layer_shapes(spec: ModelSpec) -> dict[str, Shape]:
         "up": (spec.feed_forward, hidden),
         "down": (hidden, spec.feed_forward),
     }
+    if spec.attention_bias:
+        shapes |= {"q_bias": (wide,), "k_bias": (narrow,), "v_bias": (narrow,)}
+    if spec.qk_norm:
+        shapes |= {"q_norm": (spec.head_dim,), "k_norm": (spec.head_dim,)}
+    return shapes
 
 
 def check_spec(spec: ModelSpec, path: Path) -> ModelSpec:
@@ -95,10 +104,18 @@ def check_spec(spec: ModelSpec, path: Path) -> ModelSpec:
         raise ModelError(f"{path}: rms epsilon is {spec.rms_epsilon}; expected a number from 0 to 1")
     if not 1 < spec.rope_theta < float("inf"):
         raise ModelError(f"{path}: rope theta is {spec.rope_theta}; expected a number above 1")
+    _check_rope(spec, path)
     for token in spec.eos_tokens:
         if not 0 <= token < spec.vocabulary:
             raise ModelError(f"{path}: eos token {token} is outside the vocabulary of {spec.vocabulary}")
     return spec
+
+
+def _check_rope(spec: ModelSpec, path: Path) -> None:
+    with np.errstate(all="ignore"):
+        frequencies, amplitude = spec.rope_frequencies(), spec.rope_amplitude()
+    if not np.all((frequencies > 0) & (frequencies < np.inf)) or not 0 < amplitude < np.inf:
+        raise ModelError(f"{path}: rope scaling {spec.rope_scaling} does not give positive frequencies")
 
 
 def check_tensors(
@@ -120,7 +137,8 @@ def check_tensors(
     if unread:
         raise ModelError(
             f"{source.path}: tensor {unread[0]} does not belong to a {spec.architecture} model as MemServe "
-            f"knows it ({len(unread)} such tensors); biases, experts and scaled rope are not supported"
+            f"knows it ({len(unread)} such tensors); supported are biases of q, k and v and norms of q and k "
+            "heads where the architecture has them, no other biases, experts or adapters"
         )
 
 
@@ -133,15 +151,17 @@ def _expected_shapes(
         yield names.head, (spec.vocabulary, spec.hidden)
     shapes = layer_shapes(spec)
     for index in range(spec.layers):
-        yield from ((names.in_layer(index, part), shapes[part]) for part in _PARTS)
+        yield from ((names.in_layer(index, part), shape) for part, shape in shapes.items())
 
 
 def _check_shape(source: TensorSource, name: str, expected: Shape) -> None:
     shape = source.shape(name)
     if shape is None:
-        raise ModelError(f"{source.path}: tensor {name} is missing")
+        raise ModelError(f"{source.path}: tensor {name} is missing; download or convert the model again")
     if shape != expected:
-        raise ModelError(f"{source.path}: tensor {name} has shape {shape}; expected {expected}")
+        raise ModelError(
+            f"{source.path}: tensor {name} has shape {shape}; expected {expected} from the model's settings"
+        )
 
 
 def read_weights(
@@ -152,9 +172,10 @@ def read_weights(
     embedding = source.read(names.embedding)
     head = source.read(names.head) if source.shape(names.head) is not None else embedding
     weights = ModelWeights(spec, embedding, source.read(names.output_norm), head)
+    parts = list(layer_shapes(spec))
     for index in range(spec.layers):
         report((index + 1) / (spec.layers + 1))
-        parts = {part: source.read(names.in_layer(index, part)) for part in _PARTS}
-        weights.layers.append(LayerWeights(**parts))
+        read = {part: source.read(names.in_layer(index, part)) for part in parts}
+        weights.layers.append(LayerWeights(**read))
     report(1.0)
     return weights

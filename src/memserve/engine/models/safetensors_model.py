@@ -1,4 +1,4 @@
-"""A Llama-family model in a Hugging Face folder: config.json, safetensors, tokenizer.json."""
+"""A Llama-like model in a Hugging Face folder: config.json, safetensors, tokenizer.json."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from tokenizers import Tokenizer as Engine
 
 from memserve.core.errors import ModelError
 from memserve.engine.models.chat_template import ChatTemplate
+from memserve.engine.models.hf_config import Eos, read_config, read_spec
 from memserve.engine.models.llama import (
     LayerNames,
     Progress,
@@ -19,10 +20,9 @@ from memserve.engine.models.llama import (
     read_weights,
 )
 from memserve.engine.models.safetensors_folder import SafetensorsFolder, parse_json, read_bytes
-from memserve.engine.models.spec import ModelSpec, ModelWeights
+from memserve.engine.models.spec import ModelWeights
 from memserve.engine.models.tokenizer import Spelling, Tokenizer
 
-_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
 _NAMES = TensorNames(
     "model.embed_tokens.weight",
     "model.norm.weight",
@@ -38,49 +38,17 @@ _NAMES = TensorNames(
         "mlp.gate_proj.weight",
         "mlp.up_proj.weight",
         "mlp.down_proj.weight",
+        "self_attn.q_proj.bias",
+        "self_attn.k_proj.bias",
+        "self_attn.v_proj.bias",
+        "self_attn.q_norm.weight",
+        "self_attn.k_norm.weight",
     ),
 )
-_Eos = int | list[int] | None
-
-
-class _Rope(msgspec.Struct, frozen=True):
-    """Rotary settings, in the older (``type``) and the newer (``rope_type``) spelling."""
-
-    type: str = "default"
-    rope_type: str | None = None
-    rope_theta: float | None = None
-
-    @property
-    def kind(self) -> str:
-        return self.rope_type or self.type
-
-
-class _Config(msgspec.Struct, frozen=True):
-    """The fields of config.json that decide what is computed; defaults are transformers'."""
-
-    architectures: list[str]
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    intermediate_size: int
-    vocab_size: int
-    max_position_embeddings: int = 2048
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
-    rms_norm_eps: float = 1e-6
-    rope_theta: float | None = None
-    rope_scaling: _Rope | None = None
-    rope_parameters: _Rope | None = None
-    sliding_window: int | None = None
-    hidden_act: str = "silu"
-    attention_bias: bool = False
-    mlp_bias: bool = False
-    tie_word_embeddings: bool = False
-    eos_token_id: _Eos = None
 
 
 class _GenerationConfig(msgspec.Struct, frozen=True):
-    eos_token_id: _Eos = None
+    eos_token_id: Eos = None
 
 
 class _NamedTemplate(msgspec.Struct, frozen=True):
@@ -109,9 +77,11 @@ class SafetensorsModel:
         self._folder = folder
         path = folder / "config.json"
         raw = read_bytes(path)
-        self._config = _check_supported(path, parse_json(path, raw, _Config))
+        self._config = read_config(path, raw)
         self._tensors = SafetensorsFolder(folder)
-        self.spec = check_spec(self._read_spec(raw), path)
+        identity = f"{self._config.architectures[0].lower()}-{self._tensors.fingerprint(raw)}"
+        spec = read_spec(path, self._config, identity=identity, eos_tokens=self._eos_tokens())
+        self.spec = check_spec(spec, path)
         names = self._tensors.names
         buffers = [name for name in names if name.endswith("rotary_emb.inv_freq")]
         check_tensors(self.spec, self._tensors, _NAMES, names, ignored=buffers)
@@ -162,27 +132,6 @@ class SafetensorsModel:
             weights.head = weights.embedding
         return weights
 
-    def _read_spec(self, raw: bytes) -> ModelSpec:
-        config = self._config
-        heads, rope = config.num_attention_heads, config.rope_parameters or config.rope_scaling or _Rope()
-        context, window = config.max_position_embeddings, config.sliding_window
-        return ModelSpec(
-            identity=f"{config.architectures[0].lower()}-{self._tensors.fingerprint(raw)}",
-            architecture="llama",
-            layers=config.num_hidden_layers,
-            hidden=config.hidden_size,
-            heads=heads,
-            kv_heads=config.num_key_value_heads or heads,
-            head_dim=config.head_dim or config.hidden_size // max(heads, 1),
-            feed_forward=config.intermediate_size,
-            vocabulary=config.vocab_size,
-            # Up to its length a sliding window is plain causal attention.
-            context=min(context, window) if window else context,
-            rms_epsilon=config.rms_norm_eps,
-            rope_theta=rope.rope_theta or config.rope_theta or 10000.0,
-            eos_tokens=self._eos_tokens(),
-        )
-
     def _eos_tokens(self) -> tuple[int, ...]:
         path = self._folder / "generation_config.json"
         generation = parse_json(path, read_bytes(path), _GenerationConfig) if path.exists() else None
@@ -199,24 +148,7 @@ class _TokenizerFile(msgspec.Struct, frozen=True):
     decoder: dict[str, Any] | None = None
 
 
-def _check_supported(path: Path, config: _Config) -> _Config:
-    known = [name for name in config.architectures if name in _ARCHITECTURES]
-    if not known:
-        raise ModelError(
-            f"{path}: architecture {', '.join(config.architectures) or 'unknown'} is not supported "
-            f"(supported: {', '.join(_ARCHITECTURES)})"
-        )
-    for rope in (config.rope_scaling, config.rope_parameters):
-        if rope is not None and rope.kind != "default":
-            raise ModelError(f"{path}: rope scaling {rope.kind!r} is not supported (rope_scaling)")
-    if config.hidden_act != "silu":
-        raise ModelError(f"{path}: hidden_act {config.hidden_act!r} is not supported (supported: silu)")
-    if config.attention_bias or config.mlp_bias:
-        raise ModelError(f"{path}: biases are not supported (attention_bias, mlp_bias)")
-    return config
-
-
-def _as_list(tokens: _Eos) -> list[int]:
+def _as_list(tokens: Eos) -> list[int]:
     if tokens is None:
         return []
     return tokens if isinstance(tokens, list) else [tokens]

@@ -7,15 +7,21 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from memserve.engine.models.rope import RopeScaling, rope_amplitude, rope_frequencies
+
 Float = NDArray[np.float32]
+Double = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """Hyper-parameters of a Llama-family model.
+    """Hyper-parameters of a decoder of the Llama kind; the last four are what sets families apart.
 
     ``identity`` names weights and numerics together: equal identities produce interchangeable KV.
-    ``context`` is the trained context length in tokens. ``eos_tokens`` end a turn.
+    ``context`` is the longest supported context in tokens: the trained length, but no more than ``window``,
+    the tokens a sliding window shows to each token, up to which it is plain causal attention.
+    ``eos_tokens`` end a turn. ``attention_bias``: q, k and v have biases (Qwen2). ``qk_norm``: each head of q
+    and k is normalised before its rotation (Qwen3).
     """
 
     identity: str
@@ -31,11 +37,26 @@ class ModelSpec:
     rms_epsilon: float
     rope_theta: float
     eos_tokens: tuple[int, ...]
+    rope_scaling: RopeScaling | None = None
+    window: int | None = None
+    attention_bias: bool = False
+    qk_norm: bool = False
+
+    def rope_frequencies(self) -> Double:
+        """Radians per token of each pair of dimensions, float64[head_dim / 2]."""
+        return rope_frequencies(self.rope_theta, self.head_dim, self.rope_scaling)
+
+    def rope_amplitude(self) -> float:
+        """The factor on the cosines and sines of rotations."""
+        return rope_amplitude(self.rope_scaling)
 
 
 @dataclass(slots=True)
 class LayerWeights:
-    """One layer, float32, row-major [outputs, inputs]; q and k rows in half-split (neox) rope order."""
+    """One layer, float32, row-major [outputs, inputs]; q and k rows in half-split (neox) rope order.
+
+    Biases: float32[outputs]; ``q_norm`` and ``k_norm``: float32[head_dim], shared by all heads.
+    """
 
     attention_norm: Float
     q: Float
@@ -46,6 +67,11 @@ class LayerWeights:
     gate: Float
     up: Float
     down: Float
+    q_bias: Float | None = None
+    k_bias: Float | None = None
+    v_bias: Float | None = None
+    q_norm: Float | None = None
+    k_norm: Float | None = None
 
 
 @dataclass(slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from memserve.engine.models.rope import RopeScaling
 from memserve.engine.models.spec import Float, LayerWeights, ModelSpec, ModelWeights
 
 
@@ -19,13 +20,19 @@ def tiny_weights(
     vocabulary: int = 256,
     context: int = 512,
     tied: bool = True,
+    attention_bias: bool = False,
+    qk_norm: bool = False,
+    rope_scaling: RopeScaling | None = None,
 ) -> ModelWeights:
     """A random model, equal for equal arguments; logits have a spread of about 1, so that tokens differ.
 
     ``head_dim`` defaults to hidden / heads, ``feed_forward`` to 2 * hidden.
     """
+    extras = [attention_bias and "bias", qk_norm and "norm", rope_scaling]
+    traits = "".join(f"-{extra}" for extra in extras if extra)
+    shape = f"{layers}x{hidden}-{heads}-{kv_heads}-{head_dim}-{feed_forward}-{vocabulary}"
     spec = ModelSpec(
-        identity=f"tiny-{seed}-{layers}x{hidden}-{heads}-{kv_heads}-{head_dim}-{feed_forward}-{vocabulary}",
+        identity=f"tiny-{seed}-{shape}{traits}",
         architecture="llama",
         layers=layers,
         hidden=hidden,
@@ -38,12 +45,17 @@ def tiny_weights(
         rms_epsilon=1e-5,
         rope_theta=10000.0,
         eos_tokens=(0,),
+        rope_scaling=rope_scaling,
+        attention_bias=attention_bias,
+        qk_norm=qk_norm,
     )
     rng = np.random.default_rng(seed)
     embedding = _matrix(rng, vocabulary, hidden)
     head = embedding if tied else _matrix(rng, vocabulary, hidden)
     weights = ModelWeights(spec, embedding, _norm(rng, hidden), head)
     weights.layers = [_layer(rng, spec) for _ in range(layers)]
+    for layer in weights.layers:
+        _add_vectors(rng, spec, layer)
     return weights
 
 
@@ -61,6 +73,17 @@ def _layer(rng: np.random.Generator, spec: ModelSpec) -> LayerWeights:
         up=_matrix(rng, spec.feed_forward, hidden),
         down=_matrix(rng, hidden, spec.feed_forward),
     )
+
+
+def _add_vectors(rng: np.random.Generator, spec: ModelSpec, layer: LayerWeights) -> None:
+    # Drawn after all matrices, so that models of one seed share those whatever they have besides.
+    wide, narrow = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    if spec.attention_bias:
+        layer.q_bias, layer.k_bias, layer.v_bias = (
+            np.float32(0.5) * rng.standard_normal(size, dtype=np.float32) for size in (wide, narrow, narrow)
+        )
+    if spec.qk_norm:
+        layer.q_norm, layer.k_norm = (np.float32(2) * _norm(rng, spec.head_dim) for _ in range(2))
 
 
 def _matrix(rng: np.random.Generator, outputs: int, inputs: int) -> Float:

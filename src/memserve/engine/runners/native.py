@@ -18,7 +18,7 @@ Float = NDArray[np.float32]
 
 
 class NativeRunner:
-    """Forward passes of a Llama-family model on this machine's CPU.
+    """Forward passes of a Llama-like model on this machine's CPU.
 
     bf16 weights, KV and inputs of matrix products; float32 sums, residual stream, norms, rotary embedding
     and softmax. The bits of a row depend on its tokens alone: not on the batch, chunking, cached prefixes or
@@ -81,10 +81,10 @@ class NativeRunner:
 
 
 def rope_tables(spec: ModelSpec, context: int) -> tuple[Float, Float]:
-    """Cosines and sines, float32[context, head_dim / 2]; angles computed in float64 (RoFormer, eq. 15)."""
-    frequencies = spec.rope_theta ** -(np.arange(0, spec.head_dim, 2, dtype=np.float64) / spec.head_dim)
-    angles = np.outer(np.arange(context, dtype=np.float64), frequencies)
-    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+    """Cosines and sines, float32[context, head_dim / 2]; angles computed in float64."""
+    angles = np.outer(np.arange(context, dtype=np.float64), spec.rope_frequencies())
+    amplitude = spec.rope_amplitude()
+    return (amplitude * np.cos(angles)).astype(np.float32), (amplitude * np.sin(angles)).astype(np.float32)
 
 
 def _build_model(spec: ModelSpec, threads: int, context: int, isa: str | None, pin: bool) -> _native.Model:
@@ -112,6 +112,7 @@ def _build_model(spec: ModelSpec, threads: int, context: int, isa: str | None, p
 def _fill_model(model: _native.Model, weights: ModelWeights) -> None:
     for index, layer in enumerate(weights.layers):
         _set_layer(model, index, layer)
+        _set_head_vectors(model, index, layer)
     model.set_embedding(_rows(weights.embedding))
     tied = weights.head is weights.embedding
     model.set_output(_rows(weights.output_norm), None if tied else _rows(weights.head))
@@ -129,6 +130,16 @@ def _set_layer(model: _native.Model, index: int, layer: LayerWeights) -> None:
         gate=_rows(layer.gate),
         up=_rows(layer.up),
         down=_rows(layer.down),
+    )
+
+
+def _set_head_vectors(model: _native.Model, index: int, layer: LayerWeights) -> None:
+    biases = [bias for bias in (layer.q_bias, layer.k_bias, layer.v_bias) if bias is not None]
+    model.set_head_vectors(
+        index,
+        qkv_bias=_rows(np.concatenate(biases)) if biases else None,
+        q_norm=None if layer.q_norm is None else _rows(layer.q_norm),
+        k_norm=None if layer.k_norm is None else _rows(layer.k_norm),
     )
 
 

@@ -22,7 +22,7 @@ Double = NDArray[np.float64]
 
 
 class ReferenceRunner:
-    """Llama-family forward passes on blocks in ``plain`` order.
+    """Forward passes of Llama-like models on blocks in ``plain`` order.
 
     ``layout_dtype`` is how KV is stored: ``f32`` or ``bf16``. ``bf16_math`` also rounds weights, and the
     inputs of every matrix product, to bf16: close to what a bf16 runner with float32 sums computes.
@@ -37,7 +37,7 @@ class ReferenceRunner:
         )
         self._weights = _round_weights(weights) if bf16_math else weights
         self._round = round_bf16 if bf16_math else _keep
-        self._frequencies = spec.rope_theta ** (-np.arange(0, spec.head_dim, 2) / spec.head_dim)
+        self._frequencies, self._amplitude = spec.rope_frequencies(), spec.rope_amplitude()
 
     def forward(self, batch: ForwardBatch) -> Float:
         """Write the rows' KV into their blocks and return logits float32[wanted, vocabulary]."""
@@ -66,8 +66,9 @@ class ReferenceRunner:
         self, index: int, layer: LayerWeights, hidden: Float, sequences: list[_SequenceRows]
     ) -> Float:
         rows = self._normalise(hidden, layer.attention_norm)
-        queries, keys = self._heads(layer.q, rows), self._heads(layer.k, rows)
-        values = self._heads(layer.v, rows)
+        queries = self._heads(rows, layer.q, layer.q_bias, layer.q_norm)
+        keys = self._heads(rows, layer.k, layer.k_bias, layer.k_norm)
+        values = self._heads(rows, layer.v, layer.v_bias, None)
         mixed = np.empty_like(queries)
         for sequence in sequences:
             at, positions = sequence.rows, sequence.positions
@@ -79,8 +80,13 @@ class ReferenceRunner:
                 mixed[at.start + row] = _attention(rotated[row], *past, int(position) + 1)
         return self._project(layer.o, mixed.reshape(len(rows), -1))
 
-    def _heads(self, matrix: Float, rows: Float) -> Float:
-        return self._project(matrix, rows).reshape(len(rows), -1, self._weights.spec.head_dim)
+    def _heads(self, rows: Float, matrix: Float, bias: Float | None, norm: Float | None) -> Float:
+        """q, k or v before rotation: [rows, heads, head_dim]."""
+        projected = self._project(matrix, rows)
+        if bias is not None:
+            projected += bias
+        heads = projected.reshape(len(rows), -1, self._weights.spec.head_dim)
+        return heads if norm is None else self._normalise(heads, norm)
 
     def _feed_forward(self, layer: LayerWeights, hidden: Float) -> Float:
         rows = self._normalise(hidden, layer.ffn_norm)
@@ -89,7 +95,7 @@ class ReferenceRunner:
         return self._project(layer.down, activated.astype(np.float32))
 
     def _normalise(self, rows: Float, scale: Float) -> Float:
-        """Root mean square norm of each row."""
+        """Root mean square norm over the last axis."""
         wide = rows.astype(np.float64)
         root = np.sqrt(np.mean(wide * wide, axis=-1, keepdims=True) + self._weights.spec.rms_epsilon)
         normal: Double = wide / root * scale
@@ -106,7 +112,7 @@ class ReferenceRunner:
         """Rotary embedding of [rows, heads, head_dim]: pairs are (i, i + head_dim / 2)."""
         angles = positions[:, None, None].astype(np.float64) * self._frequencies
         first, second = np.split(heads.astype(np.float64), 2, axis=-1)
-        cosine, sine = np.cos(angles), np.sin(angles)
+        cosine, sine = self._amplitude * np.cos(angles), self._amplitude * np.sin(angles)
         turned = [first * cosine - second * sine, second * cosine + first * sine]
         return np.concatenate(turned, axis=-1).astype(np.float32)
 
@@ -175,16 +181,16 @@ def _keep(values: Float) -> Float:
 
 
 def _round_weights(weights: ModelWeights) -> ModelWeights:
-    """Matrices rounded to bf16, norms as they are."""
+    """Matrices rounded to bf16, norms and biases as they are."""
     embedding = round_bf16(weights.embedding)
     head = embedding if weights.head is weights.embedding else round_bf16(weights.head)
     layers = [
-        LayerWeights(**{part.name: _round_matrix(layer, part.name) for part in fields(layer)})
+        LayerWeights(**{part.name: _round_matrix(getattr(layer, part.name)) for part in fields(layer)})
         for layer in weights.layers
     ]
     return ModelWeights(weights.spec, embedding, weights.output_norm, head, layers)
 
 
-def _round_matrix(layer: LayerWeights, name: str) -> Float:
-    values: Float = getattr(layer, name)
-    return round_bf16(values) if values.ndim == 2 else values
+def _round_matrix(values: Any) -> Any:
+    is_matrix = values is not None and values.ndim == 2
+    return round_bf16(values) if is_matrix else values

@@ -102,8 +102,15 @@ def test_a_sliding_window_bounds_the_context(write_gguf: WriteGguf, weights: Mod
         ({"llama.attention.head_count": [4, 4]}, "head_count is"),
         ({"llama.attention.layer_norm_rms_epsilon": float("nan")}, "rms epsilon"),
         ({"llama.rope.freq_base": 0.0}, "rope theta"),
-        ({"llama.rope.dimension_count": 8}, "rope.dimension_count differs"),
-        ({"llama.rope.scaling.type": "yarn"}, "rope scaling .yarn. is not supported"),
+        ({"llama.rope.dimension_count": 8}, "rope.dimension_count is .8.; expected the head size 16"),
+        ({"llama.rope.scaling.type": "longrope"}, "scaling.type is 'longrope'; expected none, linear, yarn"),
+        ({"llama.rope.scaling.factor": -2.0}, "does not give positive frequencies"),
+        ({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": float("inf")}, "make sense"),
+        (
+            {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.yarn_log_multiplier": 0.1},
+            "yarn_log_multiplier is '0.1.*variant of YaRN",
+        ),
+        ({"split.count": 3}, "split.count.; merge"),
         ({"llama.expert_count": 8}, "mixtures of experts"),
         ({"llama.context_length": 0}, "context is 0"),
         ({"tokenizer.ggml.tokens": None}, "tokenizer.ggml.tokens is missing"),
@@ -146,8 +153,10 @@ def test_names_the_wrong_tensor(write_gguf: WriteGguf, weights: ModelWeights) ->
     flaws = {
         "blk.1.ffn_up.weight is missing": {"blk.1.ffn_up.weight": None},
         "output_norm.weight has shape": {"output_norm.weight": np.ones(63, np.float32)},
-        "blk.0.attn_q.bias does not belong": {"blk.0.attn_q.bias": np.ones(64, np.float32)},
-        "rope_freqs.weight does not belong": {"rope_freqs.weight": np.ones(8, np.float32)},
+        "blk.0.attn_output.bias does not belong": {"blk.0.attn_output.bias": np.ones(64, np.float32)},
+        "blk.0.attn_k.bias is missing": {"blk.0.attn_q.bias": np.ones(64, np.float32)},
+        "rope_freqs.weight has shape": {"rope_freqs.weight": np.ones(7, np.float32)},
+        "does not give positive frequencies": {"rope_freqs.weight": np.zeros(8, np.float32)},
     }
     for problem, tensors in flaws.items():
         with pytest.raises(ModelError, match=problem):
@@ -159,5 +168,5 @@ def test_names_the_supported_architectures(tmp_path: Path) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    with pytest.raises(ModelError, match=r"architecture 'falcon' is not supported \(supported: llama\)"):
+    with pytest.raises(ModelError, match=r"'falcon' is not supported .*supported: llama, qwen2, qwen3"):
         open_model(str(tmp_path / "falcon.gguf"))

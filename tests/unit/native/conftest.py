@@ -137,19 +137,24 @@ def _normed(weights: ModelWeights, x: Double, norm: NDArray[np.float32]) -> Doub
 
 def _rotated(weights: ModelWeights, x: Double) -> Double:
     dim = weights.spec.head_dim
-    angles = np.outer(np.arange(len(x)), weights.spec.rope_theta ** -(np.arange(0, dim, 2) / dim))[:, None]
+    angles = np.outer(np.arange(len(x)), weights.spec.rope_frequencies())[:, None]
     a, b = x[..., : dim // 2], x[..., dim // 2 :]
     turned = [a * np.cos(angles) - b * np.sin(angles), b * np.cos(angles) + a * np.sin(angles)]
-    return rounded(np.concatenate(turned, -1)).astype(np.float64)
+    return rounded(weights.spec.rope_amplitude() * np.concatenate(turned, -1)).astype(np.float64)
 
 
 def _attention(weights: ModelWeights, layer: LayerWeights, h: NDArray[np.float32]) -> Double:
     spec, rows = weights.spec, len(h)
     group = spec.heads // spec.kv_heads
     wide = h.astype(np.float64)
-    q = _rotated(weights, (wide @ layer.q.T).reshape(rows, spec.heads, -1))
-    k = _rotated(weights, (wide @ layer.k.T).reshape(rows, spec.kv_heads, -1))
-    v = rounded((wide @ layer.v.T).reshape(rows, spec.kv_heads, -1)).astype(np.float64)
+    biases = [0.0 if bias is None else bias for bias in (layer.q_bias, layer.k_bias, layer.v_bias)]
+    q, k, v = (
+        (wide @ matrix.T + bias).reshape(rows, -1, spec.head_dim)
+        for matrix, bias in zip((layer.q, layer.k, layer.v), biases, strict=True)
+    )
+    if layer.q_norm is not None and layer.k_norm is not None:
+        q, k = _normed(weights, q, layer.q_norm), _normed(weights, k, layer.k_norm)
+    q, k, v = _rotated(weights, q), _rotated(weights, k), rounded(v).astype(np.float64)
     out = np.zeros_like(q)
     for head in range(spec.heads):
         scores = q[:, head] @ k[:, head // group].T / np.sqrt(spec.head_dim)

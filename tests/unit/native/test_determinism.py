@@ -15,6 +15,7 @@ from memserve import _native
 
 EVERY_ISA = [*_native.supported_isas(), *_native.emulated_isas()]
 SHAPE = {"heads": 6, "kv_heads": 2, "head_dim": 32, "hidden": 96, "feed_forward": 176, "vocabulary": 90}
+SHAPE |= {"attention_bias": True, "qk_norm": True}
 CONTEXT = 560  # three segments, and more rows than go through the layers together
 
 Build = Callable[..., Any]

@@ -7,8 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from memserve import _native
+from memserve.engine.models.rope import YarnScaling
 
 EVERY_ISA = [*_native.supported_isas(), *_native.emulated_isas()]
 
@@ -25,6 +28,12 @@ SHAPES = [
         {"heads": 2, "kv_heads": 1, "head_dim": 16, "hidden": 36, "feed_forward": 48}, id="tiny-dims"
     ),
     pytest.param({"heads": 2, "kv_heads": 1, "head_dim": 256, "layers": 1}, id="widest-head"),
+    pytest.param({"heads": 6, "kv_heads": 2, "head_dim": 48, "attention_bias": True}, id="biases"),
+    pytest.param({"heads": 4, "kv_heads": 2, "head_dim": 112, "qk_norm": True}, id="norms-of-heads"),
+    pytest.param(
+        {"heads": 7, "kv_heads": 1, "head_dim": 16, "attention_bias": True, "qk_norm": True}, id="both"
+    ),
+    pytest.param({"rope_scaling": YarnScaling(4.0, 16), "head_dim": 64}, id="yarn"),
 ]
 
 
@@ -41,7 +50,7 @@ def assert_close(logits: np.ndarray, expected: np.ndarray) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("rows", [1, 15, 16, 17, 33])
 def test_prompt_of_any_length(
-    build: Callable[..., Any], oracle: Callable[..., Any], isa: str, shape: dict[str, int], rows: int
+    build: Callable[..., Any], oracle: Callable[..., Any], isa: str, shape: dict[str, Any], rows: int
 ) -> None:
     model = build(isa, **shape)
     (logits,) = model.forward([model.rows(0, 0, rows)])
@@ -79,3 +88,28 @@ def test_large_scores_neither_overflow_nor_vanish(
     # Scores in the thousands turn attention into a choice of one token: most rows still agree.
     error = np.abs(logits - oracle(model.weights, model.tokens[0, :300])).max(-1)
     assert np.median(error) < 2e-2
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_shape_on_the_best_isa(
+    build: Callable[..., Any], oracle: Callable[..., Any], data: st.DataObject
+) -> None:
+    kv_heads, group = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 9))
+    shape = {
+        "heads": kv_heads * group,
+        "kv_heads": kv_heads,
+        "head_dim": 16 * data.draw(st.integers(2, 16)),
+        "hidden": data.draw(st.integers(8, 160)),
+        "feed_forward": 16 * data.draw(st.integers(1, 12)),
+        "vocabulary": data.draw(st.integers(2, 200)),
+        "layers": 1,
+        "tied": data.draw(st.booleans()),
+        "attention_bias": data.draw(st.booleans()),
+        "qk_norm": data.draw(st.booleans()),
+    }
+    rows = data.draw(st.integers(1, 40))
+    model = build(_native.supported_isas()[0], **shape)
+    (logits,) = model.forward([model.rows(0, 0, rows)])
+    assert_close(logits, oracle(model.weights, model.tokens[0, :rows]))
+    model.close()

@@ -1,4 +1,4 @@
-"""Writes tests/data/models: what transformers computes with small random models of every supported family.
+"""Writes tests/data: what transformers computes with small random models of every supported family.
 
     python scripts/make_model_fixtures.py
 
@@ -8,16 +8,19 @@ environment of its own, after a change of families only. The result depends on n
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tokenizers
 import torch
 import transformers
+from transformers.convert_slow_tokenizer import TikTokenConverter, bytes_to_unicode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-from model_fixtures import Fixture, draw_tensor
+from model_fixtures import FOLDER, Fixture, draw_tensor
 
 PROMPT, STEPS = 56, 12
 ROWS = np.array([0, 1, 14, 15, 16, 31, 32, 47, 55], np.int32)
@@ -82,12 +85,37 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+CORPUS = [
+    "The quick brown fox jumps over the lazy dog's 12345 bones.\n",
+    "naïve café — don't WE'LL\n\n",
+    "漢字かな 👋🏽",
+]
+
+
 def main() -> None:
-    torch.manual_seed(0)
+    save_tokenizers()
     for name, (family, settings) in MODELS.items():
         fixture = compute(name, family, COMMON | settings)
         fixture.save()
         print(f"{name}: logits spread {fixture.logits.std():.2f}, greedy {fixture.greedy.tolist()}")
+
+
+def save_tokenizers() -> None:
+    """Small vocabularies inside the tokenizers that transformers makes for Qwen2 and Llama 3."""
+    trained = tokenizers.ByteLevelBPETokenizer()
+    trained.train_from_iterator(CORPUS * 3, vocab_size=340, show_progress=False)
+    model = json.loads(trained.to_str())["model"]
+    merges = [tuple(merge) for merge in model["merges"]]
+    qwen2 = transformers.Qwen2Tokenizer(vocab=model["vocab"], merges=merges).backend_tokenizer
+    # The converter reads Meta's files of byte strings and ranks; here they come from the vocabulary.
+    alphabet = {character: byte for byte, character in bytes_to_unicode().items()}
+    ranks = {bytes(alphabet[one] for one in text): rank for text, rank in model["vocab"].items()}
+    TikTokenConverter.load_tiktoken_bpe = staticmethod(lambda _: ranks)
+    llama3 = TikTokenConverter(extra_special_tokens=["<|begin_of_text|>"]).converted()
+    folder = FOLDER.parent / "tokenizers"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, engine in {"qwen2": qwen2, "llama-bpe": llama3}.items():
+        (folder / f"{name}.json").write_text(engine.to_str() + "\n")
 
 
 @torch.no_grad()

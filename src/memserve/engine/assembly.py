@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ from memserve.engine.settings import InstanceSettings
 from memserve.mempool import DiskTier, MemPool, Tier, TransferEndpoint
 
 Progress = Callable[[str, float], None]
+
+log = logging.getLogger(__name__)
 
 _RESIZE_BYTES = 8 << 20
 """Memory given back at a time, about two milliseconds, so that a shrinking pool holds up no request."""
@@ -151,9 +154,15 @@ def disk_tier(config: PoolConfig, instance: InstanceId, block_bytes: int) -> Dis
 
 def context_of(source: ModelSource, config: ModelConfig) -> int:
     """The longest sequence to serve, in tokens. Raises ``ConfigError`` beyond the model's own context."""
-    asked = config.context or source.spec.context
-    if not 2 <= asked <= source.spec.context:
-        raise ConfigError(f"model.context is {asked}; accepted: 2 to {source.spec.context} for this model")
+    spec = source.spec
+    asked = config.context or spec.context
+    if not 2 <= asked <= spec.context:
+        limit = f"{spec.context} for this model"
+        if spec.context == spec.window:
+            limit += ", its sliding window (attention beyond it is not supported)"
+        raise ConfigError(f"model.context is {asked}; accepted: 2 to {limit}")
+    if not config.context and spec.context == spec.window:
+        log.warning("context: %d tokens, the model's sliding window; beyond it is not supported", asked)
     return asked
 
 

@@ -65,6 +65,7 @@ class _TokenizerConfig(msgspec.Struct, frozen=True):
     eos_token: str | _TokenText | None = None
     add_bos_token: bool | None = None
     chat_template: str | list[_NamedTemplate] | None = None
+    added_tokens_decoder: dict[int, _TokenText] = {}
 
 
 class SafetensorsModel:
@@ -137,6 +138,12 @@ class SafetensorsModel:
         generation = parse_json(path, read_bytes(path), _GenerationConfig) if path.exists() else None
         configs = (generation, self._config) if generation else (self._config,)
         listed = [token for config in configs for token in _as_list(config.eos_token_id)]
+        # Fine-tuned chat models often name their end of turn in the tokenizer's settings only.
+        words = self._tokenizer_config()
+        end, known = _text(words.eos_token), words.added_tokens_decoder.items()
+        listed += [
+            token for token, entry in known if entry.content == end and token < self._config.vocab_size
+        ]
         return tuple(dict.fromkeys(listed))
 
     def _tokenizer_config(self) -> _TokenizerConfig:

@@ -23,8 +23,21 @@ _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _LLAMA3 = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{_REST}"
 _QWEN2 = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{_REST}"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_TEKKEN = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
-_SPLITS = {"llama-bpe": _LLAMA3, "llama3": _LLAMA3, "llama-v3": _LLAMA3, "qwen2": _QWEN2}
+_SPLITS = {
+    "llama-bpe": _LLAMA3,
+    "llama3": _LLAMA3,
+    "llama-v3": _LLAMA3,
+    "qwen2": _QWEN2,
+    "tekken": _TEKKEN,
+}
+_TIKTOKEN = ("llama-bpe", "llama3", "llama-v3", "tekken")
+"""Begin texts with bos, and take a piece that is a token as it stands, even where no merges lead to it."""
 _SINGLE_DIGITS = ("smollm", "starcoder", "refact")
 _PLAIN = ("default", "gpt-2", "gpt2", "olmo")
 
@@ -90,7 +103,7 @@ def build_tokenizer(words: Vocabulary, eos_tokens: tuple[int, ...]) -> Tokenizer
 def _adds_bos(words: Vocabulary) -> bool:
     if words.add_bos is not None:
         return words.add_bos
-    return words.model == "llama" or words.pre in ("llama-bpe", "llama3", "llama-v3")
+    return words.model == "llama" or words.pre in _TIKTOKEN
 
 
 def _add_tokens(engine: Engine, words: Vocabulary) -> None:
@@ -103,8 +116,7 @@ def _add_tokens(engine: Engine, words: Vocabulary) -> None:
 def _build_byte_level(words: Vocabulary, ids: dict[str, int]) -> Engine:
     split = _SPLITS.get(words.pre)
     merges = _parse_merges(words, ids)
-    # Llama 3 takes a piece that is a token as it stands, even where no merges lead to it.
-    engine = Engine(models.BPE(vocab=ids, merges=merges, ignore_merges=split is _LLAMA3))
+    engine = Engine(models.BPE(vocab=ids, merges=merges, ignore_merges=words.pre in _TIKTOKEN))
     engine.pre_tokenizer = _pre_tokenizer(words, split)
     engine.decoder = decoders.ByteLevel()
     if words.pre == "qwen2":

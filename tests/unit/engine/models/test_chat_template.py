@@ -32,6 +32,10 @@ def test_renders_messages_and_tokens() -> None:
 def test_offers_what_templates_expect() -> None:
     assert render("{{ messages | tojson }}") == '[{"role": "user", "content": "hello"}]'
     assert render("{{ '<é>' | tojson }}") == '"<é>"'
+    assert (
+        render("{{ {'b': 1, 'a': 'é'} | tojson(sort_keys=true, separators=(',', ':')) }}")
+        == '{"a":"é","b":1}'
+    )
     assert len(render("{{ strftime_now('%Y') }}")) == 4
     assert render("{{ tools is none }}{{ documents is none }}") == "TrueTrue"
     assert render("{{ messages[0].name }}", ChatMessage("user", "x", name="Ann")) == "Ann"
@@ -65,3 +69,85 @@ def test_lone_surrogates_are_refused() -> None:
 def test_a_broken_template_is_the_models_fault() -> None:
     with pytest.raises(ModelError, match="chat template is not valid"):
         ChatTemplate("{% for %}")
+
+
+# The constructs of the templates that Qwen3 and Llama 3.x come with, without their texts.
+QWEN3_LIKE = """
+{%- if tools %}{{- 'tools!' }}{%- elif messages[0].role == 'system' %}
+    {{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}
+{%- endif %}
+{%- set ns = namespace(multi_step=true, last_query=messages|length - 1) %}
+{%- for message in messages[::-1] %}
+    {%- set index = (messages|length - 1) - loop.index0 %}
+    {%- if ns.multi_step and message.role == "user" and message.content is string
+        and not(message.content.startswith('<tool>') and message.content.endswith('</tool>')) %}
+        {%- set ns.multi_step = false %}{%- set ns.last_query = index %}
+    {%- endif %}
+{%- endfor %}
+{%- for message in messages if message.role != 'system' %}
+    {%- if message.content is string %}{%- set content = message.content %}
+    {%- else %}{%- set content = '' %}{%- endif %}
+    {%- if message.reasoning_content is string %}{{- 'thought!' }}
+    {%- elif message.role == 'assistant' and '</think>' in content %}
+        {%- set content = content.split('</think>')[-1].lstrip('\\n') %}
+    {%- endif %}
+    {{- '<|im_start|>' + message.role + '\\n' + content }}
+    {%- if message.tool_calls %}{{- 'calls!' }}{%- endif %}
+    {{- '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}{{- 'silent!' }}{%- endif %}
+{%- endif %}"""
+LLAMA3_LIKE = """{{- bos_token }}
+{%- if custom_tools is defined %}{%- set tools = custom_tools %}{%- endif %}
+{%- if not date_string is defined %}
+    {%- if strftime_now is defined %}{%- set date_string = strftime_now("%d %b %Y") %}
+    {%- else %}{%- set date_string = "26 Jul 2024" %}{%- endif %}
+{%- endif %}
+{%- if not tools is defined %}{%- set tools = none %}{%- endif %}
+{%- if messages[0]['role'] == 'system' %}
+    {%- set system_message = messages[0]['content']|trim %}{%- set messages = messages[1:] %}
+{%- else %}{%- set system_message = "" %}{%- endif %}
+{{- "<|start_header_id|>system<|end_header_id|>\\n\\n" }}
+{%- if builtin_tools is defined or tools is not none %}{{- "tools!" }}{%- endif %}
+{{- "Today: " + date_string|length|string + "\\n\\n" }}
+{{- system_message }}{{- "<|eot_id|>" }}
+{%- for message in messages %}
+    {%- if not (message.role == 'ipython' or message.role == 'tool' or 'tool_calls' in message) %}
+        {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n'+ message['content'] | trim
+            + '<|eot_id|>' }}
+    {%- elif message.tool_calls|length != 1 %}
+        {{- raise_exception("This model only supports single tool-calls at once!") }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}"""
+TALK = (
+    ChatMessage("system", " Be brief. "),
+    ChatMessage("user", "hi"),
+    ChatMessage("assistant", "<think>hm</think>\n\nhello"),
+    ChatMessage("user", "bye"),
+)
+
+
+def test_templates_like_qwen3s() -> None:
+    turns = ["system\n Be brief. ", "user\nhi", "assistant\nhello", "user\nbye"]
+    expected = "".join(f"<|im_start|>{turn}<|im_end|>\n" for turn in turns)
+    assert render(QWEN3_LIKE, *TALK) == expected
+    assert render(QWEN3_LIKE, *TALK, prompt=True) == expected + "<|im_start|>assistant\n"
+
+
+def test_templates_like_llama3s() -> None:
+    turns = [
+        ("system", "Today: 11\n\nBe brief."),
+        ("user", "hi"),
+        ("assistant", "<think>hm</think>\n\nhello"),
+        ("user", "bye"),
+    ]
+    expected = "".join(
+        f"<|start_header_id|>{role}<|end_header_id|>\n\n{text}<|eot_id|>" for role, text in turns
+    )
+    assert render(LLAMA3_LIKE, *TALK) == "<s>" + expected
+    assert render(LLAMA3_LIKE, *TALK, prompt=True).endswith(
+        "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    )

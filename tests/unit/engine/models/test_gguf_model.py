@@ -135,7 +135,7 @@ def test_names_the_wrong_metadata(
     ("metadata", "problem"),
     [
         ({"tokenizer.ggml.model": "bert"}, "'bert' is not supported"),
-        ({"tokenizer.ggml.pre": "tekken"}, "'tekken' is not supported .supported: .*smollm"),
+        ({"tokenizer.ggml.pre": "falcon"}, "'falcon' is not supported .supported: .*smollm"),
         ({"tokenizer.ggml.token_type": [1]}, "differ in length"),
         ({"tokenizer.ggml.merges": ["nosuch pair"]}, "not made of tokens"),
         ({"tokenizer.ggml.model": "llama"}, "scores is missing"),

@@ -106,6 +106,14 @@ def test_generation_config_names_more_eos_tokens(write_folder: WriteFolder, weig
     assert open_model(str(folder)).spec.eos_tokens == (0, 2)
 
 
+def test_tokenizer_settings_name_one_more(write_folder: WriteFolder, weights: ModelWeights) -> None:
+    folder = write_folder(weights)
+    added = {"1": {"content": "<|im_start|>"}, "2": {"content": "</s>"}, "7": {"content": "<|im_end|>"}}
+    settings = {"eos_token": "<|im_end|>", "added_tokens_decoder": added}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert open_model(str(folder)).spec.eos_tokens == (2, 7)
+
+
 @pytest.mark.parametrize(
     ("config", "problem"),
     [

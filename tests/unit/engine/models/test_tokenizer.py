@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from memserve.core.errors import InvalidRequest, ModelError
@@ -17,6 +17,7 @@ from memserve.engine.models.loader import open_model
 from memserve.engine.models.tokenizer import IncrementalDecoder, Spelling, Tokenizer
 from memserve.engine.models.vocabulary import BYTE, CONTROL, UNKNOWN, Vocabulary, build_tokenizer
 
+TOKENIZERS = Path(__file__).parents[3] / "data" / "tokenizers"
 # Ids are those of the model's own tokenizer.json.
 SMOLLM2_IDS = [
     ("Hello world", [19556, 905]),
@@ -141,14 +142,16 @@ def rebuilt(byte_level: tokenizers.Tokenizer) -> Tokenizer:
 
 
 def listed(engine: tokenizers.Tokenizer, pre: str) -> Vocabulary:
-    ids = engine.get_vocab()
-    texts = sorted(ids, key=ids.__getitem__)
+    ids = dict(sorted(engine.get_vocab().items(), key=lambda entry: entry[1]))
+    texts = list(ids)
     return Vocabulary(
         path=Path("words.gguf"),
         model="gpt2",
         pre=pre,
         tokens=texts,
-        types=np.array([CONTROL] * 3 + [1] * (len(texts) - 3), np.float32),
+        types=np.array(
+            [CONTROL if at in engine.get_added_tokens_decoder() else 1 for at in ids.values()], np.float32
+        ),
         scores=None,
         merges=[" ".join(merge) for merge in json.loads(engine.to_str())["model"]["merges"]],
         bos=1,
@@ -156,6 +159,27 @@ def listed(engine: tokenizers.Tokenizer, pre: str) -> Vocabulary:
         unknown=None,
         add_bos=None,
         add_space_prefix=None,
+    )
+
+
+@pytest.fixture(scope="module", params=["qwen2", "llama-bpe"])
+def published(request: pytest.FixtureRequest) -> tuple[tokenizers.Tokenizer, Tokenizer]:
+    """A tokenizer as transformers makes it for a family, and ours of the same vocabulary."""
+    engine = tokenizers.Tokenizer.from_file(str(TOKENIZERS / f"{request.param}.json"))
+    return engine, build_tokenizer(listed(engine, request.param), (2,))
+
+
+@settings(max_examples=300)
+@given(text=TEXTS)
+@example(text="don't WE'LL 12345\r\n\n  ok\t \u0065\u0301 Ⅻ½ _x_ ...!\n")
+def test_families_encode_as_in_transformers(
+    text: str, published: tuple[tokenizers.Tokenizer, Tokenizer]
+) -> None:
+    engine, tokenizer = published
+    expected = engine.encode(text, add_special_tokens=False).ids
+    assert tokenizer.encode(text, special=True).tolist() == expected
+    assert tokenizer.decode(expected, skip_special=False) == engine.decode(
+        expected, skip_special_tokens=False
     )
 
 
@@ -174,6 +198,7 @@ def test_decodes_as_tokenizers_does(
         ("smollm", "I'll pay 12 now", ["I", "'ll", " pay", " ", "1", "2", " now"]),
         ("llama-bpe", "I'LL pay 12345!\n\nok", ["I", "'LL", " pay", " ", "123", "45", "!\n\n", "ok"]),
         ("qwen2", "I'LL pay 12!\nok", ["I", "'LL", " pay", " ", "1", "2", "!\n", "ok"]),
+        ("tekken", "PayPal's 12!/\n ok", ["Pay", "Pal", "'s", " ", "1", "2", "!/\n", " ok"]),
     ],
 )
 def test_pre_tokenizers_split_as_the_models_do(
@@ -182,7 +207,7 @@ def test_pre_tokenizers_split_as_the_models_do(
     tokenizer = build_tokenizer(listed(byte_level, pre), (2,))
     split = tokenizer._engine.pre_tokenizer.pre_tokenize_str(text)
     assert [text[start:stop] for _, (start, stop) in split] == pieces
-    assert tokenizer.add_bos == (pre == "llama-bpe")
+    assert tokenizer.add_bos == (pre in ("llama-bpe", "tekken"))
 
 
 @settings(max_examples=300)

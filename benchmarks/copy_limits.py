@@ -1,5 +1,4 @@
-"""What copying KV blocks through shared memory can cost at best: with checksums, and with a second look at all.
-
+"""What copying KV blocks through shared memory costs at best: with checksums, and with a second look.
 
     python benchmarks/copy_limits.py [--rounds N] [--out FILE]
 

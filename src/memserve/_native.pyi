@@ -88,3 +88,79 @@ class Model:
         logit_rows: NDArray[np.int32],
     ) -> NDArray[np.float32]:
         """Run a ForwardBatch; return float32[wanted, vocabulary]. Releases the GIL."""
+
+# --- the pool's index: see native/blocks.h and native/prefixes.h ---
+#
+# ``addresses``, ``uses`` and ``historical`` are the columns of the block table. Raises IndexError for a block
+# number that is not there, ValueError for arrays that are too short.
+
+def resolve_addresses(
+    addresses: NDArray[np.uint64],
+    uses: NDArray[np.int32],
+    historical: NDArray[np.int64],
+    asked: NDArray[np.uint64],
+    numbers: NDArray[np.int64],
+) -> int:
+    """How many of ``asked`` from the first on are present addresses; ``numbers`` gets their blocks."""
+
+def retain_blocks(
+    addresses: NDArray[np.uint64],
+    uses: NDArray[np.int32],
+    historical: NDArray[np.int64],
+    numbers: NDArray[np.int64],
+) -> int:
+    """Add one reference to each block. Returns how many were done before one that is free."""
+
+def lease_edges(
+    addresses: NDArray[np.uint64],
+    uses: NDArray[np.int32],
+    historical: NDArray[np.int64],
+    origins: NDArray[np.uint8],
+    edges: list[NDArray[np.int32]],
+    leased: NDArray[np.uint64],
+    leased_origins: NDArray[np.uint8],
+) -> int:
+    """The same for the blocks of ``edges``; the last two get their addresses and origins."""
+
+def release_addresses(
+    addresses: NDArray[np.uint64],
+    uses: NDArray[np.int32],
+    historical: NDArray[np.int64],
+    asked: NDArray[np.uint64],
+    freed: NDArray[np.int64],
+) -> tuple[int, int]:
+    """Drop one reference per address. Returns how many blocks are free now, in ``freed``, and stale addresses."""
+
+def enter_index(
+    addresses: NDArray[np.uint64],
+    uses: NDArray[np.int32],
+    historical: NDArray[np.int64],
+    numbers: NDArray[np.int64],
+) -> bool:
+    """Mark blocks as indexed: all of them, or none and False if one may not be."""
+
+def leave_index(
+    addresses: NDArray[np.uint64],
+    uses: NDArray[np.int32],
+    historical: NDArray[np.int64],
+    edges: list[NDArray[np.int32]],
+    freed: NDArray[np.int64],
+) -> int:
+    """Take blocks out of the index. Returns how many are free now, in ``freed``."""
+
+def idle_tail(uses: NDArray[np.int32], edge: NDArray[np.int32], end: int, most: int) -> int:
+    """How many of the ``most`` blocks of ``edge`` before its block ``end`` nobody holds, from the last back."""
+
+def count_different(edges: list[NDArray[np.int32]], numbers: NDArray[np.int64]) -> int:
+    """In how many places ``numbers`` differ from the blocks of ``edges``."""
+
+def common_prefix(a: NDArray[np.int32], b: NDArray[np.int32], start: int = 0) -> int:
+    """How many leading tokens of ``a`` agree with those of ``b`` from ``start`` on."""
+
+def recall_prefix(
+    table: NDArray[np.uint8], tokens: NDArray[np.int32], span: int, seed: int, follows: int, stamp: float
+) -> list[tuple[int, int, int, float]]:
+    """What ``table`` remembers of the chunks of a prompt, which it is told of; rows of alike chunks.
+
+    A row: how many chunks, their uses, what they followed, when they were used last.
+    """

@@ -13,10 +13,8 @@ from typing import Generic, Protocol, Self, TypeVar
 
 import numpy as np
 
+from memserve._native import common_prefix
 from memserve.core.types import Tokens
-
-_FIRST_STRIDE = 256
-_STRIDE_GROWTH = 16
 
 
 class Payload(Protocol):
@@ -109,7 +107,7 @@ class RadixTree(Generic[P]):
             child = children.get(tokens[at : at + page].tobytes())
             if child is None:
                 break
-            same = common_prefix(child.key, tokens[at:end]) // page * page
+            same = common_prefix(child.key, tokens, at) // page * page
             nodes.append(child)
             tail = same // page
             at += same
@@ -202,7 +200,7 @@ class RadixTree(Generic[P]):
         """
         assert node.attached, "this node was dropped before"
         assert 0 <= keep <= self.blocks_of(node), f"cannot keep {keep} of {self.blocks_of(node)} blocks"
-        below = list(_walk_down(node.children))
+        below = list(_walk_down(node.children)) if node.children else []
         for lower in below:
             lower.attached = False
         dropped = [lower.payload for lower in below]
@@ -240,24 +238,6 @@ class RadixTree(Generic[P]):
 
     def _edge_name(self, node: Node[P]) -> bytes:
         return node.key[: self.block_tokens].tobytes()
-
-
-def common_prefix(a: Tokens, b: Tokens) -> int:
-    """How many leading tokens of ``a`` and ``b`` (int32[n], int32[m]) agree.
-
-    Compares in growing strides, so that an early mismatch is cheap and a long match is few calls.
-    """
-    end = min(len(a), len(b))
-    at, stride = 0, _FIRST_STRIDE
-    while at < end:
-        upto = min(end, at + stride)
-        differs = a[at:upto] != b[at:upto]
-        first = int(differs.argmax())
-        if differs[first]:
-            return at + first
-        at = upto
-        stride *= _STRIDE_GROWTH
-    return end
 
 
 def _walk_down(top: dict[bytes, Node[P]]) -> Iterator[Node[P]]:

@@ -55,25 +55,29 @@ IndexNode = Node[IndexEntry]
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The longest indexed prefix: ``blocks`` int64[n], and the path on which they lie."""
+    """The longest indexed prefix: the ``path`` on which it lies, and block numbers per edge: int32[n] each."""
 
-    blocks: BlockNumbers
+    edges: list[NDArray[np.int32]]
     path: Path[IndexEntry]
+
+    @property
+    def blocks(self) -> BlockNumbers:
+        """All block numbers in one: int64[n]."""
+        return _join(self.edges)
 
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
     """What a removal took out of the index.
 
-    ``tokens`` is a path of which only the first ``keep`` tokens are left; ``blocks`` int64[n].
-    ``new_leaf`` is the node that became a leaf by it.
+    ``path`` holds the tokens of edges from the root on, to the first block that is gone: what begins with them
+    has only its first ``keep`` tokens left. ``edges`` are the block numbers of what is gone: int32[n] each.
     """
 
     namespace: Namespace
-    tokens: Tokens
+    path: list[Tokens]
     keep: int
-    blocks: BlockNumbers
-    new_leaf: IndexNode | None
+    edges: list[NDArray[np.int32]]
 
 
 class PromptIndex:
@@ -98,12 +102,12 @@ class PromptIndex:
         """The longest prefix of ``tokens`` (int32[n]), in whole blocks."""
         tree = self._trees.get(namespace)
         if tree is None:
-            return Found(np.empty(0, np.int64), Path([], 0, 0))
+            return Found([], Path([], 0, 0))
         path = tree.walk(tokens)
-        parts = [node.payload.blocks for node in path.nodes]
-        if parts:
-            parts[-1] = parts[-1][: path.tail]
-        return Found(_join(parts), path)
+        edges = [node.payload.blocks for node in path.nodes]
+        if edges:
+            edges[-1] = edges[-1][: path.tail]
+        return Found(edges, path)
 
     def holder_of(self, block: int) -> IndexNode | None:
         """The node whose edge lies in ``block``, a block below the device; None if it is not indexed."""
@@ -172,9 +176,10 @@ class PromptIndex:
         """Take all but the first ``keep`` blocks of ``node``'s edge, and all below it, out of the index."""
         namespace = node.payload.namespace
         tree = self._trees[namespace]
-        tokens = tree.path_tokens(node)
-        kept = len(tokens) - (tree.blocks_of(node) - keep) * self.block_tokens
         parent = node.parent
+        path = [node.key[: (keep + 1) * self.block_tokens], *edges_above(node)]
+        path.reverse()
+        kept = sum(map(len, path)) - self.block_tokens
         payloads = tree.truncate(node, keep)
         for entry in payloads:
             self._forget_lower(entry)
@@ -182,11 +187,9 @@ class PromptIndex:
             node.payload.lowered = 0
         elif parent is not None:
             parent.payload.lowered -= int(node.payload.tier > parent.payload.tier)
-        new_leaf = node if keep else parent if parent is not None and open_children(parent) == 0 else None
         if tree.size == 0:
             del self._trees[namespace]
-        gone = _join([entry.blocks for entry in payloads])
-        return Dropped(namespace, tokens, kept, gone, new_leaf)
+        return Dropped(namespace, path, kept, [entry.blocks for entry in payloads])
 
     def exclusive_end(self, namespace: Namespace, tokens: Tokens) -> tuple[IndexNode, int] | None:
         """Where to :meth:`drop` so that ``tokens`` is forgotten but nothing that does not begin with it.
@@ -247,6 +250,14 @@ class PromptIndex:
         if entry.tier is not Tier.DEVICE:
             for number in entry.blocks.tolist():
                 del self._lower[number]
+
+
+def edges_above(node: IndexNode) -> Iterator[Tokens]:
+    """The tokens of the edges above ``node``'s, from the lowest up."""
+    above = node.parent
+    while above is not None:
+        yield above.key
+        above = above.parent
 
 
 def open_children(node: IndexNode) -> int:

@@ -19,7 +19,7 @@ from memserve.mempool.address import BlockNumbers, Origin, Tier
 from memserve.mempool.arena import Arena
 from memserve.mempool.blocks import BlockTable
 from memserve.mempool.events import EventLog
-from memserve.mempool.eviction import EvictionPolicy, LeastRecentlyUsed
+from memserve.mempool.eviction import EvictionPolicy, LeastRecentlyUsed, Victim
 from memserve.mempool.index import IndexEntry, IndexNode, PromptIndex, open_children
 from memserve.mempool.shelf import DiskShelf
 from memserve.mempool.stats import Counters
@@ -96,8 +96,11 @@ class Tiers:
                 pinned=states.active + states.incoming,
             )
         lower = tuple(below for below in self.lower if below > tier)
-        for victim in victims:
-            self._give_up(victim.node, victim.keep, lower)
+        if lower:
+            for victim in victims:
+                self._give_up(victim.node, victim.keep, lower)
+        else:
+            self._counters.evicted_blocks += self._drop_all(victims)
 
     def swap_out(self, n: int) -> int:
         """Move up to ``n`` historical blocks of the device down. Returns how many were moved."""
@@ -122,13 +125,23 @@ class Tiers:
 
     def drop(self, node: IndexNode, keep: int) -> int:
         """Forget all but ``keep`` blocks of ``node``'s edge and all that continues it. Returns how many."""
-        dropped = self._index.drop(node, keep)
-        self._leave_disk(dropped.blocks)
-        self._table.unindex(dropped.blocks)
-        if dropped.new_leaf is not None:
-            self.add_leaf(dropped.new_leaf)
-        self._events.append(Removed(dropped.namespace, pack_tokens(dropped.tokens), dropped.keep))
-        return len(dropped.blocks)
+        parent = node.parent
+        count = self._drop_all([Victim(node, keep)])
+        if keep or parent is not None:
+            self.add_leaf(node if keep or parent is None else parent)
+        return count
+
+    def _drop_all(self, victims: list[Victim]) -> int:
+        """The same for many at once; what has become a leaf is not made known."""
+        edges: list[NDArray[np.int32]] = []
+        for victim in victims:
+            dropped = self._index.drop(victim.node, victim.keep)
+            edges += dropped.edges
+            self._events.append(Removed(dropped.namespace, pack_tokens(*dropped.path), dropped.keep))
+        if self._disk is not None:
+            self._leave_disk(np.concatenate(edges).astype(np.int64))
+        self._table.unindex(edges)
+        return sum(map(len, edges))
 
     def _give_up(self, node: IndexNode, keep: int, lower: tuple[Tier, ...]) -> int:
         """Move what ``node`` has beyond ``keep`` blocks, all idle, to one of the tiers ``lower``.
@@ -192,10 +205,11 @@ class Tiers:
         origins: Origin | NDArray[np.uint8],
     ) -> None:
         """Let held blocks ``new`` of ``tier`` stand for ``node``'s whole edge in the place of ``old``."""
-        self._table.index(new, origins)
+        entered = self._table.index(new, origins)
+        assert entered, "a block that takes another's place must be held and new to the index"
         fresh = self._index.place(node, new, tier)
         self._leave_disk(old)
-        self._table.unindex(old)
+        self._table.unindex([old.astype(np.int32)])
         self.add_leaf(fresh)
 
     # --- up ---
@@ -321,9 +335,8 @@ class Tiers:
         assert self._disk is not None, "a pool without a disk tier has no blocks there"
         return self._disk
 
-    def _idle_tail(self, node: IndexNode) -> int:
-        held = np.flatnonzero(self._table.references_of(node.payload.blocks.astype(np.int64)))
-        return len(node.payload.blocks) - (int(held[-1]) + 1 if len(held) else 0)
+    def _idle_tail(self, node: IndexNode, end: int, most: int) -> int:
+        return self._table.idle_tail(node.payload.blocks, end, most)
 
 
 def _begins_on_device(node: IndexNode) -> bool:

@@ -23,9 +23,9 @@ class HitDensities:
     def __init__(self, classes: int, fade: float) -> None:
         limits = np.array(_AGE_LIMITS, np.float64)
         self._fade = fade
-        self._entered = np.ones(classes)
+        self._entered = [1.0] * classes
         """Blocks by class: how many became it."""
-        self._used = np.zeros((classes, len(limits) + 1))
+        self._used = [[0.0] * (len(limits) + 1) for _ in range(classes)]
         """Blocks by class and age: how many were used again at it."""
         self._waits = limits[None, :] - np.concatenate(([0.0], limits[:-1]))[:, None]
         """Seconds from the begin of one age (row) to the end of another (column)."""
@@ -38,7 +38,7 @@ class HitDensities:
 
     def leave_used(self, kind: int, age: float, blocks: int) -> None:
         """``blocks`` blocks of a class were used again after ``age`` seconds, cached still or not."""
-        self._used[kind, bisect_left(_AGE_LIMITS, age)] += blocks
+        self._used[kind][bisect_left(_AGE_LIMITS, age)] += blocks
 
     def evicted(self, age: float, blocks: int) -> None:
         """``blocks`` blocks were evicted that had not been used for ``age`` seconds."""
@@ -54,12 +54,14 @@ class HitDensities:
         For a block that has come to an age: the best ratio, over all times to keep it for, of the chance
         that it is used in that time to that time. A stay costs at least what evicted blocks stay on average.
         """
-        used = self._used[:, :-1]
-        before = np.cumsum(used, axis=1) - used
-        left = np.maximum(self._entered[:, None] - before, 1.0)
-        until = np.cumsum(used, axis=1)[:, None, :] - before[:, :, None]
+        counts, entered = np.array(self._used), np.array(self._entered)
+        used = counts[:, :-1]
+        upto = np.cumsum(used, axis=1)
+        before = upto - used
+        left = np.maximum(entered[:, None] - before, 1.0)
+        until = upto[:, None, :] - before[:, :, None]
         rates = until / left[:, :, None] / (np.maximum(self._waits, 0.0) + self._stay)
         rates[:, self._waits <= 0] = 0.0
         self._table = [[*row, 0.0] for row in rates.max(axis=2).tolist()]
-        self._entered *= self._fade
-        self._used *= self._fade
+        self._entered = (entered * self._fade).tolist()
+        self._used = (counts * self._fade).tolist()

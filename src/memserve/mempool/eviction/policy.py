@@ -11,8 +11,11 @@ from memserve.core.types import Namespace, Tokens
 from memserve.mempool.index import IndexEntry, IndexNode
 from memserve.mempool.usage import Usage
 
-IdleTail = Callable[[IndexNode], int]
-"""How many blocks at the end of a node's edge are held by nobody."""
+IdleTail = Callable[[IndexNode, int, int], int]
+"""Of the first so many blocks of a node's edge (second argument), how many at the end are held by nobody.
+
+At most as many as the third argument says are looked at.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +53,7 @@ class EvictionPolicy(Protocol):
     def choose(self, need: int, idle_tail: IdleTail, now: float) -> list[Victim] | None:
         """Victims that free exactly ``need`` blocks, in the order of their removal; None if there is less.
 
-        Every node named is a leaf when its turn comes. The caller removes all of them.
+        Every node named is a leaf when its turn comes. The caller removes all of them; the leaves that this
+        leaves behind are known already.
         """
         ...

@@ -1,0 +1,133 @@
+#include "blocks.h"
+
+#include <stdexcept>
+#include <string>
+
+namespace memserve {
+namespace {
+
+constexpr int32_t kFree = 0;
+constexpr int32_t kIndexed = 1;
+constexpr int32_t kReference = 2;
+constexpr uint64_t kNumberMask = (uint64_t{1} << 30) - 1;
+constexpr uint64_t kGenerationMask = (uint64_t{1} << 32) - 1;
+
+size_t number_of(uint64_t address) { return static_cast<size_t>((address >> 32) & kNumberMask); }
+
+int tier_of(uint64_t address) { return static_cast<int>(address >> 62) % 3; }
+
+bool is_present(const BlockColumns& table, uint64_t address) {
+  const size_t number = number_of(address);
+  return number < table.blocks && table.addresses[number] == address;
+}
+
+size_t checked(size_t blocks, int64_t number) {
+  if (number < 0 || static_cast<size_t>(number) >= blocks)
+    throw std::out_of_range("there is no block " + std::to_string(number) + " of " + std::to_string(blocks));
+  return static_cast<size_t>(number);
+}
+
+bool add_reference(const BlockColumns& table, size_t number) {
+  int32_t& uses = table.uses[number];
+  if (uses == kFree) return false;
+  if (uses == kIndexed) --table.historical[tier_of(table.addresses[number])];
+  uses += kReference;
+  return true;
+}
+
+void start_generation(uint64_t& address) {
+  address = (address & ~kGenerationMask) | ((address + 1) & kGenerationMask);
+}
+
+}  // namespace
+
+size_t resolve(const BlockColumns& table, Span<const uint64_t> addresses, int64_t* numbers) {
+  for (size_t i = 0; i < addresses.size; ++i) {
+    if (!is_present(table, addresses.data[i])) return i;
+    numbers[i] = static_cast<int64_t>(number_of(addresses.data[i]));
+  }
+  return addresses.size;
+}
+
+size_t retain(const BlockColumns& table, Numbers numbers) {
+  for (size_t i = 0; i < numbers.size; ++i)
+    if (!add_reference(table, checked(table.blocks, numbers.data[i]))) return i;
+  return numbers.size;
+}
+
+size_t lease(const BlockColumns& table, const std::vector<Edge>& edges, const uint8_t* origins, uint64_t* addresses,
+             uint8_t* block_origins) {
+  size_t done = 0;
+  for (const Edge& edge : edges) {
+    for (int32_t block : edge) {
+      const size_t number = checked(table.blocks, block);
+      if (!add_reference(table, number)) return done;
+      addresses[done] = table.addresses[number];
+      block_origins[done++] = origins[number];
+    }
+  }
+  return done;
+}
+
+Released release(const BlockColumns& table, Span<const uint64_t> addresses, int64_t* freed) {
+  Released result{0, 0};
+  for (uint64_t address : addresses) {
+    const size_t number = number_of(address);
+    if (!is_present(table, address) || table.uses[number] < kReference) {
+      ++result.stale;
+      continue;
+    }
+    const int32_t uses = table.uses[number] -= kReference;
+    if (uses == kIndexed) ++table.historical[tier_of(address)];
+    if (uses != kFree) continue;
+    start_generation(table.addresses[number]);
+    freed[result.freed++] = static_cast<int64_t>(number);
+  }
+  return result;
+}
+
+bool enter_index(const BlockColumns& table, Numbers numbers) {
+  for (size_t i = 0; i < numbers.size; ++i) {
+    int32_t& uses = table.uses[checked(table.blocks, numbers.data[i])];
+    if (uses == kFree || (uses & kIndexed) != 0) {
+      while (i > 0) table.uses[numbers.data[--i]] &= ~kIndexed;
+      return false;
+    }
+    uses |= kIndexed;
+  }
+  return true;
+}
+
+size_t leave_index(const BlockColumns& table, const std::vector<Edge>& edges, int64_t* freed) {
+  size_t count = 0;
+  for (const Edge& edge : edges) {
+    for (int32_t block : edge) {
+      const size_t number = checked(table.blocks, block);
+      int32_t& uses = table.uses[number];
+      const bool historical = uses == kIndexed;
+      uses &= ~kIndexed;
+      if (!historical) continue;
+      --table.historical[tier_of(table.addresses[number])];
+      start_generation(table.addresses[number]);
+      freed[count++] = block;
+    }
+  }
+  return count;
+}
+
+size_t idle_tail(const int32_t* uses, size_t blocks, Edge edge) {
+  size_t idle = 0;
+  while (idle < edge.size && uses[checked(blocks, edge.data[edge.size - 1 - idle])] < kReference) ++idle;
+  return idle;
+}
+
+size_t count_different(const std::vector<Edge>& edges, Numbers numbers) {
+  size_t at = 0, different = 0;
+  for (const Edge& edge : edges) {
+    if (numbers.size - at < edge.size) throw std::invalid_argument("fewer numbers than blocks to compare with");
+    for (int32_t block : edge) different += numbers.data[at++] != block;
+  }
+  return different;
+}
+
+}  // namespace memserve

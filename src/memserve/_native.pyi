@@ -129,7 +129,7 @@ def release_addresses(
     asked: NDArray[np.uint64],
     freed: NDArray[np.int64],
 ) -> tuple[int, int]:
-    """Drop one reference per address. Returns how many blocks are free now, in ``freed``, and stale addresses."""
+    """Drop one reference per address. Returns how many blocks that freed, in ``freed``, and stale addresses."""
 
 def enter_index(
     addresses: NDArray[np.uint64],
@@ -149,7 +149,7 @@ def leave_index(
     """Take blocks out of the index. Returns how many are free now, in ``freed``."""
 
 def idle_tail(uses: NDArray[np.int32], edge: NDArray[np.int32], end: int, most: int) -> int:
-    """How many of the ``most`` blocks of ``edge`` before its block ``end`` nobody holds, from the last back."""
+    """How many of the ``most`` blocks of ``edge`` before ``end`` nobody holds, from the last back."""
 
 def count_different(edges: list[NDArray[np.int32]], numbers: NDArray[np.int64]) -> int:
     """In how many places ``numbers`` differ from the blocks of ``edges``."""

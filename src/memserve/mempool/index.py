@@ -55,7 +55,7 @@ IndexNode = Node[IndexEntry]
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The longest indexed prefix: the ``path`` on which it lies, and block numbers per edge: int32[n] each."""
+    """The longest indexed prefix: the ``path`` on which it lies, and block numbers per edge, int32[n]."""
 
     edges: list[NDArray[np.int32]]
     path: Path[IndexEntry]
@@ -70,7 +70,7 @@ class Found:
 class Dropped:
     """What a removal took out of the index.
 
-    ``path`` holds the tokens of edges from the root on, to the first block that is gone: what begins with them
+    ``path`` holds the tokens of edges from the root to the first block that is gone: what begins with them
     has only its first ``keep`` tokens left. ``edges`` are the block numbers of what is gone: int32[n] each.
     """
 

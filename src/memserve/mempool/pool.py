@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 
+from memserve._native import common_prefix
 from memserve.core.clock import Clock
 from memserve.core.errors import ConfigError, InvalidRequest, MemServeError, OutOfBlocks, TransferAborted
 from memserve.core.messages import Member
-from memserve.core.radix import common_prefix
 from memserve.core.types import InstanceId, Namespace, Tokens
 from memserve.mempool.address import Addresses, Origin, numbers_of
 from memserve.mempool.disk import DiskTier

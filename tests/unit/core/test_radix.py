@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from memserve.core.radix import RadixTree, common_prefix
+from memserve._native import common_prefix
+from memserve.core.radix import RadixTree
 
 PAGE = 4
 

@@ -37,6 +37,9 @@ struct Released {
 // How many addresses from the first on are present ones; writes their block numbers.
 size_t resolve(const BlockColumns& table, Span<const uint64_t> addresses, int64_t* numbers);
 
+// Gives free blocks, the last of them first, one reference each; writes their addresses.
+void occupy(const BlockColumns& table, Numbers stacked, uint64_t* addresses);
+
 // Adds one reference to each block. Returns how many were done before one that is free, which must not be.
 size_t retain(const BlockColumns& table, Numbers numbers);
 
@@ -47,8 +50,9 @@ size_t lease(const BlockColumns& table, const std::vector<Edge>& edges, const ui
 // Drops one reference of each address's block. What has none left becomes historical or, with a new generation, free.
 Released release(const BlockColumns& table, Span<const uint64_t> addresses, int64_t* freed);
 
-// Marks blocks as indexed: all if each is referenced, not indexed, and named once; else none. Says whether it did.
-bool enter_index(const BlockColumns& table, Numbers numbers);
+// Marks blocks as indexed, with their origin: all if each is referenced, not indexed, and named once; else none. Says
+// whether it did.
+bool enter_index(const BlockColumns& table, Numbers numbers, uint8_t* origins, uint8_t origin);
 
 // Takes blocks out of the index; those without references become free. Returns how many did and writes their numbers.
 size_t leave_index(const BlockColumns& table, const std::vector<Edge>& edges, int64_t* freed);

@@ -62,6 +62,11 @@ size_t resolve_addresses(const Array<uint64_t>& addresses, const Array<int32_t>&
                  with_room(numbers, asked.size(), "numbers"));
 }
 
+void occupy_blocks(const Array<uint64_t>& addresses, const Array<int32_t>& uses, const Array<int64_t>& historical,
+                   const Array<const int64_t>& stacked, const Array<uint64_t>& occupied) {
+  occupy(columns_of(addresses, uses, historical), span_of(stacked), with_room(occupied, stacked.size(), "occupied"));
+}
+
 size_t retain_blocks(const Array<uint64_t>& addresses, const Array<int32_t>& uses, const Array<int64_t>& historical,
                      const Array<const int64_t>& numbers) {
   return retain(columns_of(addresses, uses, historical), span_of(numbers));
@@ -85,8 +90,9 @@ nb::tuple release_addresses(const Array<uint64_t>& addresses, const Array<int32_
 }
 
 bool enter_index_blocks(const Array<uint64_t>& addresses, const Array<int32_t>& uses, const Array<int64_t>& historical,
-                        const Array<const int64_t>& numbers) {
-  return enter_index(columns_of(addresses, uses, historical), span_of(numbers));
+                        const Array<const int64_t>& numbers, const Array<uint8_t>& origins, uint8_t origin) {
+  const BlockColumns table = columns_of(addresses, uses, historical);
+  return enter_index(table, span_of(numbers), with_room(origins, table.blocks, "origins"), origin);
 }
 
 size_t leave_index_edges(const Array<uint64_t>& addresses, const Array<int32_t>& uses,
@@ -126,6 +132,7 @@ nb::list recall_runs(const Array<uint8_t>& table, const Array<const int32_t>& to
 
 void bind_pool_passes(nb::module_& m) {
   m.def("resolve_addresses", &resolve_addresses);
+  m.def("occupy_blocks", &occupy_blocks);
   m.def("retain_blocks", &retain_blocks);
   m.def("lease_edges", &lease_edges);
   m.def("release_addresses", &release_addresses);

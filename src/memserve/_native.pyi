@@ -103,6 +103,15 @@ def resolve_addresses(
 ) -> int:
     """How many of ``asked`` from the first on are present addresses; ``numbers`` gets their blocks."""
 
+def occupy_blocks(
+    addresses: NDArray[np.uint64],
+    uses: NDArray[np.int32],
+    historical: NDArray[np.int64],
+    stacked: NDArray[np.int64],
+    occupied: NDArray[np.uint64],
+) -> None:
+    """Give free blocks one reference each, the last first; ``occupied`` gets their addresses."""
+
 def retain_blocks(
     addresses: NDArray[np.uint64],
     uses: NDArray[np.int32],
@@ -129,15 +138,18 @@ def release_addresses(
     asked: NDArray[np.uint64],
     freed: NDArray[np.int64],
 ) -> tuple[int, int]:
-    """Drop one reference per address. Returns how many blocks that freed, in ``freed``, and stale addresses."""
+    """Drop one reference per address. Returns how many blocks that freed, which ``freed`` gets, and how many
+    addresses were stale."""
 
 def enter_index(
     addresses: NDArray[np.uint64],
     uses: NDArray[np.int32],
     historical: NDArray[np.int64],
     numbers: NDArray[np.int64],
+    origins: NDArray[np.uint8],
+    origin: int,
 ) -> bool:
-    """Mark blocks as indexed: all of them, or none and False if one may not be."""
+    """Mark blocks as indexed, and where they came from: all of them, or none and False if one may not be."""
 
 def leave_index(
     addresses: NDArray[np.uint64],

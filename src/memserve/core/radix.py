@@ -8,8 +8,7 @@ payloads. Token-exact, so it cannot confuse two prompts as hashes could.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Generic, Protocol, Self, TypeVar
+from typing import Generic, NamedTuple, Protocol, Self, TypeVar
 
 import numpy as np
 
@@ -72,8 +71,7 @@ class Node(Generic[P]):
             self.key = self._room[:size]
 
 
-@dataclass(frozen=True, slots=True)
-class Path(Generic[P]):
+class Path(NamedTuple, Generic[P]):
     """How far a walk came: ``blocks`` whole blocks. Valid until the tree changes.
 
     ``nodes`` lie on it from the top down; all matched in full but the last, of which ``tail`` blocks did.

@@ -24,6 +24,7 @@ from memserve._native import (
     idle_tail,
     lease_edges,
     leave_index,
+    occupy_blocks,
     release_addresses,
     resolve_addresses,
     retain_blocks,
@@ -81,6 +82,11 @@ class _FreeStack:
         numbers = self._stack[left : self.count][::-1].copy()
         self.count = left
         return numbers
+
+    def pop(self, count: int) -> BlockNumbers:
+        """The same, in reverse and in place: valid until the next change."""
+        self.count -= count
+        return self._stack[self.count : self.count + count]
 
     def give(self, numbers: BlockNumbers) -> None:
         upto = self.count + len(numbers)
@@ -240,11 +246,15 @@ class BlockTable:
 
     def alloc(self, count: int, tier: Tier = Tier.DEVICE) -> BlockNumbers:
         """Take ``count`` free blocks, each with one reference; there must be as many."""
+        return numbers_of(self.alloc_at(count, tier))
+
+    def alloc_at(self, count: int, tier: Tier = Tier.DEVICE) -> Packed:
+        """The same; returns their addresses."""
         free = self._free[tier]
         assert count <= free.count, f"{count} blocks asked of {free.count} free"
-        numbers = free.take(count)
-        self._uses[numbers] = _REFERENCE
-        return numbers
+        packed = np.empty(count, np.uint64)
+        occupy_blocks(self._packed, self._uses, self._historical, free.pop(count), packed)
+        return packed
 
     def retain(self, numbers: BlockNumbers) -> None:
         """Add one reference to each; blocks must be indexed or referenced."""
@@ -285,8 +295,10 @@ class BlockTable:
 
         Nothing happens, and False is returned, if one is not referenced, indexed already or named twice.
         """
-        entered = enter_index(self._packed, self._uses, self._historical, numbers)
-        if entered:
+        one = int(origin) if isinstance(origin, Origin) else 0
+        table = (self._packed, self._uses, self._historical)
+        entered = enter_index(*table, numbers, self._origins, one)
+        if entered and not isinstance(origin, Origin):
             self._origins[numbers] = origin
         return entered
 

@@ -7,7 +7,7 @@ table's business. An edge lies in one tier as a whole.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,9 +37,9 @@ class IndexEntry:
 
     def split(self, at: int) -> IndexEntry:
         """Part of the radix tree's payload contract: keep the blocks before ``at``, return the rest."""
-        lower = IndexEntry(self.namespace, self.blocks[at:].copy(), self.usage.split(at), self.tier)
+        lower = IndexEntry(self.namespace, _own(self.blocks[at:]), self.usage.split(at), self.tier)
         lower.lowered, self.lowered = self.lowered, 0
-        self.blocks = self.blocks[:at].copy()
+        self.blocks = _own(self.blocks[:at])
         return lower
 
     def append(self, at: int, tail: IndexEntry) -> None:
@@ -53,8 +53,7 @@ class IndexEntry:
 IndexNode = Node[IndexEntry]
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
+class Found(NamedTuple):
     """The longest indexed prefix: the ``path`` on which it lies, and block numbers per edge, int32[n]."""
 
     edges: list[NDArray[np.int32]]
@@ -66,8 +65,7 @@ class Found:
         return _join(self.edges)
 
 
-@dataclass(frozen=True, slots=True)
-class Dropped:
+class Dropped(NamedTuple):
     """What a removal took out of the index.
 
     ``path`` holds the tokens of edges from the root to the first block that is gone: what begins with them
@@ -179,7 +177,7 @@ class PromptIndex:
         parent = node.parent
         path = [node.key[: (keep + 1) * self.block_tokens], *edges_above(node)]
         path.reverse()
-        kept = sum(map(len, path)) - self.block_tokens
+        kept = sum([len(edge) for edge in path]) - self.block_tokens
         payloads = tree.truncate(node, keep)
         for entry in payloads:
             self._forget_lower(entry)
@@ -269,6 +267,11 @@ def parent_in_tier(node: IndexNode) -> IndexNode | None:
     """The parent, if it lies in the same tier: the one that may become a leaf there when ``node`` goes."""
     parent = node.parent
     return parent if parent is not None and parent.payload.tier is node.payload.tier else None
+
+
+def _own(part: NDArray[np.int32]) -> NDArray[np.int32]:
+    # Evicting block by block must not copy the rest each time, nor a few blocks keep many others' numbers alive.
+    return part if part.base is not None and 2 * part.size >= part.base.size else part.copy()
 
 
 def _numbers(node: IndexNode) -> list[int]:

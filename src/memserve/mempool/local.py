@@ -112,7 +112,7 @@ class LocalPool:
         if n < 0:
             raise InvalidRequest(f"{n} blocks cannot be allocated", field="n")
         self._tiers.make_room(n, tier)
-        return self._addresses(self._table.alloc(n, tier))
+        return Addresses(self.instance, self.incarnation, self._table.alloc_at(n, tier))
 
     def free_mem(self, addrs: Addresses) -> Freed:
         """Drop one reference of each block; one with none left becomes historical if indexed, else free.

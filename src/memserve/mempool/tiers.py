@@ -147,7 +147,10 @@ class Tiers:
     def _drop_all(self, victims: list[Victim]) -> int:
         """The same for many at once; what has become a leaf is not made known."""
         edges: list[NDArray[np.int32]] = []
-        for victim in victims:
+        for victim in reversed(victims):
+            if not victim.node.attached:
+                # It went with what it continues, which is a victim too.
+                continue
             dropped = self._index.drop(victim.node, victim.keep)
             edges += dropped.edges
             self._events.append(Removed(dropped.namespace, pack_tokens(*dropped.path), dropped.keep))

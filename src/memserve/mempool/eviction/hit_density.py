@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from memserve.core.radix import Path
 from memserve.core.types import Namespace, Tokens
 from memserve.mempool.eviction.density import HitDensities
@@ -45,14 +43,8 @@ class HitDensity(QueuedPolicy):
     def rank(self, leaf: IndexNode, run: Run) -> Rank:
         return _class_of(run.uses, run.follows), run.stamp
 
-    def pick(self, keys: list[float | None], now: float) -> int:
-        picked, lowest, oldest = -1, math.inf, math.inf
-        for queue, key in enumerate(keys):
-            if key is not None:
-                density = self._densities.of(queue, now - key)
-                if density < lowest or (density == lowest and key < oldest):
-                    picked, lowest, oldest = queue, density, key
-        return picked
+    def worth(self, queue: int, key: float, now: float) -> float:
+        return self._densities.of(queue, now - key)
 
     def use(self, path: Path[IndexEntry], now: float) -> None:
         self._evaluate_in -= 1

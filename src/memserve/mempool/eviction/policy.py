@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from memserve.core.radix import Path
 from memserve.core.types import Namespace, Tokens
@@ -18,8 +17,7 @@ At most as many as the third argument says are looked at.
 """
 
 
-@dataclass(frozen=True, slots=True)
-class Victim:
+class Victim(NamedTuple):
     """Give up all but the first ``keep`` blocks of a leaf (0: the leaf itself)."""
 
     node: IndexNode

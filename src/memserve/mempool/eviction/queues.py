@@ -29,6 +29,10 @@ class _Plan:
     def __init__(self) -> None:
         self._gone_children: dict[IndexNode, int] = {}
         self.left: dict[IndexNode, int] = {}
+        self.fronts: dict[int, tuple[float, float, int]] = {}
+        """What the front of each queue that is not empty is worth, its key, and the queue."""
+        self.seen: set[int] = set()
+        """Queues whose front is known for certain: elsewhere one that was deleted or continued may pass for it."""
 
     def left_of(self, leaf: IndexNode) -> int:
         left = self.left.get(leaf)
@@ -60,8 +64,6 @@ class QueuedPolicy:
         self._keys: list[float | None] = [None] * queues
         """The key of each queue's front, unless the queue has ``_changed`` or its front was deleted."""
         self._changed: set[int] = set()
-        self._verified: set[int] = set()
-        """Queues whose front was looked at for the present choice."""
         self._sweep_at = _SWEEP
         self._latest = float("-inf")
 
@@ -71,9 +73,12 @@ class QueuedPolicy:
         """Where a leaf belongs whose last blocks are ``run``. Within a queue, uses may only raise the key."""
         raise NotImplementedError
 
-    def pick(self, keys: list[float | None], now: float) -> int:
-        """The queue to evict from, given the lowest key in each that is not empty; -1 if all are."""
-        return next((queue for queue, key in enumerate(keys) if key is not None), -1)
+    def worth(self, queue: int, key: float, now: float) -> float:
+        """What the front of a queue is worth, given its key; the lowest goes first, among equals the lowest key.
+
+        Asked for anew with each choice. By default a queue is worth its number.
+        """
+        return queue
 
     def stamp(self, now: float) -> float:
         """What is noted as the time of a use; it never goes back. By default every use gets its own."""
@@ -97,7 +102,9 @@ class QueuedPolicy:
     def choose(self, need: int, idle_tail: IdleTail, now: float) -> list[Victim] | None:
         plan = _Plan()
         stuck: list[IndexNode] = []
-        self._verified.clear()
+        for queue, key in enumerate(self._keys):
+            if key is not None:
+                plan.fronts[queue] = (self.worth(queue, key, now), key, queue)
         while need > 0 and (leaf := self._take(plan, now)) is not None:
             left = plan.left_of(leaf)
             wanted = min(left - leaf.payload.usage.run_at(left).start, need)
@@ -149,21 +156,25 @@ class QueuedPolicy:
 
     def _take(self, plan: _Plan, now: float) -> IndexNode | None:
         """The leaf to evict from next, taken out of its queue; parents of victims count as leaves."""
-        keys, changed, verified = self._keys, self._changed, self._verified
         while True:
-            while changed:
-                queue = changed.pop()
-                keys[queue] = self._front(queue, plan)
-                verified.add(queue)
-            queue = self.pick(keys, now)
-            if queue < 0:
+            while self._changed:
+                self._look_at(self._changed.pop(), plan, now)
+            if not plan.fronts:
                 return None
-            # A leaf that was deleted, or continued, may have passed for the front until now.
-            changed.add(queue)
-            if queue in verified:
+            queue = min(plan.fronts.values())[2]
+            self._changed.add(queue)
+            if queue in plan.seen:
                 leaf = heappop(self._queues[queue])[2]
                 del self._places[leaf]
                 return leaf
+
+    def _look_at(self, queue: int, plan: _Plan, now: float) -> None:
+        key = self._keys[queue] = self._front(queue, plan)
+        plan.seen.add(queue)
+        if key is None:
+            plan.fronts.pop(queue, None)
+        else:
+            plan.fronts[queue] = (self.worth(queue, key, now), key, queue)
 
     def _front(self, queue: int, plan: _Plan) -> float | None:
         """The lowest key of a queue, once outdated entries before it are gone."""

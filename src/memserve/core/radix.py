@@ -23,6 +23,10 @@ class Payload(Protocol):
         """Keep what concerns the blocks before ``at`` and return what concerns those from ``at`` on."""
         ...
 
+    def shorten(self, at: int) -> None:
+        """Keep only what concerns the blocks before ``at``."""
+        ...
+
     def append(self, at: int, tail: Self) -> None:
         """Take over ``tail``, which concerns blocks that follow; the edge had ``at`` blocks so far."""
         ...
@@ -190,29 +194,30 @@ class RadixTree(Generic[P]):
         node.children, node.attached = {}, False
         return fresh
 
-    def truncate(self, node: Node[P], keep: int) -> list[P]:
+    def truncate(self, node: Node[P], keep: int) -> list[Node[P]]:
         """Keep the first ``keep`` blocks of ``node``'s edge; drop the rest and everything below.
 
-        Returns the payloads of what was dropped, upper ones first. With ``keep`` 0 the node goes too;
-        its parent stays, perhaps as a leaf now.
+        Returns the nodes that were dropped, upper ones first. With ``keep`` 0 that includes ``node``; its
+        parent stays, perhaps as a leaf now.
         """
         assert node.attached, "this node was dropped before"
-        assert 0 <= keep <= self.blocks_of(node), f"cannot keep {keep} of {self.blocks_of(node)} blocks"
-        below = list(_walk_down(node.children)) if node.children else []
-        for lower in below:
-            lower.attached = False
-        dropped = [lower.payload for lower in below]
-        self.size -= len(below)
-        self.blocks -= sum(map(self.blocks_of, below)) + self.blocks_of(node) - keep
-        node.children.clear()
+        blocks = self.blocks_of(node)
+        assert 0 <= keep <= blocks, f"cannot keep {keep} of {blocks} blocks"
+        dropped: list[Node[P]] = []
+        if node.children:
+            dropped += _walk_down(node.children)
+            self.blocks -= sum(map(self.blocks_of, dropped))
+            node.children.clear()
+        self.blocks -= blocks - keep
         if keep == 0:
             del self._children(node.parent)[self._edge_name(node)]
-            node.attached = False
-            self.size -= 1
-            return [node.payload, *dropped]
-        if keep < self.blocks_of(node):
-            dropped.insert(0, node.payload.split(keep))
+            dropped.insert(0, node)
+        elif keep < blocks:
+            node.payload.shorten(keep)
             node._shorten(keep * self.block_tokens)
+        self.size -= len(dropped)
+        for lower in dropped:
+            lower.attached = False
         return dropped
 
     def check(self) -> None:

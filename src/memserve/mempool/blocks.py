@@ -303,11 +303,12 @@ class BlockTable:
         return entered
 
     def unindex(self, edges: Edges) -> int:
-        """Take blocks out of the index; those without references become free. Returns how many did."""
-        freed = np.empty(sum(map(len, edges)), np.int64)
+        """Take blocks out of the index; those without references become free. Returns how many left it."""
+        blocks = sum([len(edge) for edge in edges])
+        freed = np.empty(blocks, np.int64)
         count = leave_index(self._packed, self._uses, self._historical, edges, freed)
         self._give_back(freed[:count])
-        return count
+        return blocks
 
     def restore(self, numbers: BlockNumbers, origins: NDArray[np.uint8], tier: Tier) -> None:
         """Free blocks turn out to hold indexed KV: they are historical now. Costs a pass over the stack."""

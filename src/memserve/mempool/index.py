@@ -42,6 +42,12 @@ class IndexEntry:
         self.blocks = _own(self.blocks[:at])
         return lower
 
+    def shorten(self, at: int) -> None:
+        """Part of the radix tree's payload contract: keep only the blocks before ``at``."""
+        self.blocks = _own(self.blocks[:at])
+        self.lowered = 0
+        self.usage.shorten(at)
+
     def append(self, at: int, tail: IndexEntry) -> None:
         """Part of the radix tree's payload contract: the edge of ``at`` blocks grows by ``tail``'s."""
         assert self.tier is tail.tier, f"an edge in {self.tier} cannot grow by blocks in {tail.tier}"
@@ -72,7 +78,6 @@ class Dropped(NamedTuple):
     has only its first ``keep`` tokens left. ``edges`` are the block numbers of what is gone: int32[n] each.
     """
 
-    namespace: Namespace
     path: list[Tokens]
     keep: int
     edges: list[NDArray[np.int32]]
@@ -172,22 +177,28 @@ class PromptIndex:
 
     def drop(self, node: IndexNode, keep: int) -> Dropped:
         """Take all but the first ``keep`` blocks of ``node``'s edge, and all below it, out of the index."""
-        namespace = node.payload.namespace
-        tree = self._trees[namespace]
-        parent = node.parent
-        path = [node.key[: (keep + 1) * self.block_tokens], *edges_above(node)]
+        entry, above = node.payload, node.parent
+        tree = self._trees[entry.namespace]
+        path = [node.key[: (keep + 1) * self.block_tokens]]
+        while above is not None:
+            path.append(above.key)
+            above = above.parent
         path.reverse()
-        kept = sum([len(edge) for edge in path]) - self.block_tokens
-        payloads = tree.truncate(node, keep)
-        for entry in payloads:
-            self._forget_lower(entry)
+        kept = sum([len(part) for part in path]) - self.block_tokens
+        gone = [entry.blocks[keep:]] if keep else []
+        if entry.tier is not Tier.DEVICE:
+            self._forget_lower(entry, keep)
+        for lower in tree.truncate(node, keep):
+            if lower is not node:
+                self._forget_lower(lower.payload)
+            gone.append(lower.payload.blocks)
         if keep:
-            node.payload.lowered = 0
-        elif parent is not None:
-            parent.payload.lowered -= int(node.payload.tier > parent.payload.tier)
+            entry.lowered = 0
+        elif node.parent is not None:
+            node.parent.payload.lowered -= int(entry.tier > node.parent.payload.tier)
         if tree.size == 0:
-            del self._trees[namespace]
-        return Dropped(namespace, path, kept, [entry.blocks for entry in payloads])
+            del self._trees[entry.namespace]
+        return Dropped(path, kept, gone)
 
     def exclusive_end(self, namespace: Namespace, tokens: Tokens) -> tuple[IndexNode, int] | None:
         """Where to :meth:`drop` so that ``tokens`` is forgotten but nothing that does not begin with it.
@@ -244,18 +255,10 @@ class PromptIndex:
             for number in _numbers(node):
                 self._lower[number] = node
 
-    def _forget_lower(self, entry: IndexEntry) -> None:
+    def _forget_lower(self, entry: IndexEntry, keep: int = 0) -> None:
         if entry.tier is not Tier.DEVICE:
-            for number in entry.blocks.tolist():
+            for number in entry.blocks[keep:].tolist():
                 del self._lower[number]
-
-
-def edges_above(node: IndexNode) -> Iterator[Tokens]:
-    """The tokens of the edges above ``node``'s, from the lowest up."""
-    above = node.parent
-    while above is not None:
-        yield above.key
-        above = above.parent
 
 
 def open_children(node: IndexNode) -> int:
@@ -270,7 +273,7 @@ def parent_in_tier(node: IndexNode) -> IndexNode | None:
 
 
 def _own(part: NDArray[np.int32]) -> NDArray[np.int32]:
-    # Evicting block by block must not copy the rest each time, nor a few blocks keep many others' numbers alive.
+    # Evicting block by block must not copy the rest each time, nor a few blocks keep many more alive.
     return part if part.base is not None and 2 * part.size >= part.base.size else part.copy()
 
 

@@ -214,7 +214,7 @@ class LocalPool:
             return Inserted(0, duplicate)
         self._tiers.add_leaf(self._index.add(namespace, tokens, found, added, usage))
         whole = tokens[: full * self.layout.block_tokens]
-        self._events.append(Stored(namespace, pack_tokens(whole)))
+        self._events.stored(namespace, whole)
         self._tiers.reattach(namespace, whole)
         return Inserted(full - known, duplicate)
 
@@ -294,10 +294,13 @@ class LocalPool:
 
     def on_events(self, notify: Callable[[], None]) -> None:
         """Have ``notify`` called when the first event since the last :meth:`take_events` happens."""
-        self._events.notify = notify
+        self._events.follow(notify)
 
     def take_events(self) -> PoolEvents | None:
-        """Index events since the last call. A gap in the numbers means: ask for :meth:`snapshot`."""
+        """Index events since the last call. A gap in the numbers means: ask for :meth:`snapshot`.
+
+        They are kept from the first call on, or from :meth:`on_events` or :meth:`snapshot`.
+        """
         return self._events.take()
 
     def snapshot(self) -> Snapshot:

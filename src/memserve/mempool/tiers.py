@@ -12,12 +12,11 @@ from numpy.typing import NDArray
 from memserve._native import copy_blocks
 from memserve.core.clock import Clock
 from memserve.core.errors import OutOfBlocks
-from memserve.core.messages import Removed, Stored
 from memserve.core.radix import Path
-from memserve.core.types import Namespace, Tokens, pack_tokens
+from memserve.core.types import Namespace, Tokens
 from memserve.mempool.address import BlockNumbers, Origin, Tier
 from memserve.mempool.arena import Arena
-from memserve.mempool.blocks import BlockTable
+from memserve.mempool.blocks import BlockTable, Edges
 from memserve.mempool.events import EventLog
 from memserve.mempool.eviction import EvictionPolicy, LeastRecentlyUsed, Victim
 from memserve.mempool.index import IndexEntry, IndexNode, PromptIndex, open_children
@@ -56,6 +55,9 @@ class Tiers:
     @property
     def lower(self) -> tuple[Tier, ...]:
         """The tiers below the device that have blocks."""
+        _, host, disk = self._table.capacity
+        if not host and not disk:
+            return ()
         return tuple(tier for tier in (Tier.HOST, Tier.DISK) if self._table.capacity[tier])
 
     # --- use ---
@@ -146,18 +148,17 @@ class Tiers:
 
     def _drop_all(self, victims: list[Victim]) -> int:
         """The same for many at once; what has become a leaf is not made known."""
-        edges: list[NDArray[np.int32]] = []
+        edges: Edges = []
         for victim in reversed(victims):
             if not victim.node.attached:
                 # It went with what it continues, which is a victim too.
                 continue
             dropped = self._index.drop(victim.node, victim.keep)
             edges += dropped.edges
-            self._events.append(Removed(dropped.namespace, pack_tokens(*dropped.path), dropped.keep))
+            self._events.removed(victim.node.payload.namespace, dropped.path, dropped.keep)
         if self._disk is not None:
             self._leave_disk(np.concatenate(edges).astype(np.int64))
-        self._table.unindex(edges)
-        return sum(map(len, edges))
+        return self._table.unindex(edges)
 
     def _give_up(self, node: IndexNode, keep: int, lower: tuple[Tier, ...]) -> int:
         """Move what ``node`` has beyond ``keep`` blocks, all idle, to one of the tiers ``lower``.
@@ -325,7 +326,7 @@ class Tiers:
                 usage = self.publish(namespace, path, found.path, count)
                 leaf = self._index.add(namespace, path, found, new, usage, Tier.DISK)
                 self.add_leaf(leaf)
-                self._events.append(Stored(namespace, pack_tokens(path)))
+                self._events.stored(namespace, path)
 
     def reattach_all(self) -> None:
         """Index all that the disk holds from its beginning on; the rest waits for its prompts."""

@@ -85,6 +85,12 @@ class Usage:
         self.blocks, self.runs = at, above
         return rest
 
+    def shorten(self, at: int) -> None:
+        """Keep the first ``at`` blocks only."""
+        self.blocks = at
+        if len(self.runs) > 1:
+            self.runs = [run for run in self.runs if run.start < at]
+
     def append(self, tail: Usage) -> None:
         """The edge grows by the blocks of ``tail``."""
         first = self.blocks

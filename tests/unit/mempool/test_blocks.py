@@ -52,7 +52,7 @@ def test_states_follow_references_and_index(table: BlockTable) -> None:
     assert table.counts() == BlockCounts(free=4, active=0, historical=2, incoming=0)
     table.retain(numbers[:1])
     assert table.counts() == BlockCounts(free=4, active=1, historical=1, incoming=0)
-    assert table.unindex(edges_of(numbers[:2])) == 1
+    assert table.unindex(edges_of(numbers[:2])) == 2
     assert table.counts() == BlockCounts(free=5, active=1, historical=0, incoming=0)
     table.check()
 

@@ -28,7 +28,7 @@ def tokens(count: int, seed: int = 1) -> np.ndarray:
 
 
 def recall(history: PrefixHistory, wanted: np.ndarray, follows: int = 0, now: float = 0.0) -> list[Past]:
-    return list(history.recall(NS, wanted, follows, now))
+    return history.recall(NS, wanted, follows, now)
 
 
 def test_a_prompt_is_remembered_once_it_was_recalled() -> None:
@@ -43,20 +43,20 @@ def test_a_prompt_that_differs_shares_what_lies_before_the_next_chunk() -> None:
     one, other = tokens(4 * CHUNK), tokens(4 * CHUNK)
     other[CHUNK + 64] += 1
     recall(history, one)
-    assert [past.chunks for past in recall(history, other)] == [2]
+    assert [chunks for chunks, *_ in recall(history, other)] == [2]
 
 
 def test_chunks_of_every_length_of_a_prompt_are_the_same() -> None:
     history, long = PrefixHistory(4096, PAGE), tokens(100 * CHUNK)
     recall(history, long)
     for size in (PAGE, CHUNK - PAGE, CHUNK, CHUNK + PAGE, 99 * CHUNK + PAGE):
-        assert sum(past.chunks for past in recall(history, long[:size])) == -(-size // CHUNK)
+        assert sum(chunks for chunks, *_ in recall(history, long[:size])) == -(-size // CHUNK)
 
 
 def test_namespaces_do_not_share_a_past() -> None:
     history = PrefixHistory(1024, PAGE)
     for space in (NS, Namespace("n"), Namespace("m", adapter="a"), Namespace("m", salt="a")):
-        assert list(history.recall(space, tokens(64), 0, 0.0)) == []
+        assert history.recall(space, tokens(64), 0, 0.0) == []
 
 
 def test_an_overwritten_chunk_is_like_the_next() -> None:
@@ -74,14 +74,14 @@ def test_the_history_is_bounded() -> None:
     for seed in range(200):
         recall(history, tokens(4 * CHUNK, seed))
     assert history._table.nbytes == 64 * 16
-    assert sum(past.chunks for past in recall(history, tokens(4 * CHUNK, 199))) == 4
+    assert sum(chunks for chunks, *_ in recall(history, tokens(4 * CHUNK, 199))) == 4
 
 
 def test_uses_are_counted_up_to_a_limit() -> None:
     history = PrefixHistory(64, PAGE)
     for turn in range(300):
         past = recall(history, tokens(CHUNK))
-        assert [row.uses for row in past] == ([min(turn, 255)] if turn else [])
+        assert [uses for _, uses, *_ in past] == ([min(turn, 255)] if turn else [])
 
 
 # --- densities ---

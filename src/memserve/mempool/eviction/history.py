@@ -8,8 +8,6 @@ differ in a word for one, which costs a statistic, never a wrong block.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
-from typing import NamedTuple
 
 import numpy as np
 
@@ -23,13 +21,8 @@ MOST_USES = 255
 """Uses that can be remembered."""
 
 
-class Past(NamedTuple):
-    """``chunks`` consecutive chunks with the same past; see :class:`~memserve.mempool.usage.Run`."""
-
-    chunks: int
-    uses: int
-    follows: int
-    stamp: float
+Past = tuple[int, int, int, float]
+"""So many consecutive chunks (first) have the same uses, follows and stamp; see ``usage.Run``."""
 
 
 class PrefixHistory:
@@ -43,14 +36,13 @@ class PrefixHistory:
         self._table = np.zeros(_PLACE_BYTES << max(capacity - 1, 1).bit_length(), np.uint8)
         self._seeds: dict[Namespace, int] = {}
 
-    def recall(self, namespace: Namespace, tokens: Tokens, follows: int, now: float) -> Iterator[Past]:
+    def recall(self, namespace: Namespace, tokens: Tokens, follows: int, now: float) -> list[Past]:
         """What is remembered of the chunks of ``tokens`` (int32[n]) from the first to the last known one.
 
         One that was overwritten is taken to be like the next, which cannot have been here without it. From
         now on all of them were used once more; those that are new follow what was used ``follows`` times.
         """
-        rows = recall_prefix(self._table, tokens, self._span, self._seed(namespace), follows, now)
-        return map(Past._make, rows)
+        return recall_prefix(self._table, tokens, self._span, self._seed(namespace), follows, now)
 
     def _seed(self, namespace: Namespace) -> int:
         seed = self._seeds.get(namespace)

@@ -32,7 +32,7 @@ class _Plan:
         self.fronts: dict[int, tuple[float, float, int]] = {}
         """What the front of each queue that is not empty is worth, its key, and the queue."""
         self.seen: set[int] = set()
-        """Queues whose front is known for certain: elsewhere one that was deleted or continued may pass for it."""
+        """Queues whose front is certain; elsewhere a leaf that was deleted or continued may pass for it."""
 
     def left_of(self, leaf: IndexNode) -> int:
         left = self.left.get(leaf)
@@ -74,7 +74,7 @@ class QueuedPolicy:
         raise NotImplementedError
 
     def worth(self, queue: int, key: float, now: float) -> float:
-        """What the front of a queue is worth, given its key; the lowest goes first, among equals the lowest key.
+        """What the front of a queue is worth, given its key; the lowest goes first, then the lowest key.
 
         Asked for anew with each choice. By default a queue is worth its number.
         """

@@ -83,8 +83,7 @@ size_t retain(const BlockColumns& table, Numbers numbers) {
   return numbers.size;
 }
 
-size_t lease(const BlockColumns& table, const std::vector<Edge>& edges, const uint8_t* origins, uint64_t* addresses,
-             uint8_t* block_origins) {
+size_t lease(const BlockColumns& table, const std::vector<Edge>& edges, uint64_t* addresses, uint8_t* origins) {
   HistoricalChange change(table);
   size_t done = 0;
   for (const Edge& edge : edges) {
@@ -92,7 +91,7 @@ size_t lease(const BlockColumns& table, const std::vector<Edge>& edges, const ui
       const size_t number = checked(table.blocks, block);
       if (!add_reference(table, number, change)) return done;
       addresses[done] = table.addresses[number];
-      block_origins[done++] = origins[number];
+      origins[done++] = table.origins[number];
     }
   }
   return done;
@@ -116,7 +115,7 @@ Released release(const BlockColumns& table, Span<const uint64_t> addresses, int6
   return result;
 }
 
-bool enter_index(const BlockColumns& table, Numbers numbers, uint8_t* origins, uint8_t origin) {
+bool enter_index(const BlockColumns& table, Numbers numbers, uint8_t origin) {
   for (size_t i = 0; i < numbers.size; ++i) {
     int32_t& uses = table.uses[checked(table.blocks, numbers.data[i])];
     if (uses == kFree || (uses & kIndexed) != 0) {
@@ -125,7 +124,7 @@ bool enter_index(const BlockColumns& table, Numbers numbers, uint8_t* origins, u
     }
     uses |= kIndexed;
   }
-  for (int64_t number : numbers) origins[number] = origin;
+  for (int64_t number : numbers) table.origins[number] = origin;
   return true;
 }
 
@@ -147,9 +146,9 @@ size_t leave_index(const BlockColumns& table, const std::vector<Edge>& edges, in
   return count;
 }
 
-size_t idle_tail(const int32_t* uses, size_t blocks, Edge edge) {
+size_t idle_tail(const BlockColumns& table, Edge edge) {
   size_t idle = 0;
-  while (idle < edge.size && uses[checked(blocks, edge.data[edge.size - 1 - idle])] < kReference) ++idle;
+  while (idle < edge.size && table.uses[checked(table.blocks, edge.data[edge.size - 1 - idle])] < kReference) ++idle;
   return idle;
 }
 

@@ -21,10 +21,11 @@ struct Span {
 using Numbers = Span<const int64_t>;
 using Edge = Span<const int32_t>;  // the block numbers of one edge of a prompt tree
 
-// The columns of the table; the caller sees to it that they are equally long. `historical` counts per tier.
+// The columns of the table, equally long. `historical` counts per tier.
 struct BlockColumns {
   uint64_t* addresses;
   int32_t* uses;
+  uint8_t* origins;
   size_t blocks;
   int64_t* historical;
 };
@@ -44,21 +45,20 @@ void occupy(const BlockColumns& table, Numbers stacked, uint64_t* addresses);
 size_t retain(const BlockColumns& table, Numbers numbers);
 
 // The same for the blocks of edges, of which it writes present addresses and origins.
-size_t lease(const BlockColumns& table, const std::vector<Edge>& edges, const uint8_t* origins, uint64_t* addresses,
-             uint8_t* block_origins);
+size_t lease(const BlockColumns& table, const std::vector<Edge>& edges, uint64_t* addresses, uint8_t* origins);
 
 // Drops one reference of each address's block. What has none left becomes historical or, with a new generation, free.
 Released release(const BlockColumns& table, Span<const uint64_t> addresses, int64_t* freed);
 
 // Marks blocks as indexed, with their origin: all if each is referenced, not indexed, and named once; else none. Says
 // whether it did.
-bool enter_index(const BlockColumns& table, Numbers numbers, uint8_t* origins, uint8_t origin);
+bool enter_index(const BlockColumns& table, Numbers numbers, uint8_t origin);
 
 // Takes blocks out of the index; those without references become free. Returns how many did and writes their numbers.
 size_t leave_index(const BlockColumns& table, const std::vector<Edge>& edges, int64_t* freed);
 
 // Blocks at the end of an edge that nobody holds.
-size_t idle_tail(const int32_t* uses, size_t blocks, Edge edge);
+size_t idle_tail(const BlockColumns& table, Edge edge);
 
 // In how many places `numbers` differ from the blocks of edges one after the other; `numbers` must not be shorter.
 size_t count_different(const std::vector<Edge>& edges, Numbers numbers);

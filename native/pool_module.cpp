@@ -33,9 +33,20 @@ T* with_room(const Array<T>& array, size_t size, const char* name) {
   return array.data();
 }
 
-BlockColumns columns_of(const Array<uint64_t>& addresses, const Array<int32_t>& uses, const Array<int64_t>& historical) {
+// The table's columns for as long as Python neither replaces nor lengthens them.
+struct Columns : BlockColumns {
+  Array<uint64_t> address_array;
+  Array<int32_t> use_array;
+  Array<uint8_t> origin_array;
+  Array<int64_t> historical_array;
+};
+
+void construct(Columns* self, const Array<uint64_t>& addresses, const Array<int32_t>& uses,
+               const Array<uint8_t>& origins, const Array<int64_t>& historical) {
   const size_t blocks = addresses.size();
-  return {addresses.data(), with_room(uses, blocks, "uses"), blocks, with_room(historical, 3, "historical")};
+  const BlockColumns columns{addresses.data(), with_room(uses, blocks, "uses"), with_room(origins, blocks, "origins"),
+                             blocks, with_room(historical, 3, "historical")};
+  new (self) Columns{columns, addresses, uses, origins, historical};
 }
 
 // The arrays of a list, kept alive while their blocks are looked at.
@@ -55,55 +66,41 @@ struct Edges {
   }
 };
 
-size_t resolve_addresses(const Array<uint64_t>& addresses, const Array<int32_t>& uses,
-                         const Array<int64_t>& historical, const Array<const uint64_t>& asked,
-                         const Array<int64_t>& numbers) {
-  return resolve(columns_of(addresses, uses, historical), span_of(asked),
-                 with_room(numbers, asked.size(), "numbers"));
+size_t resolve_addresses(const Columns& table, const Array<const uint64_t>& asked, const Array<int64_t>& numbers) {
+  return resolve(table, span_of(asked), with_room(numbers, asked.size(), "numbers"));
 }
 
-void occupy_blocks(const Array<uint64_t>& addresses, const Array<int32_t>& uses, const Array<int64_t>& historical,
-                   const Array<const int64_t>& stacked, const Array<uint64_t>& occupied) {
-  occupy(columns_of(addresses, uses, historical), span_of(stacked), with_room(occupied, stacked.size(), "occupied"));
+void occupy_blocks(const Columns& table, const Array<const int64_t>& stacked, const Array<uint64_t>& occupied) {
+  occupy(table, span_of(stacked), with_room(occupied, stacked.size(), "occupied"));
 }
 
-size_t retain_blocks(const Array<uint64_t>& addresses, const Array<int32_t>& uses, const Array<int64_t>& historical,
-                     const Array<const int64_t>& numbers) {
-  return retain(columns_of(addresses, uses, historical), span_of(numbers));
+size_t retain_blocks(const Columns& table, const Array<const int64_t>& numbers) {
+  return retain(table, span_of(numbers));
 }
 
-size_t lease_edges(const Array<uint64_t>& addresses, const Array<int32_t>& uses, const Array<int64_t>& historical,
-                   const Array<const uint8_t>& origins, const nb::list& edges, const Array<uint64_t>& leased,
-                   const Array<uint8_t>& leased_origins) {
-  const BlockColumns table = columns_of(addresses, uses, historical);
+size_t lease_edges(const Columns& table, const nb::list& edges, const Array<uint64_t>& leased,
+                   const Array<uint8_t>& origins) {
   const Edges path(edges);
-  return lease(table, path.edges, with_room(origins, table.blocks, "origins"), with_room(leased, path.blocks, "leased"),
-               with_room(leased_origins, path.blocks, "leased_origins"));
+  return lease(table, path.edges, with_room(leased, path.blocks, "leased"), with_room(origins, path.blocks, "origins"));
 }
 
-nb::tuple release_addresses(const Array<uint64_t>& addresses, const Array<int32_t>& uses,
-                            const Array<int64_t>& historical, const Array<const uint64_t>& asked,
-                            const Array<int64_t>& freed) {
-  const Released result = release(columns_of(addresses, uses, historical), span_of(asked),
-                                  with_room(freed, asked.size(), "freed"));
+nb::tuple release_addresses(const Columns& table, const Array<const uint64_t>& asked, const Array<int64_t>& freed) {
+  const Released result = release(table, span_of(asked), with_room(freed, asked.size(), "freed"));
   return nb::make_tuple(result.freed, result.stale);
 }
 
-bool enter_index_blocks(const Array<uint64_t>& addresses, const Array<int32_t>& uses, const Array<int64_t>& historical,
-                        const Array<const int64_t>& numbers, const Array<uint8_t>& origins, uint8_t origin) {
-  const BlockColumns table = columns_of(addresses, uses, historical);
-  return enter_index(table, span_of(numbers), with_room(origins, table.blocks, "origins"), origin);
+bool enter_index_blocks(const Columns& table, const Array<const int64_t>& numbers, uint8_t origin) {
+  return enter_index(table, span_of(numbers), origin);
 }
 
-size_t leave_index_edges(const Array<uint64_t>& addresses, const Array<int32_t>& uses,
-                         const Array<int64_t>& historical, const nb::list& edges, const Array<int64_t>& freed) {
+size_t leave_index_edges(const Columns& table, const nb::list& edges, const Array<int64_t>& freed) {
   const Edges gone(edges);
-  return leave_index(columns_of(addresses, uses, historical), gone.edges, with_room(freed, gone.blocks, "freed"));
+  return leave_index(table, gone.edges, with_room(freed, gone.blocks, "freed"));
 }
 
-size_t count_idle_tail(const Array<int32_t>& uses, const Array<const int32_t>& edge, size_t end, size_t most) {
+size_t count_idle_tail(const Columns& table, const Array<const int32_t>& edge, size_t end, size_t most) {
   if (end > edge.size() || most > end) throw std::invalid_argument("an edge has no so many blocks to look at");
-  return idle_tail(uses.data(), uses.size(), {edge.data() + (end - most), most});
+  return idle_tail(table, {edge.data() + (end - most), most});
 }
 
 size_t count_different_blocks(const nb::list& edges, const Array<const int64_t>& numbers) {
@@ -131,6 +128,8 @@ nb::list recall_runs(const Array<uint8_t>& table, const Array<const int32_t>& to
 }  // namespace
 
 void bind_pool_passes(nb::module_& m) {
+  nb::class_<Columns>(m, "BlockColumns")
+      .def("__init__", &construct, "addresses"_a, "uses"_a, "origins"_a, "historical"_a);
   m.def("resolve_addresses", &resolve_addresses);
   m.def("occupy_blocks", &occupy_blocks);
   m.def("retain_blocks", &retain_blocks);

@@ -91,76 +91,49 @@ class Model:
 
 # --- the pool's index: see native/blocks.h and native/prefixes.h ---
 #
-# ``addresses``, ``uses`` and ``historical`` are the columns of the block table. Raises IndexError for a block
-# number that is not there, ValueError for arrays that are too short.
+# Raises IndexError for a block number that is not there, ValueError for an array that is too short.
 
-def resolve_addresses(
-    addresses: NDArray[np.uint64],
-    uses: NDArray[np.int32],
-    historical: NDArray[np.int64],
-    asked: NDArray[np.uint64],
-    numbers: NDArray[np.int64],
-) -> int:
+class BlockColumns:
+    """The columns of the block table, in place: the first three have one value per block, the last per tier."""
+
+    def __init__(
+        self,
+        addresses: NDArray[np.uint64],
+        uses: NDArray[np.int32],
+        origins: NDArray[np.uint8],
+        historical: NDArray[np.int64],
+    ) -> None: ...
+
+def resolve_addresses(table: BlockColumns, asked: NDArray[np.uint64], numbers: NDArray[np.int64]) -> int:
     """How many of ``asked`` from the first on are present addresses; ``numbers`` gets their blocks."""
 
-def occupy_blocks(
-    addresses: NDArray[np.uint64],
-    uses: NDArray[np.int32],
-    historical: NDArray[np.int64],
-    stacked: NDArray[np.int64],
-    occupied: NDArray[np.uint64],
-) -> None:
+def occupy_blocks(table: BlockColumns, stacked: NDArray[np.int64], occupied: NDArray[np.uint64]) -> None:
     """Give free blocks one reference each, the last first; ``occupied`` gets their addresses."""
 
-def retain_blocks(
-    addresses: NDArray[np.uint64],
-    uses: NDArray[np.int32],
-    historical: NDArray[np.int64],
-    numbers: NDArray[np.int64],
-) -> int:
+def retain_blocks(table: BlockColumns, numbers: NDArray[np.int64]) -> int:
     """Add one reference to each block. Returns how many were done before one that is free."""
 
 def lease_edges(
-    addresses: NDArray[np.uint64],
-    uses: NDArray[np.int32],
-    historical: NDArray[np.int64],
-    origins: NDArray[np.uint8],
+    table: BlockColumns,
     edges: list[NDArray[np.int32]],
     leased: NDArray[np.uint64],
-    leased_origins: NDArray[np.uint8],
+    origins: NDArray[np.uint8],
 ) -> int:
     """The same for the blocks of ``edges``; the last two get their addresses and origins."""
 
 def release_addresses(
-    addresses: NDArray[np.uint64],
-    uses: NDArray[np.int32],
-    historical: NDArray[np.int64],
-    asked: NDArray[np.uint64],
-    freed: NDArray[np.int64],
+    table: BlockColumns, asked: NDArray[np.uint64], freed: NDArray[np.int64]
 ) -> tuple[int, int]:
     """Drop one reference per address. Returns how many blocks that freed, which ``freed`` gets, and how many
     addresses were stale."""
 
-def enter_index(
-    addresses: NDArray[np.uint64],
-    uses: NDArray[np.int32],
-    historical: NDArray[np.int64],
-    numbers: NDArray[np.int64],
-    origins: NDArray[np.uint8],
-    origin: int,
-) -> bool:
+def enter_index(table: BlockColumns, numbers: NDArray[np.int64], origin: int) -> bool:
     """Mark blocks as indexed, and where they came from: all of them, or none and False if one may not be."""
 
-def leave_index(
-    addresses: NDArray[np.uint64],
-    uses: NDArray[np.int32],
-    historical: NDArray[np.int64],
-    edges: list[NDArray[np.int32]],
-    freed: NDArray[np.int64],
-) -> int:
+def leave_index(table: BlockColumns, edges: list[NDArray[np.int32]], freed: NDArray[np.int64]) -> int:
     """Take blocks out of the index. Returns how many are free now, in ``freed``."""
 
-def idle_tail(uses: NDArray[np.int32], edge: NDArray[np.int32], end: int, most: int) -> int:
+def idle_tail(table: BlockColumns, edge: NDArray[np.int32], end: int, most: int) -> int:
     """How many of the ``most`` blocks of ``edge`` before ``end`` nobody holds, from the last back."""
 
 def count_different(edges: list[NDArray[np.int32]], numbers: NDArray[np.int64]) -> int:

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memserve._native import (
+    BlockColumns,
     enter_index,
     idle_tail,
     lease_edges,
@@ -200,12 +201,12 @@ class BlockTable:
     def resolve(self, packed: Packed) -> BlockNumbers | None:
         """Block numbers of addresses, any repetition; None if one of them is not current."""
         numbers = np.empty(len(packed), np.int64)
-        found = resolve_addresses(self._packed, self._uses, self._historical, packed, numbers)
+        found = resolve_addresses(self._columns, packed, numbers)
         return numbers if found == len(packed) else None
 
     def idle_tail(self, edge: NDArray[np.int32], end: int, most: int) -> int:
         """Of the first ``end`` blocks of ``edge``, how many at the end nobody holds; looks at ``most``."""
-        return idle_tail(self._uses, edge, end, most)
+        return idle_tail(self._columns, edge, end, most)
 
     def counts(self, tier: Tier = Tier.DEVICE) -> BlockCounts:
         """Blocks of a tier per state. Costs a pass over the table."""
@@ -253,12 +254,12 @@ class BlockTable:
         free = self._free[tier]
         assert count <= free.count, f"{count} blocks asked of {free.count} free"
         packed = np.empty(count, np.uint64)
-        occupy_blocks(self._packed, self._uses, self._historical, free.pop(count), packed)
+        occupy_blocks(self._columns, free.pop(count), packed)
         return packed
 
     def retain(self, numbers: BlockNumbers) -> None:
         """Add one reference to each; blocks must be indexed or referenced."""
-        done = retain_blocks(self._packed, self._uses, self._historical, numbers)
+        done = retain_blocks(self._columns, numbers)
         assert done == len(numbers), "a free block cannot be retained"
 
     def lease(self, edges: Edges, blocks: int) -> tuple[Packed, NDArray[np.uint8]]:
@@ -268,8 +269,7 @@ class BlockTable:
         """
         packed, origins = np.empty(blocks, np.uint64), np.empty(blocks, np.uint8)
         if blocks:
-            table = (self._packed, self._uses, self._historical)
-            done = lease_edges(*table, self._origins, edges, packed, origins)
+            done = lease_edges(self._columns, edges, packed, origins)
             assert done == blocks, "a free block cannot be retained"
         return packed, origins
 
@@ -284,7 +284,7 @@ class BlockTable:
         of a generation that has passed, or of a block that nobody held.
         """
         freed = np.empty(len(packed), np.int64)
-        count, stale = release_addresses(self._packed, self._uses, self._historical, packed, freed)
+        count, stale = release_addresses(self._columns, packed, freed)
         self._give_back(freed[:count])
         return stale
 
@@ -296,8 +296,7 @@ class BlockTable:
         Nothing happens, and False is returned, if one is not referenced, indexed already or named twice.
         """
         one = int(origin) if isinstance(origin, Origin) else 0
-        table = (self._packed, self._uses, self._historical)
-        entered = enter_index(*table, numbers, self._origins, one)
+        entered = enter_index(self._columns, numbers, one)
         if entered and not isinstance(origin, Origin):
             self._origins[numbers] = origin
         return entered
@@ -306,7 +305,7 @@ class BlockTable:
         """Take blocks out of the index; those without references become free. Returns how many left it."""
         blocks = sum([len(edge) for edge in edges])
         freed = np.empty(blocks, np.int64)
-        count = leave_index(self._packed, self._uses, self._historical, edges, freed)
+        count = leave_index(self._columns, edges, freed)
         self._give_back(freed[:count])
         return blocks
 
@@ -364,4 +363,5 @@ class BlockTable:
         self._incoming = np.concatenate((self._incoming, np.zeros(count, np.bool_)))
         self._retired = np.concatenate((self._retired, np.zeros(count, np.bool_)))
         self._origins = np.concatenate((self._origins, np.zeros(count, np.uint8)))
+        self._columns = BlockColumns(self._packed, self._uses, self._origins, self._historical)
         return np.arange(first, self.blocks, dtype=np.int64)

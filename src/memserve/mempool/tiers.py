@@ -92,7 +92,7 @@ class Tiers:
             return
         victims = None
         if missing <= self._table.historical_in(tier):
-            victims = self._policies[tier].choose(missing, self._idle_tail, self._clock.now())
+            victims = self._policies[tier].choose(missing, self._table.idle_tail, self._clock.now())
         if victims is None:
             states = self._table.counts(tier)
             raise OutOfBlocks(
@@ -133,7 +133,7 @@ class Tiers:
     def _move_coldest(self, n: int, tier: Tier, lower: tuple[Tier, ...]) -> int:
         victims = None
         policy, now = self._policies[tier], self._clock.now()
-        while n > 0 and (victims := policy.choose(n, self._idle_tail, now)) is None:
+        while n > 0 and (victims := policy.choose(n, self._table.idle_tail, now)) is None:
             # Some of the historical blocks are continued by blocks in use.
             n //= 2
         return sum(self._give_up(victim.node, victim.keep, lower) for victim in victims or ())
@@ -350,9 +350,6 @@ class Tiers:
     def _require_disk(self) -> DiskShelf:
         assert self._disk is not None, "a pool without a disk tier has no blocks there"
         return self._disk
-
-    def _idle_tail(self, node: IndexNode, end: int, most: int) -> int:
-        return self._table.idle_tail(node.payload.blocks, end, most)
 
 
 def _begins_on_device(node: IndexNode) -> bool:

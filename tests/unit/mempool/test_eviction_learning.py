@@ -88,9 +88,9 @@ def test_uses_are_counted_up_to_a_limit() -> None:
 
 
 def test_density_is_hits_per_block_and_second_of_the_best_stay() -> None:
-    densities = HitDensities(1, fade=1.0)
+    densities = HitDensities(2, fade=1.0)
     densities.enter(0, 99)
-    densities.leave_used(0, 10.0, 50)
+    densities.use(0, 10.0, 50, 1)
     densities.evaluate()
     # Half of the class is used within 15 s of its last use; a stay costs 60 s more.
     assert densities.of(0, 0.0) == pytest.approx(0.5 / (15 + 60))
@@ -99,10 +99,10 @@ def test_density_is_hits_per_block_and_second_of_the_best_stay() -> None:
 
 
 def test_those_that_were_used_do_not_wait_any_more() -> None:
-    densities = HitDensities(1, fade=1.0)
+    densities = HitDensities(2, fade=1.0)
     densities.enter(0, 99)
-    densities.leave_used(0, 1.0, 60)
-    densities.leave_used(0, 100.0, 20)
+    densities.use(0, 1.0, 60, 1)
+    densities.use(0, 100.0, 20, 1)
     densities.evaluate()
     # Of the 40 that reach 90 s half are used within the next 30 s.
     assert densities.of(0, 95.0) == pytest.approx(0.5 / (30 + 60))
@@ -110,11 +110,11 @@ def test_those_that_were_used_do_not_wait_any_more() -> None:
 
 def test_densities_agree_with_the_formula() -> None:
     rng = np.random.default_rng(5)
-    densities = HitDensities(3, fade=1.0)
+    densities = HitDensities(4, fade=1.0)
     for kind in range(3):
         densities.enter(kind, 1000)
         for age in rng.exponential(400, 40):
-            densities.leave_used(kind, float(age), int(rng.integers(1, 20)))
+            densities.use(kind, float(age), int(rng.integers(1, 20)), 3)
     densities.evaluate()
     limits = [5, 15, 30, 45, 60, 90, 120, 180, 240, 300, 420, 600, 900, 1200, 1800, 3600]
     for kind in range(3):
@@ -129,9 +129,9 @@ def test_densities_agree_with_the_formula() -> None:
 
 
 def test_old_experience_fades() -> None:
-    densities = HitDensities(1, fade=0.5)
+    densities = HitDensities(2, fade=0.5)
     densities.enter(0, 100)
-    densities.leave_used(0, 1.0, 100)
+    densities.use(0, 1.0, 100, 1)
     densities.evaluate()
     before = densities.of(0, 0.0)
     densities.enter(0, 1000)

@@ -36,9 +36,13 @@ class HitDensities:
         """``blocks`` blocks belong to the class ``kind`` from now on."""
         self._entered[kind] += blocks
 
-    def leave_used(self, kind: int, age: float, blocks: int) -> None:
-        """``blocks`` blocks of a class were used again after ``age`` seconds, cached still or not."""
+    def use(self, kind: int, age: float, blocks: int, next_kind: int) -> None:
+        """``blocks`` blocks of a class were used again after ``age`` seconds, cached still or not.
+
+        They belong to the class ``next_kind`` from now on.
+        """
         self._used[kind][bisect_left(_AGE_LIMITS, age)] += blocks
+        self._entered[next_kind] += blocks
 
     def evicted(self, age: float, blocks: int) -> None:
         """``blocks`` blocks were evicted that had not been used for ``age`` seconds."""

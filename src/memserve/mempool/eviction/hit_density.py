@@ -89,8 +89,7 @@ class HitDensity(QueuedPolicy):
 
     def _learn(self, uses: int, follows: int, age: float, blocks: int) -> None:
         """``blocks`` blocks were used once more after ``age`` seconds."""
-        self._densities.leave_used(_class_of(uses, follows), age, blocks)
-        self._densities.enter(_class_of(uses + 1, follows), blocks)
+        self._densities.use(_class_of(uses, follows), age, blocks, _class_of(uses + 1, follows))
 
 
 def _class_of(uses: int, follows: int) -> int:

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from memserve.core.radix import Path
 from memserve.core.types import Namespace, Tokens
 from memserve.mempool.index import IndexEntry, IndexNode
 from memserve.mempool.usage import Usage
 
-IdleTail = Callable[[IndexNode, int, int], int]
-"""Of the first so many blocks of a node's edge (second argument), how many at the end are held by nobody.
+IdleTail = Callable[[NDArray[np.int32], int, int], int]
+"""Of the first so many blocks (second argument) of an edge, how many at the end are held by nobody.
 
 At most as many as the third argument says are looked at.
 """

@@ -106,9 +106,9 @@ class QueuedPolicy:
             if key is not None:
                 plan.fronts[queue] = (self.worth(queue, key, now), key, queue)
         while need > 0 and (leaf := self._take(plan, now)) is not None:
-            left = plan.left_of(leaf)
-            wanted = min(left - leaf.payload.usage.run_at(left).start, need)
-            taken = idle_tail(leaf, left, wanted)
+            left, entry = plan.left_of(leaf), leaf.payload
+            wanted = min(left - entry.usage.run_at(left).start, need)
+            taken = idle_tail(entry.blocks, left, wanted)
             need -= taken
             if taken:
                 plan.left[leaf] = left - taken

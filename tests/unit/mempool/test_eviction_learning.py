@@ -93,9 +93,9 @@ def test_density_is_hits_per_block_and_second_of_the_best_stay() -> None:
     densities.use(0, 10.0, 50, 1)
     densities.evaluate()
     # Half of the class is used within 15 s of its last use; a stay costs 60 s more.
-    assert densities.of(0, 0.0) == pytest.approx(0.5 / (15 + 60))
-    assert densities.of(0, 6.0) == pytest.approx(0.5 / (15 - 5 + 60))
-    assert densities.of(0, 20.0) == 0.0
+    assert densities.of(0, 0.0)[0] == pytest.approx(0.5 / (15 + 60))
+    assert densities.of(0, 6.0)[0] == pytest.approx(0.5 / (15 - 5 + 60))
+    assert densities.of(0, 20.0)[0] == 0.0
 
 
 def test_those_that_were_used_do_not_wait_any_more() -> None:
@@ -105,7 +105,7 @@ def test_those_that_were_used_do_not_wait_any_more() -> None:
     densities.use(0, 100.0, 20, 1)
     densities.evaluate()
     # Of the 40 that reach 90 s half are used within the next 30 s.
-    assert densities.of(0, 95.0) == pytest.approx(0.5 / (30 + 60))
+    assert densities.of(0, 95.0)[0] == pytest.approx(0.5 / (30 + 60))
 
 
 def test_densities_agree_with_the_formula() -> None:
@@ -125,7 +125,7 @@ def test_densities_agree_with_the_formula() -> None:
                 used[at : upto + 1].sum() / left / (limits[upto] - lowest + 60)
                 for upto in range(at, len(limits))
             ]
-            assert densities.of(kind, limits[at]) == pytest.approx(max(rates))
+            assert densities.of(kind, limits[at])[0] == pytest.approx(max(rates))
 
 
 def test_old_experience_fades() -> None:
@@ -133,10 +133,10 @@ def test_old_experience_fades() -> None:
     densities.enter(0, 100)
     densities.use(0, 1.0, 100, 1)
     densities.evaluate()
-    before = densities.of(0, 0.0)
+    before = densities.of(0, 0.0)[0]
     densities.enter(0, 1000)
     densities.evaluate()
-    assert densities.of(0, 0.0) < before / 4
+    assert densities.of(0, 0.0)[0] < before / 4
 
 
 # --- the policy ---

@@ -43,13 +43,15 @@ class HitDensity(QueuedPolicy):
     def rank(self, leaf: IndexNode, run: Run) -> Rank:
         return _class_of(run.uses, run.follows), run.stamp
 
-    def worth(self, queue: int, key: float, now: float) -> float:
-        return self._densities.of(queue, now - key)
+    def worth(self, queue: int, key: float, now: float) -> tuple[float, float]:
+        density, until = self._densities.of(queue, now - key)
+        return density, key + until
 
     def use(self, path: Path[IndexEntry], now: float) -> None:
         self._evaluate_in -= 1
         if self._evaluate_in < 0:
             self._densities.evaluate()
+            self.revalue()
             self._evaluate_in = _EVALUATE_EVERY
         last = path.nodes[-1] if path.nodes else None
         for node in path.nodes:

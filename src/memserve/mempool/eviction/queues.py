@@ -5,6 +5,7 @@ A queue is a heap in which a leaf's place is corrected when it comes up, so most
 
 from __future__ import annotations
 
+import math
 from heapq import heapify, heappop, heappush
 
 from memserve.core.radix import Path
@@ -29,8 +30,6 @@ class _Plan:
     def __init__(self) -> None:
         self._gone_children: dict[IndexNode, int] = {}
         self.left: dict[IndexNode, int] = {}
-        self.fronts: dict[int, tuple[float, float, int]] = {}
-        """What the front of each queue that is not empty is worth, its key, and the queue."""
         self.seen: set[int] = set()
         """Queues whose front is certain; elsewhere a leaf that was deleted or continued may pass for it."""
 
@@ -61,9 +60,11 @@ class QueuedPolicy:
         self._places: dict[IndexNode, tuple[int, float, int]] = {}
         """Of each leaf the queue and key it waits with, and the number of its one valid entry."""
         self._entries = 0
-        self._keys: list[float | None] = [None] * queues
-        """The key of each queue's front, unless the queue has ``_changed`` or its front was deleted."""
+        self._fronts: dict[int, tuple[float, float, int]] = {}
+        """What the front of each queue that is not empty is worth until ``_worth_until``, its key, the queue;
+        not of those queues that have ``_changed`` or whose front was deleted."""
         self._changed: set[int] = set()
+        self._worth_until = math.inf
         self._sweep_at = _SWEEP
         self._latest = float("-inf")
 
@@ -73,12 +74,16 @@ class QueuedPolicy:
         """Where a leaf belongs whose last blocks are ``run``. Within a queue, uses may only raise the key."""
         raise NotImplementedError
 
-    def worth(self, queue: int, key: float, now: float) -> float:
-        """What the front of a queue is worth, given its key; the lowest goes first, then the lowest key.
+    def worth(self, queue: int, key: float, now: float) -> tuple[float, float]:
+        """What the front of a queue is worth, given its key, and until when (seconds of ``now``).
 
-        Asked for anew with each choice. By default a queue is worth its number.
+        The lowest goes first, among equals the lowest key. By default a queue is worth its number.
         """
-        return queue
+        return queue, math.inf
+
+    def revalue(self) -> None:
+        """What fronts are worth has changed."""
+        self._worth_until = -math.inf
 
     def stamp(self, now: float) -> float:
         """What is noted as the time of a use; it never goes back. By default every use gets its own."""
@@ -102,9 +107,10 @@ class QueuedPolicy:
     def choose(self, need: int, idle_tail: IdleTail, now: float) -> list[Victim] | None:
         plan = _Plan()
         stuck: list[IndexNode] = []
-        for queue, key in enumerate(self._keys):
-            if key is not None:
-                plan.fronts[queue] = (self.worth(queue, key, now), key, queue)
+        if now > self._worth_until:
+            self._worth_until = math.inf
+            for _, key, queue in list(self._fronts.values()):
+                self._set_front(queue, key, now)
         while need > 0 and (leaf := self._take(plan, now)) is not None:
             left, entry = plan.left_of(leaf), leaf.payload
             wanted = min(left - entry.usage.run_at(left).start, need)
@@ -158,23 +164,26 @@ class QueuedPolicy:
         """The leaf to evict from next, taken out of its queue; parents of victims count as leaves."""
         while True:
             while self._changed:
-                self._look_at(self._changed.pop(), plan, now)
-            if not plan.fronts:
+                queue = self._changed.pop()
+                plan.seen.add(queue)
+                self._set_front(queue, self._front(queue, plan), now)
+            if not self._fronts:
                 return None
-            queue = min(plan.fronts.values())[2]
+            queue = min(self._fronts.values())[2]
             self._changed.add(queue)
             if queue in plan.seen:
                 leaf = heappop(self._queues[queue])[2]
                 del self._places[leaf]
                 return leaf
 
-    def _look_at(self, queue: int, plan: _Plan, now: float) -> None:
-        key = self._keys[queue] = self._front(queue, plan)
-        plan.seen.add(queue)
+    def _set_front(self, queue: int, key: float | None, now: float) -> None:
         if key is None:
-            plan.fronts.pop(queue, None)
-        else:
-            plan.fronts[queue] = (self.worth(queue, key, now), key, queue)
+            self._fronts.pop(queue, None)
+            return
+        worth, until = self.worth(queue, key, now)
+        self._fronts[queue] = (worth, key, queue)
+        if until < self._worth_until:
+            self._worth_until = until
 
     def _front(self, queue: int, plan: _Plan) -> float | None:
         """The lowest key of a queue, once outdated entries before it are gone."""

@@ -120,7 +120,8 @@ class BlockTable:
         """Blocks of each tier, whatever their state, but for the retired."""
         self.blocks = 0
         """All blocks that there are or have been, retired ones included."""
-        self._tiered = host + disk > 0
+        self.tiered = host + disk > 0
+        """Whether there is, or has been, more than the device."""
         self._historical = np.zeros(len(Tier), np.int64)
         self._packed = np.empty(0, np.uint64)
         self._generations = self._packed.view(np.uint32)[LOW_HALF::2]
@@ -165,7 +166,7 @@ class BlockTable:
 
     def all_on_device(self, numbers: BlockNumbers) -> bool:
         """Whether no block lies in a lower tier."""
-        return not self._tiered or not self._tier_of[numbers].any()
+        return not self.tiered or not self._tier_of[numbers].any()
 
     def addresses_of(self, numbers: BlockNumbers) -> Packed:
         """Present addresses of blocks: uint64[n]."""
@@ -222,7 +223,7 @@ class BlockTable:
         self._free[tier].make_room(count)
         self._free[tier].give(numbers)
         self.capacity[tier] += count
-        self._tiered = self._tiered or tier is not Tier.DEVICE
+        self.tiered = self.tiered or tier is not Tier.DEVICE
 
     def retire(self, count: int, tier: Tier) -> BlockNumbers:
         """Take ``count`` free blocks, as many there must be, out of use; returns which."""

@@ -200,9 +200,9 @@ class LocalPool:
         full = len(tokens) // self.layout.block_tokens
         if len(addrs) < full:
             raise InvalidRequest(f"{len(addrs)} addresses for {full} blocks of tokens", field="addrs")
-        numbers = self._numbers(addrs[:full])
+        numbers = self._numbers(addrs[:full] if len(addrs) > full else addrs)
         found = self._index.find(namespace, tokens)
-        if self._tiers.lower and not self._table.all_on_device(found.blocks):
+        if self._table.tiered and not self._table.all_on_device(found.blocks):
             found = self._raise_known(namespace, tokens, found, numbers, origin)
         known = found.path.blocks
         duplicate = count_different(found.edges, numbers)
@@ -236,7 +236,7 @@ class LocalPool:
         lease = self._lease(wanted, namespace, deadline)
         self._counters.hit_tokens += lease.tokens
         self._counters.miss_tokens += len(tokens) - lease.tokens
-        if self._tiers.lower:
+        if self._table.tiered:
             self._tiers.count_hits(numbers_of(lease.addrs.packed))
         return lease
 

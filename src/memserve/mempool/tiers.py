@@ -55,8 +55,7 @@ class Tiers:
     @property
     def lower(self) -> tuple[Tier, ...]:
         """The tiers below the device that have blocks."""
-        _, host, disk = self._table.capacity
-        if not host and not disk:
+        if not self._table.tiered:
             return ()
         return tuple(tier for tier in (Tier.HOST, Tier.DISK) if self._table.capacity[tier])
 

@@ -94,7 +94,7 @@ class Model:
 # Raises IndexError for a block number that is not there, ValueError for an array that is too short.
 
 class BlockColumns:
-    """The columns of the block table, in place: the first three have one value per block, the last per tier."""
+    """The columns of the block table, in place: three with a value per block, the last with one per tier."""
 
     def __init__(
         self,

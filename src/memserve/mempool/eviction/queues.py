@@ -149,13 +149,13 @@ class QueuedPolicy:
             waits_in, waits_with, _ = place
             if waits_in == queue and waits_with == key:
                 return
-            self._changed.add(waits_in)
+            self._note_change(waits_in, waits_with)
             if waits_in == queue and waits_with <= key:
                 return
         self._entries += 1
         self._places[leaf] = (queue, key, self._entries)
         heappush(self._queues[queue], (key, self._entries, leaf))
-        self._changed.add(queue)
+        self._note_change(queue, key)
         self._sweep_at -= 1
         if self._sweep_at <= 0:
             self._sweep()
@@ -175,6 +175,12 @@ class QueuedPolicy:
                 leaf = heappop(self._queues[queue])[2]
                 del self._places[leaf]
                 return leaf
+
+    def _note_change(self, queue: int, key: float) -> None:
+        """A leaf with this key came to a queue or left it."""
+        front = self._fronts.get(queue)
+        if front is None or key <= front[1]:
+            self._changed.add(queue)
 
     def _set_front(self, queue: int, key: float | None, now: float) -> None:
         if key is None:

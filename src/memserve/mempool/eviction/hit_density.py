@@ -69,14 +69,16 @@ class HitDensity(QueuedPolicy):
         self._mark(path, now, times=0)
         stamp = self.stamp(now)
         runs: list[Run] = []
-        start = end = 0
+        start = upto = 0
+        # A chunk that begins in what is known says nothing about where the prompt goes on from there.
+        known_chunks = -(-known // CHUNK_BLOCKS)
         for chunks, uses, followed, last_use in past:
-            end += chunks * CHUNK_BLOCKS
-            size = min(end - known, blocks) - start
-            if size > 0:
-                self._learn(uses, followed, now - last_use, size)
+            upto += chunks
+            if upto > known_chunks:
+                end = min(upto * CHUNK_BLOCKS - known, blocks)
+                self._learn(uses, followed, now - last_use, end - start)
                 runs.append(Run(start, uses + 1, stamp, followed))
-                start += size
+                start = end
         if start < blocks or not runs:
             runs.append(Run(start, 1, stamp, follows))
             self._densities.enter(_class_of(1, follows), blocks - start)

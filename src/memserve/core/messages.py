@@ -191,7 +191,10 @@ class Stored(msgspec.Struct, frozen=True, array_like=True, tag="stored"):
 
 
 class Removed(msgspec.Struct, frozen=True, array_like=True, tag="removed"):
-    """Of the path ``tokens`` only the first ``keep`` tokens are still there."""
+    """Of what begins with ``tokens`` only the first ``keep`` tokens are still there.
+
+    ``tokens`` goes from the root to the end of the first block that is gone.
+    """
 
     namespace: Namespace
     tokens: bytes

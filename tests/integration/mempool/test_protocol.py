@@ -105,6 +105,7 @@ def matched(pool: MemPool, tokens: np.ndarray = TOKENS) -> int:
 def test_a_doubled_publication_gets_the_same_answer_and_inserts_once() -> None:
     async def scenario() -> None:
         async with serving("b") as (pool, _, address), raw_peer(address) as (peer, _):
+            pool.take_events()
             await peer.call(hello(), 5.0)
             reserved = await peer.call(reserve(), 5.0)
             again = await peer.call(reserve(), 5.0)

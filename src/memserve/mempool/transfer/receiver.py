@@ -368,7 +368,7 @@ def _require_equal(asked: Publish, found: Checksums) -> None:
     wrong = int(np.count_nonzero(found != told))
     if wrong:
         raise CorruptBlock(
-            f"transfer {asked.transfer}: {wrong} of {len(found)} blocks arrived with wrong bytes; "
+            f"transfer {asked.transfer}: {wrong} of {len(found)} units arrived with wrong bytes; "
             "all of them were thrown away"
         )
 

@@ -8,7 +8,7 @@ from memserve.mempool.layout import Arrangement, KVLayout
 from memserve.mempool.match import Match
 from memserve.mempool.modes import TransferMode
 from memserve.mempool.pool import MemPool
-from memserve.mempool.results import Freed, Inserted, Transferred
+from memserve.mempool.results import Freed, Inserted, Resized, Transferred
 from memserve.mempool.stats import AbortCause, LinkTraffic, PoolStats
 from memserve.mempool.transfer.endpoint import TransferEndpoint
 from memserve.mempool.transport import Transport
@@ -30,6 +30,7 @@ __all__ = [
     "MemPool",
     "Origin",
     "PoolStats",
+    "Resized",
     "Tier",
     "TransferEndpoint",
     "TransferMode",

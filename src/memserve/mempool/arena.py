@@ -1,7 +1,8 @@
 """The memory behind blocks: memfd segments, mapped shared. Knows bytes and block numbers, nothing else.
 
 A segment has no name in the file system and is gone with the last process that maps it. It is sealed
-against resizing, so a peer that maps it can never be hit by a bus error. More memory is another segment.
+against resizing, so a peer that maps it can never be hit by a bus error. More memory is another segment; less
+is holes in segments, whose pages the system has back.
 """
 
 from __future__ import annotations
@@ -9,36 +10,49 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
+import itertools
 import mmap
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from memserve.core.errors import ConfigError, LayoutMismatch
 from memserve.mempool.address import BlockNumbers
+from memserve.mempool.holes import punch_hole
 from memserve.mempool.segments import Parts, SegmentMap, runs_of
 
 _MADV_POPULATE_WRITE = 23
 _POPULATE_STEP = 2 << 20
 """Bytes per call: short, because the address space is locked meanwhile."""
+MOST_SEGMENTS = 250
+"""So many descriptors go into one message between processes."""
 _NOTHING = np.empty(0, np.int64)
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+
+
+class Extent(NamedTuple):
+    """``blocks`` blocks, numbered from ``first`` on."""
+
+    first: int
+    blocks: int
 
 
 class Segment:
     """A run of blocks in one mapped memfd; ``memory``: uint8[blocks * block_bytes]."""
 
-    def __init__(self, fd: int, blocks: int, block_bytes: int) -> None:
-        mapped = mmap.mmap(fd, blocks * block_bytes, flags=mmap.MAP_SHARED)
+    def __init__(self, fd: int, extent: Extent, block_bytes: int) -> None:
+        mapped = mmap.mmap(fd, extent.blocks * block_bytes, flags=mmap.MAP_SHARED)
         with contextlib.suppress(OSError):
             # Fewer page faults and TLB misses, where the system has huge pages for shared memory.
             mapped.madvise(mmap.MADV_HUGEPAGE)
-        self.blocks = blocks
+        self.extent = extent
         self.memory = np.frombuffer(mapped, np.uint8)
         self.base = self.memory.ctypes.data
+        self.has_holes = False
 
     def populate(self, stop: threading.Event) -> None:
         """Have the kernel supply all pages, in small steps, until done or ``stop`` is set."""
@@ -46,8 +60,8 @@ class Segment:
         madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
         for start in range(0, len(self.memory), _POPULATE_STEP):
             size = min(_POPULATE_STEP, len(self.memory) - start)
-            if stop.is_set() or madvise(self.base + start, size, _MADV_POPULATE_WRITE):
-                # An old kernel refuses: pages come on first use then, as they do without this.
+            # What was given back must stay so. An old kernel refuses: pages come on first use then.
+            if stop.is_set() or self.has_holes or madvise(self.base + start, size, _MADV_POPULATE_WRITE):
                 return
 
 
@@ -74,48 +88,87 @@ class Arena:
     def allocate(cls, block_bytes: int, blocks: int, name: str, pieces: int = 1) -> Arena:
         """Own memory for ``blocks`` blocks; ``name`` shows up in ``/proc/PID/maps``."""
         arena = cls(block_bytes, pieces)
-        arena.grow(blocks, name)
+        arena.grow(Extent(0, blocks), name)
         return arena
 
     @classmethod
-    def attach(cls, block_bytes: int, fds: Sequence[int], blocks: Sequence[int], pieces: int = 1) -> Arena:
+    def attach(
+        cls, block_bytes: int, fds: Sequence[int], extents: Sequence[Extent], pieces: int = 1
+    ) -> Arena:
         """Map a peer's segments for reading and writing. The descriptors stay the caller's.
 
         Raises ``LayoutMismatch`` when a segment is smaller than the peer said.
         """
-        arena = cls(block_bytes, pieces)
-        for fd, count in zip(fds, blocks, strict=True):
+        return cls(block_bytes, pieces).extended(fds, extents)
+
+    def extended(self, fds: Sequence[int], extents: Sequence[Extent]) -> Arena:
+        """This attached arena with all segments that the peer has by now. Errors: see :meth:`attach`.
+
+        What is mapped already stays so, and those who use this arena may go on doing so.
+        """
+        arena = Arena(self.block_bytes, self.pieces)
+        for segment in self._segments:
+            arena._add(segment)
+        known = set(self.extents)
+        for fd, extent in zip(fds, extents, strict=True):
             size = os.fstat(fd).st_size
-            if size < count * block_bytes:
+            if size < extent.blocks * self.block_bytes:
                 raise LayoutMismatch(
-                    f"a segment of {count} blocks of {block_bytes} bytes has only {size} bytes"
+                    f"a segment of {extent.blocks} blocks of {self.block_bytes} bytes has only {size} bytes"
                 )
-            arena._add(Segment(fd, count, block_bytes))
+            if extent not in known:
+                arena._add(Segment(fd, extent, self.block_bytes))
         return arena
 
-    def grow(self, blocks: int, name: str) -> None:
-        """Add a segment of ``blocks`` blocks. Raises ``ConfigError`` when the system refuses."""
-        size = blocks * self.block_bytes
-        fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        try:
-            os.ftruncate(fd, size)
-            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
-            self._add(Segment(fd, blocks, self.block_bytes))
-        except OSError as error:
-            os.close(fd)
-            raise ConfigError(
-                f"cannot map {size} bytes for the KV pool ({error}); lower pool.memory"
-            ) from error
+    def grow(self, extent: Extent, name: str) -> None:
+        """Add a segment for blocks numbered higher than all here. Raises ``ConfigError`` if refused."""
+        if len(self._segments) == MOST_SEGMENTS:
+            raise ConfigError(f"a pool cannot have more than {MOST_SEGMENTS} segments; grow in larger steps")
+        size = extent.blocks * self.block_bytes
+        with contextlib.ExitStack() as undo:
+            try:
+                fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+                undo.callback(os.close, fd)
+                os.ftruncate(fd, size)
+                fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+                self._add(Segment(fd, extent, self.block_bytes))
+            except OSError as error:
+                raise ConfigError(
+                    f"cannot map {size} bytes for the KV pool ({error}); lower pool.memory"
+                ) from error
+            undo.pop_all()
         self.fds.append(fd)
+
+    def give_back(self, numbers: BlockNumbers) -> None:
+        """Let the system have the pages of own blocks that nobody uses; they read as zeros afterwards.
+
+        Whole pages only: neighbours that are not multiples of a page should go together.
+        """
+        page = mmap.PAGESIZE
+        for fd, segment in zip(self.fds, self._segments, strict=True):
+            blocks, size = segment.extent.blocks, self.piece_bytes
+            within = np.sort(numbers) - segment.extent.first
+            within = within[(within >= 0) & (within < blocks)]
+            segment.has_holes |= len(within) > 0
+            for (start, end), piece in itertools.product(_runs(within), range(self.pieces)):
+                low = -(-(piece * blocks + start) * size // page) * page
+                high = (piece * blocks + end) * size // page * page
+                if high > low:
+                    punch_hole(fd, low, high - low)
 
     @property
     def blocks(self) -> int:
-        return sum(segment.blocks for segment in self._segments)
+        return sum(extent.blocks for extent in self.extents)
 
     @property
-    def segment_blocks(self) -> tuple[int, ...]:
-        """Blocks of each segment, in the order of block numbers."""
-        return tuple(segment.blocks for segment in self._segments)
+    def extents(self) -> tuple[Extent, ...]:
+        """The block numbers of each segment, ascending."""
+        return tuple(segment.extent for segment in self._segments)
+
+    def covers(self, numbers: BlockNumbers) -> bool:
+        """Whether no number (of a block in the peer's memory) is beyond what is mapped here."""
+        last = self._segments[-1].extent
+        return not len(numbers) or int(numbers.max()) < last.first + last.blocks
 
     def pointers(self, numbers: BlockNumbers) -> NDArray[np.uint64]:
         """Addresses in this process of all pieces of blocks int64[n], block by block: uint64[n * pieces]."""
@@ -143,12 +196,13 @@ class Arena:
             for segment, begin, size in zip(at.tolist(), begins.tolist(), sizes.tolist(), strict=True)
         ]
 
-    def populate(self, stop: threading.Event) -> None:
-        """Touch all memory ahead of its use: first use of a page costs as much as ten copies of it.
+    def populate(self, stop: threading.Event, first: int = 0) -> None:
+        """Touch memory ahead of its use: first use of a page costs as much as ten copies of it.
 
-        For a background thread; other threads may use the arena meanwhile.
+        All segments of blocks from number ``first`` on. For a background thread; other threads may use the
+        arena meanwhile.
         """
-        for segment in list(self._segments):
+        for segment in [x for x in self._segments if x.extent.first >= first]:
             segment.populate(stop)
 
     def close(self) -> None:
@@ -159,6 +213,15 @@ class Arena:
 
     def _add(self, segment: Segment) -> None:
         self._segments.append(segment)
-        counts = np.array(self.segment_blocks, np.int64)
+        extents = np.array(self.extents, np.int64).reshape(-1, 2)
         bases = np.array([segment.base for segment in self._segments], np.int64)
-        self.map = SegmentMap(np.cumsum(counts) - counts, counts, bases, self.block_bytes, self.pieces)
+        # Replaced as a whole, for other threads.
+        self.map = SegmentMap(extents[:, 0], extents[:, 1], bases, self.block_bytes, self.pieces)
+
+
+def _runs(numbers: BlockNumbers) -> Iterator[tuple[int, int]]:
+    """Ascending ``numbers`` as runs of neighbours: first, and last plus one."""
+    if len(numbers):
+        starts, counts = runs_of(np.diff(numbers) == 1)
+        firsts = numbers[starts]
+        yield from zip(firsts.tolist(), (firsts + counts).tolist(), strict=True)

@@ -145,7 +145,7 @@ class MemPool(LocalPool):
     async def free_peer_mem(self, addrs: Addresses) -> Freed:
         """``free_mem`` on the peer that has lent ``addrs``; KV that was inserted there stays cached.
 
-        What is not lent any more counts as stale. Raises ``PeerLost``, or ``RequestFailed`` while a transfer
+        What is not lent any more counts as stale. Raises ``PeerLost``, or ``InvalidRequest`` while a transfer
         writes there.
         """
         return await self._require_transport().give_back(addrs)

@@ -36,3 +36,11 @@ class Transferred:
     calls: int
     mode: TransferMode
     backend: str
+
+
+@dataclass(frozen=True, slots=True)
+class Resized:
+    """A tier is to have ``blocks`` blocks; of those that are too many ``draining`` are still held."""
+
+    blocks: int
+    draining: int

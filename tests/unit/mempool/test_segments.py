@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memserve._native import checksum_blocks, copy_blocks
-from memserve.mempool.arena import Arena
+from memserve.mempool.arena import Arena, Extent
 from memserve.mempool.modes import Cut
 from memserve.mempool.segments import runs_of
 from memserve.mempool.transfer.plan import spread_units
@@ -19,7 +19,7 @@ SEGMENTS = (5, 3)
 
 def new_arena(pieces: int) -> Arena:
     arena = Arena.allocate(PARTS * UNIT, SEGMENTS[0], "segments", pieces)
-    arena.grow(SEGMENTS[1], "segments")
+    arena.grow(Extent(*SEGMENTS), "segments")
     return arena
 
 

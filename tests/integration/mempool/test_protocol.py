@@ -372,7 +372,7 @@ def test_a_flipped_byte_is_never_published(flips: int, works: bool) -> None:
             if works:
                 assert (await pool.transfer_with_insert(B, TOKENS, src, NS)).sent == 4
             else:
-                with pytest.raises(CorruptBlock, match="4 of 4 blocks"):
+                with pytest.raises(CorruptBlock, match="4 of 4 units"):
                     await pool.transfer_with_insert(B, TOKENS, src, NS)
             assert matched(there) == (len(TOKENS) if works else 0)
             assert there.stats().aborts[AbortCause.CORRUPT] == flips

@@ -261,16 +261,11 @@ class Receiver:
     def _expect(self, link: InboundLink, backend: str, cut: Cut, reservation: Reservation) -> _Incoming:
         arena, size = self._pool.arena, cut.unit_bytes
         blocks, parts = spread_units(numbers_of(reservation.fresh.packed), cut)
-        pointers = arena.map.unit_pointers(blocks, parts, size)
         ticket = next(self._tickets)
         if backend != TCP:
+            pointers = arena.map.unit_pointers(blocks, parts, size)
             return _Incoming(SharedArrival(pointers, size, self._workers), ticket, link)
-
-        def memory(first: int, units: int) -> list[memoryview]:
-            chunk = slice(first, first + units)
-            return arena.unit_memory(blocks[chunk], parts[chunk], size)
-
-        streamed = link.arrivals[ticket] = StreamedArrival(memory, pointers, size)
+        streamed = link.arrivals[ticket] = StreamedArrival(arena.units(blocks, parts, size))
         return _Incoming(streamed, ticket, link)
 
     async def _verify_and_complete(self, incoming: _Incoming, asked: Publish) -> Completed:
@@ -368,7 +363,7 @@ def _require_equal(asked: Publish, found: Checksums) -> None:
     wrong = int(np.count_nonzero(found != told))
     if wrong:
         raise CorruptBlock(
-            f"transfer {asked.transfer}: {wrong} of {len(found)} blocks arrived with wrong bytes; "
+            f"transfer {asked.transfer}: {wrong} of {len(found)} units arrived with wrong bytes; "
             "all of them were thrown away"
         )
 

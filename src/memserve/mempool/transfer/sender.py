@@ -110,8 +110,8 @@ class _Job:
         finally:
             for one in waiting:
                 one.cancel()
-        why = "told to stop" if self.stopped else f"not computed within {seconds} s"
-        raise TransferAborted(f"transfer {self.transfer} waited for {layers} layers: {why}")
+        why = "it was told to stop" if self.stopped else f"they took longer than {seconds} s"
+        raise TransferAborted(f"transfer {self.transfer} has waited for {layers} layers: {why}")
 
     @property
     def writing(self) -> bool:

@@ -240,7 +240,8 @@ class Hello(Message, frozen=True):
 
     Processes that say the same ``host`` can map each other's memory; ``fd_address`` serves the descriptors.
     ``backends`` are the ways in which this side can receive blocks. For ``tcp`` it listens at ``tcp_port``,
-    and the answer to a Hello names the connection there that belongs to this one: ``stream``.
+    and the answer to a Hello names the connection there that belongs to this one: ``stream``. For ``nixl``
+    the answer says in ``nixl`` how to write to its memory.
     """
 
     instance: InstanceId
@@ -253,6 +254,7 @@ class Hello(Message, frozen=True):
     backends: tuple[str, ...] = ("shm",)
     tcp_port: int = 0
     stream: bytes = b""
+    nixl: bytes = b""
 
 
 class Reserve(Message, frozen=True):

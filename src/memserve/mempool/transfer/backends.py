@@ -15,9 +15,12 @@ from memserve.core.messages import Hello
 from memserve.mempool.transfer.plan import Step
 
 SHM = "shm"
+NIXL = "nixl"
 TCP = "tcp"
-BACKENDS = (SHM, TCP)
-"""In the order in which they are preferred."""
+BACKENDS = (SHM, NIXL, TCP)
+"""All that there are, in the order in which they are worth preferring."""
+DEFAULT_BACKENDS = (SHM, TCP)
+"""Without ``nixl``, which needs a package of its own and a network that can be trusted."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,13 +24,15 @@ from memserve.mempool.address import Addresses, Origin
 from memserve.mempool.pool import MemPool
 from memserve.mempool.results import Transferred
 from memserve.mempool.transfer.backends import (
-    BACKENDS,
+    DEFAULT_BACKENDS,
+    NIXL,
     SHM,
     TCP,
     TransferBackend,
     choose_backend,
     require_known,
 )
+from memserve.mempool.transfer.nixl import NixlSource, NixlTarget, load_bindings
 from memserve.mempool.transfer.receiver import Adopt, Receiver, require_same_layout
 from memserve.mempool.transfer.sender import LinkState, OutboundLink, SendLimits, SendOrder
 from memserve.mempool.transfer.shm import DescriptorServer, SharedMemoryBackend, receive_arena
@@ -53,8 +55,9 @@ class TransferEndpoint:
     ``reserve_seconds`` is how long a receiver keeps blocks for a transfer without progress, ``call_seconds``
     how long a peer may take to answer and a stream may stand still. ``link_bytes`` bounds the bytes on their
     way to one peer. ``backends`` are the allowed ways of moving blocks, the preferred first; ``tcp`` (and
-    any TCP address) needs ``security``. ``observe`` is told each step of a sent transfer: ``reserved``,
-    ``copying`` (in a worker thread, once per few megabytes), ``copied``, ``published``.
+    any TCP address) needs ``security``; ``nixl`` needs its package (``ConfigError`` without) and a network
+    that can be trusted. ``observe`` is told each step of a sent transfer: ``reserved``, ``copying`` (in a
+    worker thread, once per few megabytes), ``copied``, ``published``.
     """
 
     def __init__(
@@ -65,13 +68,15 @@ class TransferEndpoint:
         reserve_seconds: float = 30.0,
         call_seconds: float = 10.0,
         link_bytes: int = 256 << 20,
-        backends: Sequence[str] = BACKENDS,
+        backends: Sequence[str] = DEFAULT_BACKENDS,
         security: Security | None = None,
         observe: Callable[[str], None] | None = None,
     ) -> None:
         self.on_adopt: Adopt | None = None
         """Takes over the blocks of transfers to here that come with an attachment."""
         require_known(backends)
+        if NIXL in backends:
+            load_bindings()
         self.address = ""
         """Where peers reach this pool, once it listens: what ``Member.peer_address`` says."""
         self._pool = pool
@@ -81,6 +86,7 @@ class TransferEndpoint:
         self._security = security
         self._observe = observe or (lambda step: None)
         self._workers = ThreadPoolExecutor(_WORKERS, thread_name_prefix="memserve-copy")
+        self._nixl = NixlSource(pool.instance, pool.arena, self._workers, call_seconds)
         self._members: dict[InstanceId, Member] = {}
         self._links: dict[InstanceId, OutboundLink] = {}
         self._connecting: dict[InstanceId, asyncio.Lock] = {}
@@ -106,6 +112,11 @@ class TransferEndpoint:
             self._receiver.streams = StreamListener(
                 host, self._pool.layout.block_bytes, self._security, self._limits.call_seconds
             )
+        if NIXL in self._backends:
+            target = await asyncio.get_running_loop().run_in_executor(
+                self._workers, NixlTarget, self._pool.instance, self._pool.arena, self._workers
+            )
+            self._receiver.receive_by_nixl(target)
         self._hello = msgspec.structs.replace(
             self._hello,
             backends=self._backends,
@@ -126,6 +137,7 @@ class TransferEndpoint:
         if self._descriptors is not None:
             self._descriptors.close()
         await self._receiver.close()
+        await asyncio.get_running_loop().run_in_executor(None, self._nixl.close)
         await asyncio.get_running_loop().run_in_executor(None, self._workers.shutdown)
 
     # --- peers ---
@@ -245,8 +257,11 @@ class TransferEndpoint:
 
     def _open_backend(self, peer_address: str, hello: Hello) -> TransferBackend:
         own, timeout = self._pool.arena, self._limits.call_seconds
-        if choose_backend(self._backends, self._hello, hello) == TCP:
+        chosen = choose_backend(self._backends, self._hello, hello)
+        if chosen == TCP:
             return connect_stream(own, peer_address, hello, self._security, timeout)
+        if chosen == NIXL:
+            return self._nixl.connect(hello)
         return SharedMemoryBackend(
             own, receive_arena(hello, self._pool.layout.block_bytes, timeout), self._workers
         )

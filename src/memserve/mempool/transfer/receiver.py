@@ -46,8 +46,15 @@ from memserve.mempool.address import Addresses, Origin
 from memserve.mempool.pool import MemPool
 from memserve.mempool.reservations import Completed, Reservation
 from memserve.mempool.stats import AbortCause
-from memserve.mempool.transfer.arrivals import Arrival, Checksums, SharedArrival, StreamedArrival
-from memserve.mempool.transfer.backends import TCP
+from memserve.mempool.transfer.arrivals import (
+    Arrival,
+    Checksums,
+    RemoteArrival,
+    SharedArrival,
+    StreamedArrival,
+)
+from memserve.mempool.transfer.backends import NIXL, TCP
+from memserve.mempool.transfer.nixl import Agent, NixlTarget
 from memserve.mempool.transfer.streams import StreamListener
 from memserve.wire import Connection
 from memserve.wire.channel import Channel
@@ -60,6 +67,7 @@ Adopt = Callable[[bytes, Addresses], None]
 _LONGEST_RESERVATION = 600.0
 _ANSWER_SECONDS = 5.0
 _SHORTEST_WAIT = 0.001
+_REGISTERED_ANEW = "the pool has registered its memory anew since the handshake; connect again"
 
 
 def require_same_layout(own: Hello, other: Hello) -> None:
@@ -88,6 +96,8 @@ class Receiver:
         """What this side says in handshakes, once it listens."""
         self.streams: StreamListener | None = None
         """Where streams of blocks arrive, if they may."""
+        self.nixl: NixlTarget | None = None
+        """Through what networks write blocks, if they may."""
         self._pool = pool
         self._clock = clock
         self._workers = workers
@@ -110,6 +120,11 @@ class Receiver:
         for link in [x for x in self._links if x.peer is not None and x.peer.instance == instance]:
             link.close(reason)
 
+    def receive_by_nixl(self, target: NixlTarget) -> None:
+        """Have peers write through ``target``, which ends with this."""
+        target.on_replaced = self._end_links_to
+        self.nixl = target
+
     async def close(self) -> None:
         """End all connections; what was reserved through them is freed."""
         for link in list(self._links):
@@ -120,6 +135,8 @@ class Receiver:
         await asyncio.gather(*tasks, return_exceptions=True)
         if self.streams is not None:
             await self.streams.close()
+        if self.nixl is not None:
+            await self.nixl.close()
 
     # --- what links ask for ---
 
@@ -136,10 +153,14 @@ class Receiver:
             self.drop_peer(hello.instance, f"{hello.instance} was restarted")
         self._incarnations[hello.instance] = hello.incarnation
         link.peer = hello
-        if self.streams is None:
-            return self.hello
-        link.stream_name = self.streams.expect(link)
-        return msgspec.structs.replace(self.hello, stream=link.stream_name)
+        answer = self.hello
+        if self.streams is not None:
+            link.stream_name = self.streams.expect(link)
+            answer = msgspec.structs.replace(answer, stream=link.stream_name)
+        if self.nixl is not None:
+            link.agent = self.nixl.agent
+            answer = msgspec.structs.replace(answer, nixl=link.agent.offer())
+        return answer
 
     def reserve(self, link: InboundLink, peer: Hello, asked: Reserve) -> Reserved:
         """Hold and allocate what a transfer needs. Raises ``OutOfBlocks``."""
@@ -152,6 +173,8 @@ class Receiver:
                 f"{_LONGEST_RESERVATION} s are possible",
                 field="blocks",
             )
+        if asked.backend == NIXL:
+            self._require_current_agent(link)
         reservation = self._pool.begin_incoming(
             asked.transfer,
             peer.instance,
@@ -213,6 +236,11 @@ class Receiver:
         fresh = reservation.fresh
         pointers = self._pool.pointers(fresh)
         ticket = next(self._tickets)
+        if backend == NIXL:
+            assert self.nixl is not None and link.agent is not None, "refused before"
+            silence = functools.partial(self.nixl.call_when_silent, link.agent)
+            remote = RemoteArrival(pointers, self._pool.layout.block_bytes, self._workers, silence)
+            return _Incoming(remote, ticket, link)
         if backend != TCP:
             shared = SharedArrival(pointers, self._pool.layout.block_bytes, self._workers)
             return _Incoming(shared, ticket, link)
@@ -243,7 +271,20 @@ class Receiver:
         if incoming is None:
             release()
         else:
-            incoming.arrival.stop(TransferAborted(f"transfer {transfer} was ended: {reason}"), release)
+            error = PeerLost if cause is AbortCause.SENDER_LOST else TransferAborted
+            incoming.arrival.stop(error(f"transfer {transfer} was ended: {reason}"), release)
+
+    def _require_current_agent(self, link: InboundLink) -> None:
+        """Raise ``PeerLost`` and end the link if what it was told in the handshake is of no use any more."""
+        assert self.nixl is not None, "refused before"
+        if link.agent is not self.nixl.agent:
+            link.close(_REGISTERED_ANEW)
+            raise PeerLost(_REGISTERED_ANEW)
+        link.writes_by_agent = True
+
+    def _end_links_to(self, agent: Agent) -> None:
+        for link in [x for x in self._links if x.agent is agent and x.writes_by_agent]:
+            link.close(_REGISTERED_ANEW)
 
     def _forget_incoming(self, transfer: str) -> None:
         incoming = self._incoming.pop(transfer, None)
@@ -321,6 +362,9 @@ class InboundLink:
         self.arrivals: dict[int, StreamedArrival] = {}
         """Where the blocks of each ticket go, for the stream's thread."""
         self.stream_name = b""
+        self.agent: Agent | None = None
+        """The NIXL agent that the peer was told of."""
+        self.writes_by_agent = False
         self._receiver = receiver
         self._connection: Connection | None = None
         self._channel: Channel | None = None

@@ -172,6 +172,8 @@ class OutboundLink:
             job.stopped = True
             if job.copying is not None:
                 await asyncio.wait([job.copying])
+                if (lost := _lost_while_copying(job)) is not None:
+                    raise lost
         return Ok()
 
     def on_close(self, connection: Connection, reason: str) -> None:
@@ -249,9 +251,9 @@ class OutboundLink:
             job.copying.add_done_callback(lambda _: self._abort(job, reason))
             return
         self._jobs.pop(job.transfer, None)
-        if job.copying is not None and not job.copying.cancelled():
-            # Retrieved, so that a failure nobody waits for any more is not reported as forgotten.
-            job.copying.exception()
+        if (lost := _lost_while_copying(job)) is not None:
+            # Not even that is known of what was under way; the end of the connection says so.
+            self.close(str(lost))
         if self._connection is not None and not self._connection.closed:
             self._connection.notify(AbortTransfer(job.transfer, reason))
 
@@ -264,3 +266,11 @@ class OutboundLink:
         if self._connection is None:
             raise PeerLost("the connection was never opened")
         return await self._connection.call(message, self._limits.call_seconds)
+
+
+def _lost_while_copying(job: _Job) -> PeerLost | None:
+    """How the way to the peer was cut, once the copying has ended. Counts as looking at its failure."""
+    if job.copying is None or job.copying.cancelled():
+        return None
+    error = job.copying.exception()
+    return error if isinstance(error, PeerLost) else None

@@ -45,5 +45,5 @@ def test_no_way_says_why(wanted: tuple[str, ...], host: str, offered: tuple[str,
 
 @pytest.mark.parametrize("names", [(), ("shm", "carrier pigeon")])
 def test_unknown_names_are_refused_at_the_door(names: tuple[str, ...]) -> None:
-    with pytest.raises(ConfigError, match="choose from shm, tcp"):
+    with pytest.raises(ConfigError, match="choose from shm, nixl, tcp"):
         require_known(names)

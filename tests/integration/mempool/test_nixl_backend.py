@@ -101,9 +101,9 @@ def test_a_pool_that_grew_is_registered_and_announced_anew() -> None:
     async def scenario() -> None:
         async with pool_here() as (pool, endpoint):
             assert endpoint._receiver.nixl is not None
-            offer = endpoint._receiver.nixl.offer()
+            offer = endpoint._receiver.nixl.agent.offer()
             pool.arena.grow(4, "more")
-            assert endpoint._receiver.nixl.offer() != offer
+            assert endpoint._receiver.nixl.agent.offer() != offer
 
     asyncio.run(scenario())
 

@@ -70,7 +70,7 @@ def choose_backend(wanted: Sequence[str], own: Hello, peer: Hello) -> str:
     """The first of ``wanted`` by which ``peer`` can receive from here. Raises ``PeerLost``: why none."""
     same_host = own.host == peer.host
     for name in wanted:
-        if name in peer.backends and (name != SHM or same_host):
+        if name in peer.backends and (name != SHM or same_host) and (name != NIXL or peer.nixl):
             return name
     where = "on this host" if same_host else "on another host (shm does not reach it)"
     raise PeerLost(

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import functools
 import importlib
+import logging
 import os
 import secrets
 import threading
@@ -34,6 +35,8 @@ from memserve.mempool.transfer.plan import Step
 
 INSTALL = "pip install --no-deps nixl-cu12"
 """Installs NIXL without torch, which its wheel asks for and which nothing here needs."""
+log = logging.getLogger(__name__)
+
 _PACKAGES = ("nixl_cu12", "nixl_cu13")
 _UCX = "UCX"
 _PROGRESS_MICROSECONDS = 1000
@@ -118,7 +121,9 @@ class Agent:
             return len(self._registered)
 
     def offer(self) -> bytes:
-        """What a peer needs to write here."""
+        """What a peer needs to write here: ``Hello.nixl``. Empty once the agent has ended."""
+        if self.closed:
+            return b""
         segments = _segments(self._arena)[: self.cover()]
         return msgspec.msgpack.encode(_Offer(self.name, self._agent.getLocalMD(), tuple(segments)))
 
@@ -370,7 +375,7 @@ class NixlTarget:
         self._name = name
         self._arena = arena
         self._workers = workers
-        self._agent = Agent(_agent_name(name), arena, progress=True)
+        self._agent = self._create()
         self._replacing: asyncio.Task[None] | None = None
         self._closing = False
 
@@ -379,9 +384,10 @@ class NixlTarget:
         """The one that is offered to peers now."""
         return self._agent
 
-    def offer(self) -> bytes:
-        """What ``Hello.nixl`` says."""
-        return self._agent.offer()
+    async def settle(self) -> None:
+        """Wait until no replacement is under way."""
+        if self._replacing is not None:
+            await asyncio.shield(self._replacing)
 
     def call_when_silent(self, agent: Agent, then: Callable[[], None]) -> None:
         """End ``agent``, then call ``then``, in the event loop. Without it nothing arrives any more."""
@@ -389,24 +395,28 @@ class NixlTarget:
             then()
             return
         agent.after_close.append(then)
-        if agent is self._agent and self._replacing is None and not self._closing:
+        if self._replacing is None and not self._closing:
             self._replacing = asyncio.get_running_loop().create_task(self._replace())
 
     async def close(self) -> None:
         """End the agent; whoever waits for that is called."""
         self._closing = True
-        if self._replacing is not None:
-            await self._replacing
+        await self.settle()
         await self._end(self._agent)
 
     async def _replace(self) -> None:
-        old = self._agent
-        loop = asyncio.get_running_loop()
-        create = functools.partial(Agent, _agent_name(self._name), self._arena, progress=True)
-        self._agent = await loop.run_in_executor(self._workers, create)
+        while self._agent.after_close and not self._agent.closed:
+            old = self._agent
+            try:
+                self._agent = await asyncio.get_running_loop().run_in_executor(self._workers, self._create)
+            except ConfigError as error:
+                log.error("no more blocks can come by nixl: %s", error)
+            self.on_replaced(old)
+            await self._end(old)
         self._replacing = None
-        self.on_replaced(old)
-        await self._end(old)
+
+    def _create(self) -> Agent:
+        return Agent(_agent_name(self._name), self._arena, progress=True)
 
     async def _end(self, agent: Agent) -> None:
         if not agent.closed:

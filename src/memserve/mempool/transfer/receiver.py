@@ -140,7 +140,7 @@ class Receiver:
 
     # --- what links ask for ---
 
-    def greet(self, link: InboundLink, hello: Hello) -> Hello:
+    async def greet(self, link: InboundLink, hello: Hello) -> Hello:
         """Admit a peer. Raises ``LayoutMismatch``, or ``StaleAddress`` for an earlier life of a known one."""
         assert self.hello is not None, "connections come only after the start"
         require_same_layout(self.hello, hello)
@@ -158,6 +158,7 @@ class Receiver:
             link.stream_name = self.streams.expect(link)
             answer = msgspec.structs.replace(answer, stream=link.stream_name)
         if self.nixl is not None:
+            await self._end_earlier_links(link, hello)
             link.agent = self.nixl.agent
             answer = msgspec.structs.replace(answer, nixl=link.agent.offer())
         return answer
@@ -282,6 +283,14 @@ class Receiver:
             raise PeerLost(_REGISTERED_ANEW)
         link.writes_by_agent = True
 
+    async def _end_earlier_links(self, link: InboundLink, hello: Hello) -> None:
+        """A peer connects again only after its last connection, whose end may not have been seen here yet."""
+        assert self.nixl is not None, "asked for before"
+        for earlier in [x for x in self._links if x is not link and x.writes_by_agent]:
+            if earlier.peer is not None and earlier.peer.instance == hello.instance:
+                earlier.close(f"{hello.instance} has connected again")
+        await self.nixl.settle()
+
     def _end_links_to(self, agent: Agent) -> None:
         for link in [x for x in self._links if x.agent is agent and x.writes_by_agent]:
             link.close(_REGISTERED_ANEW)
@@ -379,7 +388,7 @@ class InboundLink:
         self._connection = connection
         if isinstance(message, Hello):
             connection.label = message.instance
-            return self._receiver.greet(self, message)
+            return await self._receiver.greet(self, message)
         if self.peer is None:
             raise ProtocolError(f"{type(message).__name__} before Hello")
         if isinstance(message, Reserve):

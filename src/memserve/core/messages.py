@@ -7,6 +7,8 @@ peer     instance <-> instance (MemPool handshakes and transfers)
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 from memserve.core.types import (
@@ -101,7 +103,7 @@ class Heartbeat(Message, frozen=True):
 
 
 class LoadReport(msgspec.Struct, frozen=True, array_like=True):
-    """Requests waiting and running, prompt tokens still to prefill, and blocks by state."""
+    """Requests waiting and running, prompt tokens still to prefill, blocks of the device, those by state."""
 
     waiting: int = 0
     running: int = 0
@@ -110,6 +112,7 @@ class LoadReport(msgspec.Struct, frozen=True, array_like=True):
     active_blocks: int = 0
     historical_blocks: int = 0
     incoming_blocks: int = 0
+    blocks: int = 0
 
 
 class Shutdown(Message, frozen=True):
@@ -220,6 +223,24 @@ class Snapshot(Message, frozen=True):
     paths: tuple[Stored, ...]
 
 
+TierName = Literal["device", "host", "disk"]
+
+
+class ResizePool(Message, frozen=True):
+    """Let a tier of the pool have ``memory`` bytes, in whole blocks; answered by ``PoolResized``."""
+
+    tier: TierName
+    memory: int
+
+
+class PoolResized(Message, frozen=True):
+    """The tier is to have ``blocks`` blocks; of those that are too many ``draining`` are still in use."""
+
+    blocks: int
+    draining: int
+    block_bytes: int
+
+
 class GetStats(Message, frozen=True):
     """Ask for the instance's statistics."""
 
@@ -250,7 +271,6 @@ class Hello(Message, frozen=True):
     layout_text: str
     host: str
     fd_address: str
-    segments: tuple[tuple[int, int], ...]
     backends: tuple[str, ...] = ("shm",)
     tcp_port: int = 0
     stream: bytes = b""
@@ -339,5 +359,7 @@ ControlMessage = (
     | Snapshot
     | GetStats
     | Stats
+    | ResizePool
+    | PoolResized
 )
 PeerMessage = Ok | Failed | Hello | Reserve | Reserved | Copied | Publish | Published | AbortTransfer

@@ -154,6 +154,11 @@ class Engine:
         else:
             self._end(sequence, reason)
 
+    def capacity_changed(self) -> None:
+        """The pool has more blocks, or fewer: look again at who can run."""
+        self._starved = False
+        self._wake.set()
+
     # --- the loop ---
 
     async def run(self) -> None:
@@ -206,6 +211,8 @@ class Engine:
                 return
             if sequence.addrs is None and self._awaits_kv(sequence):
                 continue
+            if sequence.addrs is None and self._outgrows(sequence):
+                continue
             if sequence.addrs is None and (self._starved or not self._take_blocks(sequence)):
                 self._starved = True
                 continue
@@ -228,6 +235,14 @@ class Engine:
             return False
         self._expecting = True
         return True
+
+    def _outgrows(self, sequence: Sequence) -> bool:
+        """Whether a sequence can never run in the pool as it is now; it has failed then."""
+        need, have = self._pool.layout.blocks_for(sequence.length), self._pool.blocks
+        if need > have:
+            text = f"the request has come to need {need} KV blocks and the pool was shrunk to {have}"
+            self._drop(sequence, RequestFailed(f"{text}; give the pool more memory"))
+        return need > have
 
     def _take_blocks(self, sequence: Sequence) -> bool:
         """Look the tokens up in the pool and allocate what is missing; False if there is no room now."""

@@ -95,6 +95,8 @@ class InstanceState:
     def take_report(self, report: LoadReport) -> None:
         """Replace the last load report."""
         self.report = report
+        if report.blocks:
+            self.capacity = report.blocks * self.block_tokens
         context = (report.active_blocks + report.incoming_blocks) * self.block_tokens
         reported = Work(report.tokens_to_prefill, context, report.waiting + report.running)
         self._set_load(self.booked.at_least(reported))

@@ -31,7 +31,7 @@ from memserve.engine.models.tiny import tiny_weights
 from memserve.engine.phases import PHASES
 from memserve.engine.runners.base import ForwardBatch
 from memserve.engine.runners.reference import ReferenceRunner
-from memserve.mempool.address import Addresses, Origin
+from memserve.mempool.address import Addresses, Origin, Tier
 from memserve.mempool.disk import DiskTier
 from memserve.mempool.pool import MemPool
 from memserve.mempool.stats import AbortCause
@@ -473,5 +473,22 @@ def test_rooms_are_traced_in_order() -> None:
             await one.closed("r")
             rooms = [m.room for m in one.said if isinstance(m, Trace)]
             assert rooms == ["mempool.match", "engine.prefill", "mempool.insert"]
+
+    asyncio.run(scenario())
+
+
+def test_a_sequence_that_outgrows_a_shrunk_pool_fails_and_the_others_go_on() -> None:
+    async def scenario() -> None:
+        async with bench(blocks=16) as at:
+            at.ask("long", prompt(100, 1), max_tokens=100)
+            await at.until(lambda: len(at.chunks("long")) > 2)
+            at.pool.resize(Tier.DEVICE, 4)
+            at.engine.capacity_changed()
+            await at.closed("long")
+            assert "shrunk" in at.error("long").message
+            at.ask("short", prompt(20, 2), max_tokens=8)
+            await at.closed("short")
+            assert at.finish("short") is FinishReason.LENGTH
+            assert (at.pool.blocks, at.pool.stats().draining) == (4, 0)
 
     asyncio.run(scenario())

@@ -261,8 +261,7 @@ class Hello(Message, frozen=True):
 
     Processes that say the same ``host`` can map each other's memory; ``fd_address`` serves the descriptors.
     ``backends`` are the ways in which this side can receive blocks. For ``tcp`` it listens at ``tcp_port``,
-    and the answer to a Hello names the connection there that belongs to this one: ``stream``. For ``nixl``
-    the answer says in ``nixl`` how to write to its memory.
+    and the answer to a Hello names the connection there that belongs to this one: ``stream``.
     """
 
     instance: InstanceId
@@ -274,7 +273,6 @@ class Hello(Message, frozen=True):
     backends: tuple[str, ...] = ("shm",)
     tcp_port: int = 0
     stream: bytes = b""
-    nixl: bytes = b""
 
 
 class Reserve(Message, frozen=True):
@@ -295,13 +293,14 @@ class Reserve(Message, frozen=True):
 class Reserved(Message, frozen=True):
     """Of the path, ``held`` blocks are already there; ``dst`` are packed addresses for the others.
 
-    ``ticket`` stands for the transfer in streams of blocks.
+    ``ticket`` stands for the transfer in streams of blocks. ``memory`` says how to write by ``nixl``.
     """
 
     transfer: str
     held: int
     dst: bytes
     ticket: int = 0
+    memory: bytes = b""
 
 
 class Copied(Message, frozen=True):

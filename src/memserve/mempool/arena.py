@@ -74,6 +74,8 @@ class Arena:
         self.block_bytes = block_bytes
         self.fds: list[int] = []
         """A descriptor per segment of own memory; empty when attached."""
+        self.holes_punched = 0
+        """How many times: since the last one registered memory may be other pages than the mapped."""
         self._segments: list[Segment] = []
         self._places = (np.empty(0, np.int64), np.empty(0, np.int64))
         """First block number and memory address of each segment; replaced as a whole, for other threads."""
@@ -141,6 +143,7 @@ class Arena:
             within = np.sort(numbers) - segment.extent.first
             for start, end in _runs(within[(within >= 0) & (within < segment.extent.blocks)]):
                 segment.has_holes = True
+                self.holes_punched += 1
                 low = -(-start * self.block_bytes // page) * page
                 high = end * self.block_bytes // page * page
                 if high > low:

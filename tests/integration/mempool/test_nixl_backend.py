@@ -12,8 +12,8 @@ import pytest
 
 from memserve.core.errors import ConfigError, CorruptBlock, PeerLost, TransferAborted
 from memserve.core.types import InstanceId
-from memserve.mempool import AbortCause, MemPool, TransferEndpoint
-from memserve.mempool.transfer.nixl import load_bindings
+from memserve.mempool import AbortCause, MemPool, Tier, TransferEndpoint
+from memserve.mempool.transfer.nixl_agent import load_bindings
 
 from .conftest import SMALL, peer_process, serving, until
 from .peer_process import BIG, NS, SECURITY, fill_blocks, holds_pattern, member, tokens_of
@@ -97,13 +97,26 @@ def test_two_pools_send_to_each_other() -> None:
     asyncio.run(scenario())
 
 
-def test_a_pool_that_grew_is_registered_and_announced_anew() -> None:
+def test_pools_that_grow_and_shrink_and_grow_go_on_exchanging_blocks() -> None:
     async def scenario() -> None:
-        async with pool_here() as (pool, endpoint):
-            assert endpoint._receiver.nixl is not None
-            offer = endpoint._receiver.nixl.agent.offer()
-            pool.arena.grow(4, "more")
-            assert endpoint._receiver.nixl.agent.offer() != offer
+        async with (
+            pool_here() as (pool, endpoint),
+            serving("b", layout=BIG, blocks=8, backends=("nixl",)) as (there, _, address),
+        ):
+            endpoint.set_peers((member("b", address),))
+            for seed, blocks in enumerate((8, 32, 8, 64)):
+                pool.resize(Tier.DEVICE, 2 * blocks)
+                there.resize(Tier.DEVICE, blocks)
+                src = pool.alloc_mem(blocks)
+                fill_blocks(pool, src, seed)
+                done = await pool.transfer_with_insert(B, tokens_of(seed, blocks), src, NS)
+                assert done.sent == blocks
+                with there.match(tokens_of(seed, blocks), NS) as match:
+                    assert match.tokens == blocks * BIG.block_tokens
+                    assert holds_pattern(there, match.addrs, seed)
+                pool.free_mem(src)
+                there.check([])
+            assert [link.sent for link in endpoint.links()] == [4]
 
     asyncio.run(scenario())
 
@@ -139,7 +152,7 @@ def test_peers_that_wrote_beside_a_lost_sender_connect_again() -> None:
             assert await other.do("send", blocks=2, seed=3, **order) == [0, 2, 2 * BIG.block_bytes]
             target = endpoint._receiver.nixl
             assert target is not None
-            known = target.agent
+            known = await target.current()
             await peer.do("die_at", step="copied")
             assert await peer.do("send", blocks=8, seed=1, **order) is None
             await until(lambda: known.closed and pool.stats().incoming == 0)

@@ -35,6 +35,8 @@ class Transmission:
     steps: Sequence[Step]
     may_go_on: Callable[[], bool]
     written: Callable[[int, int], None]
+    memory: bytes = b""
+    """How to write to the receiver's memory, where the network does that: what its ``Reserved`` says."""
 
 
 class TransferBackend(Protocol):
@@ -70,7 +72,7 @@ def choose_backend(wanted: Sequence[str], own: Hello, peer: Hello) -> str:
     """The first of ``wanted`` by which ``peer`` can receive from here. Raises ``PeerLost``: why none."""
     same_host = own.host == peer.host
     for name in wanted:
-        if name in peer.backends and (name != SHM or same_host) and (name != NIXL or peer.nixl):
+        if name in peer.backends and (name != SHM or same_host):
             return name
     where = "on this host" if same_host else "on another host (shm does not reach it)"
     raise PeerLost(

@@ -34,7 +34,8 @@ from memserve.mempool.transfer.backends import (
     choose_backend,
     require_known,
 )
-from memserve.mempool.transfer.nixl import NixlSource, NixlTarget, load_bindings
+from memserve.mempool.transfer.nixl import NixlSource, NixlTarget
+from memserve.mempool.transfer.nixl_agent import load_bindings
 from memserve.mempool.transfer.receiver import Adopt, Receiver, require_same_layout
 from memserve.mempool.transfer.sender import LinkState, OutboundLink, SendLimits, SendOrder
 from memserve.mempool.transfer.shm import DescriptorServer, SharedMemoryBackend, receive_arena
@@ -115,10 +116,9 @@ class TransferEndpoint:
                 host, self._pool.layout.block_bytes, self._security, self._limits.call_seconds
             )
         if NIXL in self._backends:
-            target = await asyncio.get_running_loop().run_in_executor(
+            self._receiver.nixl = await asyncio.get_running_loop().run_in_executor(
                 self._workers, NixlTarget, self._pool.instance, self._pool.arena, self._workers
             )
-            self._receiver.receive_by_nixl(target)
         self._hello = msgspec.structs.replace(
             self._hello,
             backends=self._backends,

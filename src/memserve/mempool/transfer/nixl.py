@@ -1,46 +1,35 @@
 """The nixl backend: blocks written straight into a peer's registered memory over UCX (RDMA, NVLink, TCP).
 
-Knows NIXL's agents, registrations and handles; how a transfer goes, ``sender`` and ``receiver`` know. NIXL
-is an optional package that is imported here only. UCX neither authenticates nor encrypts, so this backend is
-used only where it is asked for by name.
+Knows which agents write where and when they must end; how a transfer goes, ``sender`` and ``receiver`` know.
+UCX neither authenticates nor encrypts, so this backend is used only where it is asked for by name.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
-import importlib
 import logging
-import os
-import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from memserve._native import checksum_blocks
-from memserve.core.errors import ConfigError, PeerLost, ProtocolError, TransferAborted
-from memserve.core.messages import Hello
+from memserve.core.errors import ConfigError, PeerLost, TransferAborted
+from memserve.core.types import InstanceId
+from memserve.mempool.address import BlockNumbers
 from memserve.mempool.arena import Arena
 from memserve.mempool.transfer.backends import NIXL, Transmission
+from memserve.mempool.transfer.nixl_agent import Agent, Offer, Pointers, read_offer
 from memserve.mempool.transfer.plan import Step
 
-INSTALL = "pip install --no-deps nixl-cu12"
-"""Installs NIXL without torch, which its wheel asks for and which nothing here needs."""
 log = logging.getLogger(__name__)
 
-_PACKAGES = ("nixl_cu12", "nixl_cu13")
-_UCX = "UCX"
-_PROGRESS_MICROSECONDS = 1000
-"""Between two looks of an idle receiving agent: with NIXL's default of 0 it keeps a core busy."""
 _POLL_SECONDS = 20e-6
 _MOST_POSTED = 2
 """Steps that NIXL has at once: one on its way, the next one ready."""
@@ -48,155 +37,67 @@ _DRAIN_SECONDS = 1.0
 """How long an interrupted transmission waits for what NIXL has already begun."""
 
 
-Segments = Sequence[tuple[int, int]]
+class NixlSource:
+    """The agent that writes this pool's blocks to peers, created when the first one is written to.
 
-
-class _Offer(msgspec.Struct, frozen=True):
-    """What ``Hello.nixl`` carries: how to reach an agent, and each segment: its address there, and blocks."""
-
-    agent: str
-    metadata: bytes
-    segments: tuple[tuple[int, int], ...]
-
-
-@functools.cache
-def load_bindings() -> Any:
-    """NIXL's binding module. Raises ``ConfigError``: which package is missing and how to install it."""
-    # Both write to standard output otherwise, which belongs to the application.
-    os.environ.setdefault("NIXL_LOG_LEVEL", "ERROR")
-    os.environ.setdefault("UCX_LOG_FILE", "stderr")
-    os.environ.setdefault("UCX_LOG_LEVEL", "error")
-    reasons = []
-    for package in _PACKAGES:
-        try:
-            return importlib.import_module(f"{package}._bindings")
-        except ImportError as error:
-            reasons.append(f"{package}: {error}")
-    raise ConfigError(
-        f"the transfer backend nixl needs the package nixl-cu12, which does not load ({'; '.join(reasons)}); "
-        f"install it with: {INSTALL}"
-    )
-
-
-@functools.cache
-def _errors() -> tuple[type[Exception], ...]:
-    """NIXL's errors have no base class of their own."""
-    bindings = load_bindings()
-    return tuple(getattr(bindings, name) for name in dir(bindings) if name.endswith("Error"))
-
-
-class Agent:
-    """A NIXL agent with UCX, and the part of ``arena`` that it has registered.
-
-    ``progress`` gives it a thread that serves peers; without it only calls from here move anything. May be
-    used from several threads.
+    ``hashers`` compute checksums while NIXL transmits. ``stall_seconds`` is how long a step may take.
     """
 
-    def __init__(self, name: str, arena: Arena, *, progress: bool) -> None:
-        self.name = name
-        self.closed = False
-        self.after_close: list[Callable[[], None]] = []
-        """What waits for this agent's end; for the event loop."""
-        self._bindings = load_bindings()
-        self._arena = arena
-        self._registered: list[Any] = []
+    def __init__(self, pool: InstanceId, arena: Arena, hashers: Executor, stall_seconds: float) -> None:
+        self.arena = arena
+        self.hashers = hashers
+        self.stall_seconds = stall_seconds
+        self._pool = pool
+        self._agent: Agent | None = None
         self._lock = threading.Lock()
-        config = self._bindings.nixlAgentConfig()
-        config.useProgThread = progress
-        config.pthrDelay = _PROGRESS_MICROSECONDS
-        config.syncMode = self._bindings.NIXL_THREAD_SYNC_RW
-        with _as_config_error("no agent can be created"):
-            self._agent = self._bindings.nixlAgent(name, config)
-            self._agent.createBackend(_UCX, {})
-        self.cover()
+        self._links: dict[NixlBackend, Agent | None] = {}
+        self._knowing: dict[str, NixlBackend] = {}
 
-    def cover(self) -> int:
-        """Register what the arena has grown by; returns the number of segments. Raises ``ConfigError``."""
-        with self._lock, _as_config_error("memory cannot be registered"):
-            for base, blocks in _segments(self._arena)[len(self._registered) :]:
-                memory = (base, blocks * self._arena.block_bytes, 0, "")
-                descriptors = self._bindings.nixlRegDList(self._bindings.DRAM_SEG, [memory])
-                self._agent.registerMem(descriptors, [])
-                self._registered.append(descriptors)
-            return len(self._registered)
+    def connect(self, peer: InstanceId) -> NixlBackend:
+        """A way to ``peer``; where to write there, its answers to reservations say."""
+        link = NixlBackend(self, peer)
+        with self._lock:
+            self._links[link] = None
+        return link
 
-    def offer(self) -> bytes:
-        """What a peer needs to write here: ``Hello.nixl``. Empty once the agent has ended."""
-        if self.closed:
-            return b""
-        segments = _segments(self._arena)[: self.cover()]
-        return msgspec.msgpack.encode(_Offer(self.name, self._agent.getLocalMD(), tuple(segments)))
+    def agent_for(self, link: NixlBackend) -> Agent:
+        """The agent by which ``link`` is to write now. Raises ``ConfigError``."""
+        with self._lock:
+            if self._agent is None or self._agent.stale:
+                self._agent = Agent(self._pool, self.arena, progress=False)
+            before, self._links[link] = self._links[link], self._agent
+            self._close_unused(before)
+            return self._agent
 
-    # --- for writing to peers ---
+    def claim(self, peer_agent: str, link: NixlBackend) -> None:
+        """Make ``link`` the only one that knows ``peer_agent``. Raises ``PeerLost``."""
+        with self._lock:
+            previous = self._knowing.get(peer_agent, link)
+            self._knowing[peer_agent] = link
+        # An agent knows each other agent once, so the link before this one has to let go of it first.
+        if previous is not link and not previous.let_go.wait(self.stall_seconds):
+            raise PeerLost("the link before this one has not ended yet; try again later")
 
-    def learn(self, offer: _Offer) -> None:
-        """Take up a peer's metadata and connect. Raises ``PeerLost``."""
-        with _as_peer_lost("the peer's NIXL agent cannot be reached"):
-            self._agent.loadRemoteMD(offer.metadata)
-            self._agent.makeConnection(offer.agent, [])
-
-    def forget(self, name: str) -> None:
-        """Let go of a peer's agent and of the connection to it."""
-        with contextlib.suppress(*_errors()):
-            self._agent.invalidateRemoteMD(name)
-
-    def prepare_own(self) -> int:
-        """A descriptor list of the own blocks, numbered as in the arena."""
-        segments = _segments(self._arena)[: self.cover()]
-        with _as_config_error("the pool cannot be described"):
-            return self._prepare(self._bindings.NIXL_INIT_AGENT, segments)
-
-    def prepare_peer(self, name: str, segments: Segments) -> int:
-        """The same of a peer's blocks. Raises ``PeerLost``."""
-        with _as_peer_lost("the peer's pool cannot be described"):
-            return self._prepare(name, segments)
-
-    def release_list(self, prepared: int) -> None:
-        with contextlib.suppress(*_errors()):
-            self._agent.releasedDlistH(prepared)
-
-    def post(self, own: int, own_at: NDArray[np.int32], peer: int, peer_at: NDArray[np.int32]) -> int:
-        """Begin to write pieces ``own_at`` to ``peer_at`` (int32[n]); returns a handle. Raises ``PeerLost``.
-
-        UCX may move all of it before this returns, and does so where processors copy.
-        """
-        with _as_peer_lost("blocks cannot be written"):
-            handle: int = self._agent.makeXferReq(
-                self._bindings.NIXL_WRITE, own, own_at, peer, peer_at, "", [], False
-            )
-            try:
-                self._agent.postXferReq(handle, "")
-            except BaseException:
-                self.release(handle)
-                raise
-        return handle
-
-    def arrived(self, handle: int) -> bool:
-        """Whether all of it lies in the peer's memory. Raises ``PeerLost``."""
-        with _as_peer_lost("blocks do not reach it"):
-            return bool(self._agent.getXferStatus(handle) == self._bindings.NIXL_SUCCESS)
-
-    def release(self, handle: int) -> None:
-        """Forget a handle; one that is still under way is cancelled as far as UCX can."""
-        with contextlib.suppress(*_errors()):
-            self._agent.releaseXferReq(handle)
+    def leave(self, link: NixlBackend) -> None:
+        """``link`` uses nothing any more."""
+        with self._lock:
+            before = self._links.pop(link, None)
+            self._knowing = {agent: user for agent, user in self._knowing.items() if user is not link}
+            self._close_unused(before)
 
     def close(self) -> None:
-        """Deregister and end all connections: from now on nothing is read or written through this agent."""
-        with self._lock:
-            for descriptors in self._registered:
-                with contextlib.suppress(*_errors()):
-                    self._agent.deregisterMem(descriptors, [])
-            self._registered = []
-            # The bindings have no call for it: the last reference ends the agent, its thread and connections.
-            del self._agent
-            self.closed = True
+        """End all links and the agent. Blocks, so for a worker thread."""
+        for link in list(self._links):
+            link.close()
+            if not link.let_go.wait(self.stall_seconds):
+                log.error("a transmission by nixl does not end; its memory stays registered")
+                return
+        if self._agent is not None:
+            self._agent.close()
 
-    def _prepare(self, name: str, segments: Segments) -> int:
-        size = self._arena.block_bytes
-        strided = np.array([(base, size, 0, size, blocks) for base, blocks in segments], np.uint64)
-        prepared: int = self._agent.prepXferDlist(name, self._bindings.DRAM_SEG, strided, [])
-        return prepared
+    def _close_unused(self, agent: Agent | None) -> None:
+        if agent is not None and agent is not self._agent and agent not in self._links.values():
+            agent.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,79 +110,25 @@ class _Posted:
     checksums: Future[NDArray[np.uint64]]
 
 
-class NixlSource:
-    """The agent that writes this pool's blocks to peers, created when the first one is connected.
-
-    ``hashers`` compute checksums while NIXL transmits. ``stall_seconds`` is how long a step may take.
-    """
-
-    def __init__(self, name: str, arena: Arena, hashers: Executor, stall_seconds: float) -> None:
-        self._name = name
-        self._arena = arena
-        self._hashers = hashers
-        self._stall_seconds = stall_seconds
-        self._agent: Agent | None = None
-        self._lock = threading.Lock()
-        self._links: dict[str, NixlBackend] = {}
-
-    def connect(self, hello: Hello) -> NixlBackend:
-        """A way to the memory that ``hello`` offers. Blocks, so for a worker thread.
-
-        Raises ``PeerLost``, ``ProtocolError``, ``ConfigError``.
-        """
-        offer = _read_offer(hello)
-        with self._lock:
-            # An agent knows each other agent once, so the previous link has to let go of it first.
-            previous = self._links.pop(offer.agent, None)
-            if previous is not None and not previous.let_go.wait(self._stall_seconds):
-                raise PeerLost(f"the previous link to {hello.instance} has not ended yet; try again later")
-            if self._agent is None:
-                self._agent = Agent(_agent_name(self._name), self._arena, progress=False)
-            agent = self._agent
-            agent.learn(offer)
-            try:
-                link = NixlBackend(agent, self._arena, offer, self._hashers, self._stall_seconds)
-            except BaseException:
-                agent.forget(offer.agent)
-                raise
-            self._links[offer.agent] = link
-            return link
-
-    def close(self) -> None:
-        """End all links and the agent. Blocks, so for a worker thread."""
-        with self._lock:
-            for link in self._links.values():
-                link.close()
-            for link in self._links.values():
-                link.let_go.wait(self._stall_seconds)
-            if self._agent is not None:
-                self._agent.close()
-
-
 class NixlBackend:
-    """Writes into the segments of one peer, from a thread of its own."""
+    """Writes into the memory of one peer, from a thread of its own."""
 
     name = NIXL
 
-    def __init__(
-        self, agent: Agent, own: Arena, peer: _Offer, hashers: Executor, stall_seconds: float
-    ) -> None:
+    def __init__(self, source: NixlSource, peer: InstanceId) -> None:
         self.workers = ThreadPoolExecutor(1, thread_name_prefix="memserve-nixl")
         self.let_go = threading.Event()
         """Set when nothing of this link is in use any more."""
-        self._agent = agent
-        self._own = own
+        self._source = source
         self._peer = peer
-        self._hashers = hashers
-        self._stall_seconds = stall_seconds
+        self._agent: Agent | None = None
+        self._told = b""
+        self._there: _PeerMemory | None = None
         self._interrupted = threading.Event()
         self._closing = False
-        self._peer_list = agent.prepare_peer(peer.agent, peer.segments)
-        self._peer_blocks = sum(blocks for _, blocks in peer.segments)
-        self._own_list = agent.prepare_own()
-        self._own_blocks = own.blocks
 
     def transmit(self, order: Transmission) -> NDArray[np.uint64]:
+        agent, there = self._reach(order.memory)
         checksums = [np.empty(0, np.uint64)]
         posted: deque[_Posted] = deque()
         first = 0
@@ -289,14 +136,14 @@ class NixlBackend:
             for step in order.steps:
                 if self._interrupted.is_set() or not order.may_go_on():
                     raise TransferAborted("the transmission was stopped half-way; nothing was published")
-                posted.append(self._post(step, first))
+                posted.append(self._post(agent, there, step, first))
                 first += len(step.src)
-                while posted and (len(posted) >= _MOST_POSTED or self._agent.arrived(posted[0].handle)):
-                    checksums.append(self._finish(posted, order))
+                while posted and (len(posted) >= _MOST_POSTED or agent.arrived(posted[0].handle)):
+                    checksums.append(self._finish(agent, posted, order))
             while posted:
-                checksums.append(self._finish(posted, order))
+                checksums.append(self._finish(agent, posted, order))
         finally:
-            self._drain(posted)
+            self._drain(agent, posted)
         return np.concatenate(checksums)
 
     def interrupt(self) -> None:
@@ -311,54 +158,81 @@ class NixlBackend:
 
     # --- in the link's thread ---
 
-    def _post(self, step: Step, first: int) -> _Posted:
-        if len(step.dst) and int(step.dst.max()) >= self._peer_blocks:
-            raise PeerLost(f"{self._peer.agent} has grown since the handshake; connect again")
-        if self._own.blocks != self._own_blocks:
-            self._agent.release_list(self._own_list)
-            self._own_list, self._own_blocks = self._agent.prepare_own(), self._own.blocks
-        pointers, size = self._own.pointers(step.src), self._own.block_bytes
-        checksums = self._hashers.submit(checksum_blocks, pointers, size)
-        handle = self._agent.post(
-            self._own_list, step.src.astype(np.int32), self._peer_list, step.dst.astype(np.int32)
-        )
-        return _Posted(handle, first, len(step.src), checksums)
+    def _reach(self, told: bytes) -> tuple[Agent, _PeerMemory]:
+        """The agent to write with, and the memory of which the peer has told."""
+        agent = self._source.agent_for(self)
+        if self._there is None or agent is not self._agent or told != self._told:
+            offer = read_offer(told)
+            if self._there is not None and (agent, offer.agent) != (self._agent, self._there.agent):
+                self._forget()
+            self._source.claim(offer.agent, self)
+            agent.learn(offer)
+            self._agent, self._told, self._there = agent, told, _PeerMemory(offer, self._source.arena)
+        return agent, self._there
 
-    def _finish(self, posted: deque[_Posted], order: Transmission) -> NDArray[np.uint64]:
+    def _post(self, agent: Agent, there: _PeerMemory, step: Step, first: int) -> _Posted:
+        own, block_bytes = self._source.arena.pointers(step.src), self._source.arena.block_bytes
+        checksums = self._source.hashers.submit(checksum_blocks, own, block_bytes)
+        sizes = np.full(len(own), block_bytes, np.int64)
+        handle = agent.post(there.agent, own, there.pointers(step.dst), sizes)
+        return _Posted(handle, first, len(own), checksums)
+
+    def _finish(self, agent: Agent, posted: deque[_Posted], order: Transmission) -> NDArray[np.uint64]:
         """Wait for the oldest step and tell of it; of the last one tells the publication."""
-        self._wait(posted[0].handle, self._stall_seconds)
+        self._wait(agent, posted[0].handle, self._source.stall_seconds)
         step = posted.popleft()
-        self._agent.release(step.handle)
+        agent.release(step.handle)
         if posted or step.first + step.blocks < sum(len(one.src) for one in order.steps):
             order.written(step.first, step.blocks)
         return step.checksums.result()
 
-    def _wait(self, handle: int, seconds: float) -> None:
+    def _wait(self, agent: Agent, handle: int, seconds: float) -> None:
         """Raises ``PeerLost`` after ``seconds``, or soon after an interruption."""
         deadline = time.monotonic() + seconds
-        while not self._agent.arrived(handle):
+        while not agent.arrived(handle):
             now = time.monotonic()
             if self._interrupted.is_set():
                 deadline = min(deadline, now + _DRAIN_SECONDS)
             if now >= deadline:
-                raise PeerLost(f"{self._peer.agent} takes no blocks; nothing was published")
+                raise PeerLost(f"{self._peer} takes no blocks by nixl; nothing was published")
             time.sleep(_POLL_SECONDS)
 
-    def _drain(self, posted: deque[_Posted]) -> None:
+    def _drain(self, agent: Agent, posted: deque[_Posted]) -> None:
         """After a failure: have nothing under way, or raise ``PeerLost``, upon which the link ends."""
         with contextlib.ExitStack() as released:
             for step in posted:
-                released.callback(self._agent.release, step.handle)
+                released.callback(agent.release, step.handle)
             for step in posted:
-                self._wait(step.handle, _DRAIN_SECONDS)
+                self._wait(agent, step.handle, _DRAIN_SECONDS)
+
+    def _forget(self) -> None:
+        if self._agent is not None and self._there is not None and not self._agent.closed:
+            self._agent.forget(self._there.agent)
 
     def _let_go(self) -> None:
         try:
-            self._agent.release_list(self._peer_list)
-            self._agent.release_list(self._own_list)
-            self._agent.forget(self._peer.agent)
+            self._forget()
+            self._source.leave(self)
         finally:
             self.let_go.set()
+
+
+class _PeerMemory:
+    """Where a peer's blocks lie in its process."""
+
+    def __init__(self, offer: Offer, own: Arena) -> None:
+        self.agent = offer.agent
+        self._block_bytes = own.block_bytes
+        self._firsts, self._blocks, self._bases = np.array(offer.segments, np.int64).T
+
+    def pointers(self, numbers: BlockNumbers) -> Pointers:
+        """Addresses of blocks: uint64[n]. Raises ``PeerLost`` for one that the peer has not offered."""
+        at = np.searchsorted(self._firsts, numbers, side="right") - 1
+        within = numbers - self._firsts[at]
+        if (within >= self._blocks[at]).any():
+            raise PeerLost(f"blocks {numbers[:8].tolist()} lie outside of what the peer has registered")
+        pointers: NDArray[np.int64] = within * self._block_bytes + self._bases[at]
+        return pointers.view(np.uint64)
 
 
 class NixlTarget:
@@ -366,28 +240,26 @@ class NixlTarget:
 
     Bytes of a peer that was lost in the middle of a transfer may still be on their way: in a socket's buffer
     or a network card. Only the end of the agent that they are addressed to keeps them from arriving, so it is
-    replaced then, and ``on_replaced`` is told. Peers that know the old one have to shake hands again.
+    replaced then. Peers learn of the new one with their next reservation.
     """
 
-    def __init__(self, name: str, arena: Arena, workers: Executor) -> None:
-        self.on_replaced: Callable[[Agent], None] = lambda agent: None
-        """Is told the agent that is about to end, in the event loop."""
-        self._name = name
+    def __init__(self, pool: InstanceId, arena: Arena, workers: Executor) -> None:
+        self._pool = pool
         self._arena = arena
         self._workers = workers
         self._agent = self._create()
         self._replacing: asyncio.Task[None] | None = None
         self._closing = False
 
-    @property
-    def agent(self) -> Agent:
-        """The one that is offered to peers now."""
-        return self._agent
-
-    async def settle(self) -> None:
-        """Wait until no replacement is under way."""
+    async def current(self) -> Agent:
+        """The agent to write to now, once no replacement is under way. Raises ``ConfigError``."""
+        if self._agent.stale and not self._agent.closed:
+            self.call_when_silent(self._agent, lambda: None)
         if self._replacing is not None:
             await asyncio.shield(self._replacing)
+        if self._agent.closed:
+            raise ConfigError("the pool cannot be registered with NIXL any more; its log says why")
+        return self._agent
 
     def call_when_silent(self, agent: Agent, then: Callable[[], None]) -> None:
         """End ``agent``, then call ``then``, in the event loop. Without it nothing arrives any more."""
@@ -401,7 +273,8 @@ class NixlTarget:
     async def close(self) -> None:
         """End the agent; whoever waits for that is called."""
         self._closing = True
-        await self.settle()
+        if self._replacing is not None:
+            await self._replacing
         await self._end(self._agent)
 
     async def _replace(self) -> None:
@@ -411,52 +284,14 @@ class NixlTarget:
                 self._agent = await asyncio.get_running_loop().run_in_executor(self._workers, self._create)
             except ConfigError as error:
                 log.error("no more blocks can come by nixl: %s", error)
-            self.on_replaced(old)
             await self._end(old)
         self._replacing = None
 
     def _create(self) -> Agent:
-        return Agent(_agent_name(self._name), self._arena, progress=True)
+        return Agent(self._pool, self._arena, progress=True)
 
     async def _end(self, agent: Agent) -> None:
-        if not agent.closed:
-            await asyncio.get_running_loop().run_in_executor(self._workers, agent.close)
+        await asyncio.get_running_loop().run_in_executor(self._workers, agent.close)
         waiting, agent.after_close = agent.after_close, []
         for then in waiting:
             then()
-
-
-def _agent_name(pool: str) -> str:
-    """Never used before: neither by an earlier life of the pool nor by an earlier agent of this one."""
-    return f"{pool}/{secrets.token_hex(8)}"
-
-
-def _read_offer(hello: Hello) -> _Offer:
-    try:
-        offer = msgspec.msgpack.decode(hello.nixl, type=_Offer)
-    except msgspec.MsgspecError as error:
-        raise ProtocolError(f"{hello.instance} describes its NIXL agent wrongly: {error}") from error
-    return offer
-
-
-def _segments(arena: Arena) -> Segments:
-    """Where each segment begins, and its blocks."""
-    counts = np.array(arena.segment_blocks, np.int64)
-    bases = arena.pointers(np.cumsum(counts) - counts)
-    return list(zip(bases.tolist(), counts.tolist(), strict=True))
-
-
-@contextlib.contextmanager
-def _as_config_error(what: str) -> Iterator[None]:
-    try:
-        yield
-    except _errors() as error:
-        raise ConfigError(f"transfer backend nixl: {what}: {error}") from error
-
-
-@contextlib.contextmanager
-def _as_peer_lost(what: str) -> Iterator[None]:
-    try:
-        yield
-    except _errors() as error:
-        raise PeerLost(f"{what}: {type(error).__name__} {error}") from error

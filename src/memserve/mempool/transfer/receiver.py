@@ -54,7 +54,8 @@ from memserve.mempool.transfer.arrivals import (
     StreamedArrival,
 )
 from memserve.mempool.transfer.backends import NIXL, TCP
-from memserve.mempool.transfer.nixl import Agent, NixlTarget
+from memserve.mempool.transfer.nixl import NixlTarget
+from memserve.mempool.transfer.nixl_agent import Agent
 from memserve.mempool.transfer.streams import StreamListener
 from memserve.wire import Connection
 from memserve.wire.channel import Channel
@@ -67,7 +68,6 @@ Adopt = Callable[[bytes, Addresses], None]
 _LONGEST_RESERVATION = 600.0
 _ANSWER_SECONDS = 5.0
 _SHORTEST_WAIT = 0.001
-_REGISTERED_ANEW = "the pool has registered its memory anew since the handshake; connect again"
 
 
 def require_same_layout(own: Hello, other: Hello) -> None:
@@ -86,6 +86,8 @@ class _Incoming:
     arrival: Arrival
     ticket: int
     link: InboundLink
+    memory: bytes = b""
+    """How the sender can write to it by nixl."""
 
 
 class Receiver:
@@ -120,11 +122,6 @@ class Receiver:
         for link in [x for x in self._links if x.peer is not None and x.peer.instance == instance]:
             link.close(reason)
 
-    def receive_by_nixl(self, target: NixlTarget) -> None:
-        """Have peers write through ``target``, which ends with this."""
-        target.on_replaced = self._end_links_to
-        self.nixl = target
-
     async def close(self) -> None:
         """End all connections; what was reserved through them is freed."""
         for link in list(self._links):
@@ -140,7 +137,7 @@ class Receiver:
 
     # --- what links ask for ---
 
-    async def greet(self, link: InboundLink, hello: Hello) -> Hello:
+    def greet(self, link: InboundLink, hello: Hello) -> Hello:
         """Admit a peer. Raises ``LayoutMismatch``, or ``StaleAddress`` for an earlier life of a known one."""
         assert self.hello is not None, "connections come only after the start"
         require_same_layout(self.hello, hello)
@@ -157,13 +154,10 @@ class Receiver:
         if self.streams is not None:
             link.stream_name = self.streams.expect(link)
             answer = msgspec.structs.replace(answer, stream=link.stream_name)
-        if self.nixl is not None:
-            await self._end_earlier_links(link, hello)
-            link.agent = self.nixl.agent
-            answer = msgspec.structs.replace(answer, nixl=link.agent.offer())
+        self._end_earlier_links(link, hello)
         return answer
 
-    def reserve(self, link: InboundLink, peer: Hello, asked: Reserve) -> Reserved:
+    async def reserve(self, link: InboundLink, peer: Hello, asked: Reserve) -> Reserved:
         """Hold and allocate what a transfer needs. Raises ``OutOfBlocks``."""
         assert self.hello is not None, "connections come only after the start"
         if asked.backend not in self.hello.backends:
@@ -174,8 +168,7 @@ class Receiver:
                 f"{_LONGEST_RESERVATION} s are possible",
                 field="blocks",
             )
-        if asked.backend == NIXL:
-            self._require_current_agent(link)
+        agent = None if self.nixl is None or asked.backend != NIXL else await self.nixl.current()
         reservation = self._pool.begin_incoming(
             asked.transfer,
             peer.instance,
@@ -186,9 +179,10 @@ class Receiver:
         )
         incoming = self._incoming.get(asked.transfer)
         if incoming is None:
-            incoming = self._incoming[asked.transfer] = self._expect(link, asked.backend, reservation)
+            incoming = self._incoming[asked.transfer] = self._expect(link, asked.backend, reservation, agent)
             self._watch(link, asked.transfer, asked.seconds)
-        return Reserved(asked.transfer, len(reservation.held), reservation.fresh.to_bytes(), incoming.ticket)
+        dst = reservation.fresh.to_bytes()
+        return Reserved(asked.transfer, len(reservation.held), dst, incoming.ticket, incoming.memory)
 
     def written(self, asked: Copied) -> None:
         """A sender has written some blocks into shared memory. What is too late is of no interest."""
@@ -233,15 +227,17 @@ class Receiver:
             # Retrieved here as well, in case that the sender, who would be told, is gone.
             task.exception()
 
-    def _expect(self, link: InboundLink, backend: str, reservation: Reservation) -> _Incoming:
+    def _expect(
+        self, link: InboundLink, backend: str, reservation: Reservation, agent: Agent | None
+    ) -> _Incoming:
         fresh = reservation.fresh
         pointers = self._pool.pointers(fresh)
         ticket = next(self._tickets)
-        if backend == NIXL:
-            assert self.nixl is not None and link.agent is not None, "refused before"
-            silence = functools.partial(self.nixl.call_when_silent, link.agent)
+        if self.nixl is not None and agent is not None:
+            link.writes_by_nixl = True
+            silence = functools.partial(self.nixl.call_when_silent, agent)
             remote = RemoteArrival(pointers, self._pool.layout.block_bytes, self._workers, silence)
-            return _Incoming(remote, ticket, link)
+            return _Incoming(remote, ticket, link, agent.offer())
         if backend != TCP:
             shared = SharedArrival(pointers, self._pool.layout.block_bytes, self._workers)
             return _Incoming(shared, ticket, link)
@@ -275,25 +271,14 @@ class Receiver:
             error = PeerLost if cause is AbortCause.SENDER_LOST else TransferAborted
             incoming.arrival.stop(error(f"transfer {transfer} was ended: {reason}"), release)
 
-    def _require_current_agent(self, link: InboundLink) -> None:
-        """Raise ``PeerLost`` and end the link if what it was told in the handshake is of no use any more."""
-        assert self.nixl is not None, "refused before"
-        if link.agent is not self.nixl.agent:
-            link.close(_REGISTERED_ANEW)
-            raise PeerLost(_REGISTERED_ANEW)
-        link.writes_by_agent = True
+    def _end_earlier_links(self, link: InboundLink, hello: Hello) -> None:
+        """A peer connects again only after its last connection, whose end may not have been seen here yet.
 
-    async def _end_earlier_links(self, link: InboundLink, hello: Hello) -> None:
-        """A peer connects again only after its last connection, whose end may not have been seen here yet."""
-        assert self.nixl is not None, "asked for before"
-        for earlier in [x for x in self._links if x is not link and x.writes_by_agent]:
+        By nixl it must be: the agent that the peer is told of next would be replaced upon it.
+        """
+        for earlier in [x for x in self._links if x is not link and x.writes_by_nixl]:
             if earlier.peer is not None and earlier.peer.instance == hello.instance:
                 earlier.close(f"{hello.instance} has connected again")
-        await self.nixl.settle()
-
-    def _end_links_to(self, agent: Agent) -> None:
-        for link in [x for x in self._links if x.agent is agent and x.writes_by_agent]:
-            link.close(_REGISTERED_ANEW)
 
     def _forget_incoming(self, transfer: str) -> None:
         incoming = self._incoming.pop(transfer, None)
@@ -371,9 +356,7 @@ class InboundLink:
         self.arrivals: dict[int, StreamedArrival] = {}
         """Where the blocks of each ticket go, for the stream's thread."""
         self.stream_name = b""
-        self.agent: Agent | None = None
-        """The NIXL agent that the peer was told of."""
-        self.writes_by_agent = False
+        self.writes_by_nixl = False
         self._receiver = receiver
         self._connection: Connection | None = None
         self._channel: Channel | None = None
@@ -388,11 +371,11 @@ class InboundLink:
         self._connection = connection
         if isinstance(message, Hello):
             connection.label = message.instance
-            return await self._receiver.greet(self, message)
+            return self._receiver.greet(self, message)
         if self.peer is None:
             raise ProtocolError(f"{type(message).__name__} before Hello")
         if isinstance(message, Reserve):
-            return self._receiver.reserve(self, self.peer, message)
+            return await self._receiver.reserve(self, self.peer, message)
         if isinstance(message, Publish):
             return await self._receiver.publish(self, message)
         raise ProtocolError(f"a pool does not answer {type(message).__name__}")

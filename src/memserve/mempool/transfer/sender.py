@@ -128,7 +128,7 @@ class OutboundLink:
             dst, answer = await self._reserve(transfer, order)
             held = answer.held
             self._observe("reserved")
-            checksums = await self._transmit(job, order.src[held:], dst, answer.ticket)
+            checksums = await self._transmit(job, order.src[held:], dst, answer)
             self._observe("copied")
             await self._call(
                 Publish(transfer, checksums.astype("<u8").tobytes(), int(order.origin), order.attachment)
@@ -206,7 +206,9 @@ class OutboundLink:
             raise ProtocolError(f"{answer.held} + {len(dst)} blocks were reserved instead of {blocks}")
         return dst, answer
 
-    async def _transmit(self, job: _Job, src: Addresses, dst: Addresses, ticket: int) -> NDArray[np.uint64]:
+    async def _transmit(
+        self, job: _Job, src: Addresses, dst: Addresses, reserved: Reserved
+    ) -> NDArray[np.uint64]:
         _, backend = self._require_open()
         loop = asyncio.get_running_loop()
 
@@ -214,10 +216,11 @@ class OutboundLink:
             loop.call_soon_threadsafe(self._tell_written, job, first, blocks)
 
         order = Transmission(
-            ticket,
+            reserved.ticket,
             plan_steps(src, dst, self._block_bytes),
             functools.partial(self._may_go_on, job),
             written,
+            reserved.memory,
         )
         job.copying = loop.run_in_executor(backend.workers, backend.transmit, order)
         try:

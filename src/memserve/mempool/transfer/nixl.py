@@ -13,7 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 import numpy as np
@@ -102,12 +102,11 @@ class NixlSource:
 
 @dataclass(frozen=True, slots=True)
 class _Posted:
-    """A step that NIXL has: its first block and blocks, and their checksums when computed."""
+    """A step that NIXL has: its first block and blocks."""
 
     handle: int
     first: int
     blocks: int
-    checksums: Future[NDArray[np.uint64]]
 
 
 class NixlBackend:
@@ -129,22 +128,24 @@ class NixlBackend:
 
     def transmit(self, order: Transmission) -> NDArray[np.uint64]:
         agent, there = self._reach(order.memory)
-        checksums = [np.empty(0, np.uint64)]
+        checksums: list[Future[NDArray[np.uint64]]] = []
         posted: deque[_Posted] = deque()
         first = 0
         try:
             for step in order.steps:
                 if self._interrupted.is_set() or not order.may_go_on():
                     raise TransferAborted("the transmission was stopped half-way; nothing was published")
+                checksums.append(self._checksum(step))
                 posted.append(self._post(agent, there, step, first))
                 first += len(step.src)
                 while posted and (len(posted) >= _MOST_POSTED or agent.arrived(posted[0].handle)):
-                    checksums.append(self._finish(agent, posted, order))
+                    self._finish(agent, posted, order)
             while posted:
-                checksums.append(self._finish(agent, posted, order))
+                self._finish(agent, posted, order)
         finally:
             self._drain(agent, posted)
-        return np.concatenate(checksums)
+            wait(checksums)
+        return np.concatenate([np.empty(0, np.uint64), *(part.result() for part in checksums)])
 
     def interrupt(self) -> None:
         self._interrupted.set()
@@ -170,21 +171,24 @@ class NixlBackend:
             self._agent, self._told, self._there = agent, told, _PeerMemory(offer, self._source.arena)
         return agent, self._there
 
-    def _post(self, agent: Agent, there: _PeerMemory, step: Step, first: int) -> _Posted:
-        own, block_bytes = self._source.arena.pointers(step.src), self._source.arena.block_bytes
-        checksums = self._source.hashers.submit(checksum_blocks, own, block_bytes)
-        sizes = np.full(len(own), block_bytes, np.int64)
-        handle = agent.post(there.agent, own, there.pointers(step.dst), sizes)
-        return _Posted(handle, first, len(own), checksums)
+    def _checksum(self, step: Step) -> Future[NDArray[np.uint64]]:
+        """In another thread, because UCX keeps this one busy where processors copy."""
+        arena = self._source.arena
+        return self._source.hashers.submit(checksum_blocks, arena.pointers(step.src), arena.block_bytes)
 
-    def _finish(self, agent: Agent, posted: deque[_Posted], order: Transmission) -> NDArray[np.uint64]:
+    def _post(self, agent: Agent, there: _PeerMemory, step: Step, first: int) -> _Posted:
+        arena = self._source.arena
+        sizes = np.full(len(step.src), arena.block_bytes, np.int64)
+        handle = agent.post(there.agent, arena.pointers(step.src), there.pointers(step.dst), sizes)
+        return _Posted(handle, first, len(step.src))
+
+    def _finish(self, agent: Agent, posted: deque[_Posted], order: Transmission) -> None:
         """Wait for the oldest step and tell of it; of the last one tells the publication."""
         self._wait(agent, posted[0].handle, self._source.stall_seconds)
         step = posted.popleft()
         agent.release(step.handle)
         if posted or step.first + step.blocks < sum(len(one.src) for one in order.steps):
             order.written(step.first, step.blocks)
-        return step.checksums.result()
 
     def _wait(self, agent: Agent, handle: int, seconds: float) -> None:
         """Raises ``PeerLost`` after ``seconds``, or soon after an interruption."""

@@ -1,0 +1,162 @@
+"""What moving blocks by the nixl backend costs, beside NIXL driven directly and memcpy.
+
+    python benchmarks/transfer_nixl.py [--out FILE] [--rounds N]
+
+``pool`` is the whole call: reserve, write, checksums on both sides, publish. ``direct`` is one WRITE with a
+notification, from prepared descriptor lists, until NIXL says that it is done: no checksums, no messages.
+``direct_thread`` is the same by an agent with a progress thread, as NIXL's own Python class makes them.
+``cma`` is what UCX chooses on one host (a process writes into another), ``tcp`` what it has between hosts
+without RDMA. All sides take turns. Needs NIXL: pip install --no-deps nixl-cu12
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import os
+import sys
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import numpy as np
+import uvloop
+
+from memserve import _native
+from memserve.core.clock import MonotonicClock
+from memserve.core.errors import ConfigError
+from memserve.mempool import Addresses, MemPool, TransferEndpoint
+from memserve.mempool.transfer.nixl_agent import Agent, Offer, load_bindings, read_offer
+from recording import write_result
+from transfer_backends import LAYOUT, PEER, PEER_BLOCKS, SECURITY, SIZES, Figure, Side, new_pool, spread, timed
+
+WAYS = {"cma": "all", "tcp": "tcp"}
+"""UCX_TLS of each."""
+IDLE_SECONDS = 3.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/transfer_nixl.json")
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--peer", metavar="ADDRESS", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    try:
+        load_bindings()
+    except ConfigError as error:
+        sys.exit(f"skipped: {error}")
+    if options.peer:
+        uvloop.run(serve_peer(options.peer))
+        return
+    figures: dict[str, Figure] = {}
+    for way, transports in WAYS.items():
+        os.environ["UCX_TLS"] = transports
+        figures |= uvloop.run(measure(way, options.rounds))
+    write_result("transfer_nixl", {"isa": _native.isa(), "figures": figures}, options.out)
+    for name, figure in figures.items():
+        print(f"{name:28s}", "  ".join(f"{key} {value:.4g}" for key, value in figure.items()))
+
+
+async def measure(way: str, rounds: int) -> dict[str, Figure]:
+    async with peer_process() as (address, offer):
+        side = await Side.connected("nixl", address)
+        await side.send(1)
+        figures = {f"{way}_idle_share_of_a_core": {"median": await idle_share()}}
+        direct = [Direct(side.pool, side.src, offer, progress=progress) for progress in (False, True)]
+        for _ in range(2 * PEER_BLOCKS // max(SIZES)):
+            await side.send(max(SIZES))
+            for one in direct:
+                one.write(max(SIZES))
+        for blocks in SIZES:
+            figures |= await one_size(way, blocks, rounds, side, direct)
+        for one in direct:
+            one.agent.close()
+        await side.endpoint.close()
+    return figures
+
+
+async def one_size(way: str, blocks: int, rounds: int, side: Side, direct: list[Direct]) -> dict[str, Figure]:
+    size = blocks * LAYOUT.block_bytes
+    taken: dict[str, list[float]] = {name: [] for name in ("memcpy", "pool", "direct", "direct_thread")}
+    for _ in range(rounds):
+        taken["memcpy"].append(timed(lambda: side.memcpy(blocks)))
+        taken["direct"].append(timed(lambda: direct[0].write(blocks)))
+        taken["pool"].append(await side.send(blocks))
+        taken["direct_thread"].append(timed(lambda: direct[1].write(blocks)))
+    rates = {f"{name}_gb_per_s": [size / one / 1e9 for one in values] for name, values in taken.items()}
+    relative = {
+        f"pool_to_{name}": [x / y for x, y in zip(taken[name], taken["pool"], strict=True)]
+        for name in ("direct", "direct_thread")
+    }
+    return {f"{way}_{name}_{blocks}": spread(values) for name, values in (rates | relative).items()}
+
+
+async def idle_share() -> float:
+    """Of one core, while a pool that listens and one that has sent do nothing, in one process each."""
+    started = time.process_time()
+    await asyncio.sleep(IDLE_SECONDS)
+    return (time.process_time() - started) / IDLE_SECONDS
+
+
+class Direct:
+    """Writes blocks ``src`` of ``pool`` into the memory of ``offer`` by NIXL alone."""
+
+    def __init__(self, pool: MemPool, src: Addresses, offer: Offer, *, progress: bool) -> None:
+        self.agent = Agent("direct", pool.arena, progress=progress)
+        self.agent.learn(offer)
+        self.bindings = load_bindings()
+        self.nixl = self.agent._agent
+        self.numbers = src.blocks.astype(np.int32)
+        ((_, own_blocks),) = pool.arena.extents
+        self.own = self.prepare(self.bindings.NIXL_INIT_AGENT, int(pool.pointers(src[:1])[0]), own_blocks)
+        ((_, blocks, base),) = offer.segments
+        self.there = self.prepare(offer.agent, base, blocks)
+
+    def prepare(self, agent: str, base: int, blocks: int) -> int:
+        size = LAYOUT.block_bytes
+        strided = np.array([[base, size, 0, size, blocks]], np.uint64)
+        prepared: int = self.nixl.prepXferDlist(agent, self.bindings.DRAM_SEG, strided, [])
+        return prepared
+
+    def write(self, blocks: int) -> None:
+        at = np.arange(blocks, dtype=np.int32)
+        handle = self.nixl.makeXferReq(self.bindings.NIXL_WRITE, self.own, at, self.there, at, "done")
+        self.nixl.postXferReq(handle)
+        while not self.agent.arrived(handle):
+            time.sleep(0)
+        self.agent.release(handle)
+
+
+@contextlib.asynccontextmanager
+async def peer_process() -> AsyncIterator[tuple[str, Offer]]:
+    """The receiving process: its pool's address, and the memory for writing directly."""
+    address = f"@memserve-benchmark-{os.getpid()}"
+    pipe = asyncio.subprocess.PIPE
+    child = await asyncio.create_subprocess_exec(
+        sys.executable, __file__, "--peer", address, stdin=pipe, stdout=pipe
+    )
+    assert child.stdin is not None
+    assert child.stdout is not None
+    yield address, read_offer(bytes.fromhex((await child.stdout.readline()).decode()))
+    child.stdin.close()
+    await child.wait()
+
+
+async def serve_peer(address: str) -> None:
+    pool = new_pool(PEER, PEER_BLOCKS)
+    endpoint = TransferEndpoint(pool, MonotonicClock(), backends=("nixl",), security=SECURITY)
+    await endpoint.start(address)
+    raw = new_pool("raw", max(SIZES))
+    agent = Agent("raw", raw.arena, progress=True)
+    print(agent.offer().hex(), flush=True)
+    orders = asyncio.StreamReader()
+    loop = asyncio.get_running_loop()
+    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(orders), sys.stdin)
+    await orders.read()
+    agent.close()
+    await endpoint.close()
+
+
+if __name__ == "__main__":
+    main()

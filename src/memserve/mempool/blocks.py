@@ -176,6 +176,10 @@ class BlockTable:
         held, indexed = np.count_nonzero(uses), np.count_nonzero(uses & _INDEXED_BIT)
         return bool(held == len(uses) and indexed == 0)
 
+    def all_writable(self, numbers: BlockNumbers) -> bool:
+        """Whether each block has one holder and is neither indexed nor being written."""
+        return not (self._uses[numbers] != _REFERENCE).any() and not self._incoming[numbers].any()
+
     def current(self, packed: Packed) -> NDArray[np.bool_]:
         """Whether each address names its block's present generation; any repetition, any numbers."""
         numbers = numbers_of(packed)

@@ -56,7 +56,7 @@ class LocalPool:
         self._clock = clock
         self._table = BlockTable(blocks, host_blocks, 0 if disk is None else disk.blocks)
         self._store = None if disk is None else DiskStore(disk, layout)
-        self.arena = Arena.allocate(layout.block_bytes, blocks, f"memserve-{instance}")
+        self.arena = Arena.allocate(layout.block_bytes, blocks, f"memserve-{instance}", layout.pieces)
         if host_blocks:
             self.arena.grow(Extent(blocks, host_blocks), f"memserve-{instance}-host")
         shelf = None
@@ -186,7 +186,7 @@ class LocalPool:
         return self._tiers.persist()
 
     def pointers(self, addrs: Addresses) -> NDArray[np.uint64]:
-        """Where the blocks lie in this process's memory: uint64[n].
+        """Where the blocks lie in this process's memory: uint64[n], or uint64[n * layout.pieces].
 
         Raises ``StaleAddress``, or ``InvalidRequest`` for blocks on disk.
         """

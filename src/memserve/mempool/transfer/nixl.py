@@ -22,14 +22,15 @@ from numpy.typing import NDArray
 from memserve._native import checksum_blocks
 from memserve.core.errors import ConfigError, PeerLost, TransferAborted
 from memserve.core.types import InstanceId
-from memserve.mempool.address import BlockNumbers
 from memserve.mempool.arena import Arena
-from memserve.mempool.transfer.backends import NIXL, Transmission
-from memserve.mempool.transfer.nixl_agent import Agent, Offer, Pointers, read_offer
+from memserve.mempool.segments import SegmentMap, runs_of
+from memserve.mempool.transfer.backends import NIXL, Moved, Transmission
+from memserve.mempool.transfer.nixl_agent import Agent, Pieces, read_offer
 from memserve.mempool.transfer.plan import Step
 
 log = logging.getLogger(__name__)
 
+_NO_CHECKSUMS = np.empty(0, np.uint64)
 _POLL_SECONDS = 20e-6
 _MOST_POSTED = 2
 """Steps that NIXL has at once: one on its way, the next one ready."""
@@ -102,11 +103,11 @@ class NixlSource:
 
 @dataclass(frozen=True, slots=True)
 class _Posted:
-    """A step that NIXL has: its first block and blocks."""
+    """A step that NIXL has: its first unit, and of how many units the receiver is to be told."""
 
     handle: int
     first: int
-    blocks: int
+    untold: int
 
 
 class NixlBackend:
@@ -122,22 +123,27 @@ class NixlBackend:
         self._peer = peer
         self._agent: Agent | None = None
         self._told = b""
-        self._there: _PeerMemory | None = None
+        self._peer_agent = ""
+        self._there: SegmentMap | None = None
         self._interrupted = threading.Event()
         self._closing = False
 
-    def transmit(self, order: Transmission) -> NDArray[np.uint64]:
+    def transmit(self, order: Transmission) -> Moved:
         agent, there = self._reach(order.memory)
         checksums: list[Future[NDArray[np.uint64]]] = []
         posted: deque[_Posted] = deque()
-        first = 0
+        first, calls = order.first, 0
         try:
-            for step in order.steps:
+            for at, step in enumerate(order.steps):
                 if self._interrupted.is_set() or not order.may_go_on():
                     raise TransferAborted("the transmission was stopped half-way; nothing was published")
-                checksums.append(self._checksum(step))
-                posted.append(self._post(agent, there, step, first))
+                pieces = self._join(there, step, order.unit_bytes)
+                checksums.append(self._checksum(step, order.unit_bytes))
+                told_by_publication = order.last and at + 1 == len(order.steps)
+                handle = agent.post(self._peer_agent, *pieces)
+                posted.append(_Posted(handle, first, 0 if told_by_publication else len(step.src)))
                 first += len(step.src)
+                calls += len(pieces.sizes)
                 while posted and (len(posted) >= _MOST_POSTED or agent.arrived(posted[0].handle)):
                     self._finish(agent, posted, order)
             while posted:
@@ -145,7 +151,7 @@ class NixlBackend:
         finally:
             self._drain(agent, posted)
             wait(checksums)
-        return np.concatenate([np.empty(0, np.uint64), *(part.result() for part in checksums)])
+        return Moved(np.concatenate([_NO_CHECKSUMS, *(part.result() for part in checksums)]), calls)
 
     def interrupt(self) -> None:
         self._interrupted.set()
@@ -159,36 +165,48 @@ class NixlBackend:
 
     # --- in the link's thread ---
 
-    def _reach(self, told: bytes) -> tuple[Agent, _PeerMemory]:
-        """The agent to write with, and the memory of which the peer has told."""
+    def _reach(self, told: bytes) -> tuple[Agent, SegmentMap]:
+        """The agent to write with, and where the peer's blocks are, according to what it has told."""
         agent = self._source.agent_for(self)
         if self._there is None or agent is not self._agent or told != self._told:
             offer = read_offer(told)
-            if self._there is not None and (agent, offer.agent) != (self._agent, self._there.agent):
+            if (agent, offer.agent) != (self._agent, self._peer_agent):
                 self._forget()
             self._source.claim(offer.agent, self)
             agent.learn(offer)
-            self._agent, self._told, self._there = agent, told, _PeerMemory(offer, self._source.arena)
+            self._agent, self._peer_agent, self._told = agent, offer.agent, told
+            own = self._source.arena
+            firsts, blocks, bases = np.array(offer.segments, np.int64).T
+            self._there = SegmentMap(firsts, blocks, bases, own.block_bytes, own.pieces)
         return agent, self._there
 
-    def _checksum(self, step: Step) -> Future[NDArray[np.uint64]]:
-        """In another thread, because UCX keeps this one busy where processors copy."""
-        arena = self._source.arena
-        return self._source.hashers.submit(checksum_blocks, arena.pointers(step.src), arena.block_bytes)
+    def _join(self, there: SegmentMap, step: Step, size: int) -> Pieces:
+        """The units of a step, those that touch on both sides as one. Raises ``PeerLost``."""
+        here = self._source.arena.map
+        at = there.segments_of(step.dst)
+        if (step.dst - there.firsts[at] >= there.blocks[at]).any():
+            raise PeerLost(f"blocks {step.dst[:8].tolist()} lie outside of what {self._peer} has registered")
+        touching = here.touching(step.src, step.parts, size) & there.touching(step.dst, step.parts, size)
+        starts, counts = runs_of(touching)
+        parts = step.parts[starts]
+        return Pieces(
+            here.unit_pointers(step.src[starts], parts, size),
+            there.unit_pointers(step.dst[starts], parts, size),
+            counts * size,
+        )
 
-    def _post(self, agent: Agent, there: _PeerMemory, step: Step, first: int) -> _Posted:
-        arena = self._source.arena
-        sizes = np.full(len(step.src), arena.block_bytes, np.int64)
-        handle = agent.post(there.agent, arena.pointers(step.src), there.pointers(step.dst), sizes)
-        return _Posted(handle, first, len(step.src))
+    def _checksum(self, step: Step, size: int) -> Future[NDArray[np.uint64]]:
+        """In another thread, because UCX keeps this one busy where processors copy."""
+        units = self._source.arena.map.unit_pointers(step.src, step.parts, size)
+        return self._source.hashers.submit(checksum_blocks, units, size)
 
     def _finish(self, agent: Agent, posted: deque[_Posted], order: Transmission) -> None:
-        """Wait for the oldest step and tell of it; of the last one tells the publication."""
+        """Wait for the oldest step and tell of it."""
         self._wait(agent, posted[0].handle, self._source.stall_seconds)
         step = posted.popleft()
         agent.release(step.handle)
-        if posted or step.first + step.blocks < sum(len(one.src) for one in order.steps):
-            order.written(step.first, step.blocks)
+        if step.untold:
+            order.written(step.first, step.untold)
 
     def _wait(self, agent: Agent, handle: int, seconds: float) -> None:
         """Raises ``PeerLost`` after ``seconds``, or soon after an interruption."""
@@ -210,8 +228,8 @@ class NixlBackend:
                 self._wait(agent, step.handle, _DRAIN_SECONDS)
 
     def _forget(self) -> None:
-        if self._agent is not None and self._there is not None and not self._agent.closed:
-            self._agent.forget(self._there.agent)
+        if self._agent is not None and not self._agent.closed:
+            self._agent.forget(self._peer_agent)
 
     def _let_go(self) -> None:
         try:
@@ -219,24 +237,6 @@ class NixlBackend:
             self._source.leave(self)
         finally:
             self.let_go.set()
-
-
-class _PeerMemory:
-    """Where a peer's blocks lie in its process."""
-
-    def __init__(self, offer: Offer, own: Arena) -> None:
-        self.agent = offer.agent
-        self._block_bytes = own.block_bytes
-        self._firsts, self._blocks, self._bases = np.array(offer.segments, np.int64).T
-
-    def pointers(self, numbers: BlockNumbers) -> Pointers:
-        """Addresses of blocks: uint64[n]. Raises ``PeerLost`` for one that the peer has not offered."""
-        at = np.searchsorted(self._firsts, numbers, side="right") - 1
-        within = numbers - self._firsts[at]
-        if (within >= self._blocks[at]).any():
-            raise PeerLost(f"blocks {numbers[:8].tolist()} lie outside of what the peer has registered")
-        pointers: NDArray[np.int64] = within * self._block_bytes + self._bases[at]
-        return pointers.view(np.uint64)
 
 
 class NixlTarget:

@@ -12,7 +12,7 @@ import os
 import secrets
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -29,6 +29,14 @@ _PROGRESS_MICROSECONDS = 1000
 """Between two looks of an idle agent's thread; with NIXL's default of 0 it keeps a core busy."""
 
 Pointers = NDArray[np.uint64]
+
+
+class Pieces(NamedTuple):
+    """Contiguous memory on both sides: addresses uint64[n] here and in the peer's process, bytes int64[n]."""
+
+    own: Pointers
+    there: Pointers
+    sizes: NDArray[np.int64]
 
 
 @functools.cache
@@ -112,9 +120,7 @@ class Agent:
     def offer(self) -> bytes:
         """An ``Offer`` of all memory that the arena has now. Raises ``ConfigError``."""
         if self._cover() or not self._offer:
-            segments = tuple(
-                (*extent, base) for extent, base in _segments(self._arena)[: len(self._registered)]
-            )
+            segments = tuple(_segments(self._arena)[: len(self._registered)])
             self._offer = msgspec.msgpack.encode(Offer(self.name, self._agent.getLocalMD(), segments))
         return self._offer
 
@@ -130,7 +136,7 @@ class Agent:
             self._agent.invalidateRemoteMD(peer)
 
     def post(self, peer: str, own: Pointers, there: Pointers, sizes: NDArray[np.int64]) -> int:
-        """Begin to write pieces of memory (uint64[n], bytes int64[n]) to ``peer``; returns a handle.
+        """Begin to write ``Pieces`` of memory to ``peer``; returns a handle.
 
         UCX may move all of it before this returns, and does so where processors copy. Raises ``PeerLost``.
         """
@@ -176,19 +182,18 @@ class Agent:
         """Register what the arena has grown by; whether there was anything. Raises ``ConfigError``."""
         with self._lock, _as_config_error("memory cannot be registered"):
             new = _segments(self._arena)[len(self._registered) :]
-            for extent, base in new:
-                memory = (base, extent[1] * self._arena.block_bytes, 0, "")
+            for _, blocks, base in new:
+                memory = (base, blocks * self._arena.block_bytes, 0, "")
                 descriptors = self._bindings.nixlRegDList(self._bindings.DRAM_SEG, [memory])
                 self._agent.registerMem(descriptors, [])
                 self._registered.append(descriptors)
             return bool(new)
 
 
-def _segments(arena: Arena) -> list[tuple[tuple[int, int], int]]:
-    """First block and blocks of each segment, and its address."""
-    extents = arena.extents
-    bases = arena.pointers(np.array([extent.first for extent in extents], np.int64)).tolist()
-    return list(zip(extents, bases, strict=True))
+def _segments(arena: Arena) -> list[tuple[int, int, int]]:
+    """First block, blocks and address of each segment."""
+    places = arena.map
+    return list(zip(places.firsts.tolist(), places.blocks.tolist(), places.bases.tolist(), strict=True))
 
 
 def _rows(pointers: Pointers, sizes: NDArray[np.int64]) -> NDArray[np.uint64]:

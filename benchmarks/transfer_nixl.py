@@ -29,7 +29,18 @@ from memserve.core.errors import ConfigError
 from memserve.mempool import Addresses, MemPool, TransferEndpoint
 from memserve.mempool.transfer.nixl_agent import Agent, Offer, load_bindings, read_offer
 from recording import write_result
-from transfer_backends import LAYOUT, PEER, PEER_BLOCKS, SECURITY, SIZES, Figure, Side, new_pool, spread, timed
+from transfer_backends import (
+    LAYOUT,
+    PEER,
+    PEER_BLOCKS,
+    SECURITY,
+    SIZES,
+    Figure,
+    Side,
+    new_pool,
+    spread,
+    timed,
+)
 
 WAYS = {"cma": "all", "tcp": "tcp"}
 """UCX_TLS of each."""
@@ -59,10 +70,14 @@ def main() -> None:
 
 
 async def measure(way: str, rounds: int) -> dict[str, Figure]:
-    async with peer_process() as (address, offer):
+    async with peer_process() as (address, child):
         side = await Side.connected("nixl", address)
         await side.send(1)
-        figures = {f"{way}_idle_share_of_a_core": {"median": await idle_share()}}
+        figures = {
+            f"{way}_idle_share_of_a_core_{role}": {"median": round(await idle_share(pid), 4)}
+            for role, pid in (("receiving", child.pid), ("sending", os.getpid()))
+        }
+        offer = await raw_memory(child)
         direct = [Direct(side.pool, side.src, offer, progress=progress) for progress in (False, True)]
         for _ in range(2 * PEER_BLOCKS // max(SIZES)):
             await side.send(max(SIZES))
@@ -92,11 +107,17 @@ async def one_size(way: str, blocks: int, rounds: int, side: Side, direct: list[
     return {f"{way}_{name}_{blocks}": spread(values) for name, values in (rates | relative).items()}
 
 
-async def idle_share() -> float:
-    """Of one core, while a pool that listens and one that has sent do nothing, in one process each."""
-    started = time.process_time()
+async def idle_share(pid: int) -> float:
+    """Of one core, while nothing is sent."""
+    started = used_seconds(pid)
     await asyncio.sleep(IDLE_SECONDS)
-    return (time.process_time() - started) / IDLE_SECONDS
+    return (used_seconds(pid) - started) / IDLE_SECONDS
+
+
+def used_seconds(pid: int) -> float:
+    """Processor time of a process."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 class Direct:
@@ -129,8 +150,8 @@ class Direct:
 
 
 @contextlib.asynccontextmanager
-async def peer_process() -> AsyncIterator[tuple[str, Offer]]:
-    """The receiving process: its pool's address, and the memory for writing directly."""
+async def peer_process() -> AsyncIterator[tuple[str, asyncio.subprocess.Process]]:
+    """The receiving process and its pool's address."""
     address = f"@memserve-benchmark-{os.getpid()}"
     pipe = asyncio.subprocess.PIPE
     child = await asyncio.create_subprocess_exec(
@@ -138,21 +159,32 @@ async def peer_process() -> AsyncIterator[tuple[str, Offer]]:
     )
     assert child.stdin is not None
     assert child.stdout is not None
-    yield address, read_offer(bytes.fromhex((await child.stdout.readline()).decode()))
+    assert await child.stdout.readline() == b"ready\n"
+    yield address, child
     child.stdin.close()
     await child.wait()
+
+
+async def raw_memory(child: asyncio.subprocess.Process) -> Offer:
+    """Memory of the receiving process for writing to directly."""
+    assert child.stdin is not None
+    assert child.stdout is not None
+    child.stdin.write(b"register\n")
+    return read_offer(bytes.fromhex((await child.stdout.readline()).decode()))
 
 
 async def serve_peer(address: str) -> None:
     pool = new_pool(PEER, PEER_BLOCKS)
     endpoint = TransferEndpoint(pool, MonotonicClock(), backends=("nixl",), security=SECURITY)
     await endpoint.start(address)
-    raw = new_pool("raw", max(SIZES))
-    agent = Agent("raw", raw.arena, progress=True)
-    print(agent.offer().hex(), flush=True)
     orders = asyncio.StreamReader()
     loop = asyncio.get_running_loop()
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(orders), sys.stdin)
+    print("ready", flush=True)
+    await orders.readline()
+    raw = new_pool("raw", max(SIZES))
+    agent = Agent("raw", raw.arena, progress=True)
+    print(agent.offer().hex(), flush=True)
     await orders.read()
     agent.close()
     await endpoint.close()

@@ -80,8 +80,8 @@ class Arena:
         self.piece_bytes = block_bytes // pieces
         self.fds: list[int] = []
         """A descriptor per segment of own memory; empty when attached."""
-        self.holes_punched = 0
-        """How many times: since the last one registered memory may be other pages than the mapped."""
+        self.reused = 0
+        """How many times blocks came into use again, with new pages: registered memory has the old ones."""
         self._segments: list[Segment] = []
         self.map = SegmentMap(_NOTHING, _NOTHING, _NOTHING, block_bytes, pieces)
         """Where blocks lie in this process's memory."""
@@ -152,7 +152,6 @@ class Arena:
             within = np.sort(numbers) - segment.extent.first
             within = within[(within >= 0) & (within < blocks)]
             segment.has_holes |= len(within) > 0
-            self.holes_punched += len(within) > 0
             for (start, end), piece in itertools.product(_runs(within), range(self.pieces)):
                 low = -(-(piece * blocks + start) * size // page) * page
                 high = (piece * blocks + end) * size // page * page

@@ -10,20 +10,14 @@ from contextlib import asynccontextmanager
 import numpy as np
 import pytest
 
-from memserve.core.errors import ConfigError, CorruptBlock, PeerLost, TransferAborted
+from memserve.core.errors import CorruptBlock, PeerLost, TransferAborted
 from memserve.core.types import InstanceId
 from memserve.mempool import AbortCause, MemPool, Tier, TransferEndpoint
-from memserve.mempool.transfer.nixl_agent import load_bindings
 
-from .conftest import SMALL, peer_process, serving, until
+from .conftest import SMALL, needs_nixl, peer_process, serving, until
 from .peer_process import BIG, NS, SECURITY, fill_blocks, holds_pattern, member, tokens_of
 
-try:
-    load_bindings()
-except ConfigError as error:
-    pytest.skip(str(error), allow_module_level=True)
-
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, needs_nixl]
 B = InstanceId("b")
 BLOCKS = 48
 """Seventeen megabytes: three steps."""

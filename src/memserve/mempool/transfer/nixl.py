@@ -126,7 +126,8 @@ class NixlBackend:
         self._peer_agent = ""
         self._there: SegmentMap | None = None
         self._interrupted = threading.Event()
-        self._closing = False
+        self._closing = threading.Lock()
+        self._closed = False
 
     def transmit(self, order: Transmission) -> Moved:
         agent, there = self._reach(order.memory)
@@ -158,10 +159,11 @@ class NixlBackend:
 
     def close(self) -> None:
         self._interrupted.set()
-        if not self._closing:
-            self._closing = True
-            self.workers.submit(self._let_go)
-            self.workers.shutdown(wait=False)
+        with self._closing:
+            if not self._closed:
+                self._closed = True
+                self.workers.submit(self._let_go)
+                self.workers.shutdown(wait=False)
 
     # --- in the link's thread ---
 

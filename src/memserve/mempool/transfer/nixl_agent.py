@@ -99,7 +99,7 @@ class Agent:
         """What waits for this agent's end; for the event loop."""
         self._bindings = load_bindings()
         self._arena = arena
-        self._holes = arena.holes_punched
+        self._reused = arena.reused
         self._registered: list[Any] = []
         self._offer = b""
         self._lock = threading.Lock()
@@ -115,7 +115,7 @@ class Agent:
     @property
     def stale(self) -> bool:
         """Whether a network card may hold on to pages that blocks do not consist of any more."""
-        return self._holes != self._arena.holes_punched
+        return self._reused != self._arena.reused
 
     def offer(self) -> bytes:
         """An ``Offer`` of all memory that the arena has now. Raises ``ConfigError``."""

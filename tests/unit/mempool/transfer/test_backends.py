@@ -22,6 +22,10 @@ def hello(host: str, *backends: str) -> Hello:
         (("shm", "tcp"), "here", ("tcp",), "tcp"),
         (("tcp", "shm"), "here", ("shm", "tcp"), "tcp"),
         (("shm", "nixl"), "here", ("shm", "tcp"), "shm"),
+        (("shm", "nixl", "tcp"), "here", ("shm", "nixl", "tcp"), "shm"),
+        (("shm", "nixl", "tcp"), "there", ("shm", "nixl", "tcp"), "nixl"),
+        (("shm", "nixl", "tcp"), "there", ("shm", "tcp"), "tcp"),
+        (("shm", "tcp"), "there", ("shm", "nixl", "tcp"), "tcp"),
     ],
 )
 def test_the_first_that_both_can(

@@ -45,6 +45,7 @@ from transfer_backends import (
 WAYS = {"cma": "all", "tcp": "tcp"}
 """UCX_TLS of each."""
 IDLE_SECONDS = 3.0
+CPU_ROUNDS = 60
 
 
 def main() -> None:
@@ -85,6 +86,7 @@ async def measure(way: str, rounds: int) -> dict[str, Figure]:
                 one.write(max(SIZES))
         for blocks in SIZES:
             figures |= await one_size(way, blocks, rounds, side, direct)
+        figures |= await processor_time(way, side, direct, child.pid)
         for one in direct:
             one.agent.close()
         await side.endpoint.close()
@@ -105,6 +107,30 @@ async def one_size(way: str, blocks: int, rounds: int, side: Side, direct: list[
         for name in ("direct", "direct_thread")
     }
     return {f"{way}_{name}_{blocks}": spread(values) for name, values in (rates | relative).items()}
+
+
+async def processor_time(way: str, side: Side, direct: list[Direct], peer: int) -> dict[str, Figure]:
+    """Of both processes together, in seconds per GB of 64 blocks at a time. Other load does not change it."""
+
+    async def by_pool() -> None:
+        await side.send(64)
+
+    async def by_nixl(one: Direct) -> None:
+        one.write(64)
+
+    figures = {}
+    for name, send in (
+        ("pool", by_pool),
+        ("direct", lambda: by_nixl(direct[0])),
+        ("direct_thread", lambda: by_nixl(direct[1])),
+    ):
+        before = used_seconds(os.getpid()) + used_seconds(peer)
+        for _ in range(CPU_ROUNDS):
+            await send()
+        used = used_seconds(os.getpid()) + used_seconds(peer) - before
+        size = CPU_ROUNDS * 64 * LAYOUT.block_bytes
+        figures[f"{way}_{name}_cpu_s_per_gb"] = {"median": round(used / size * 1e9, 4)}
+    return figures
 
 
 async def idle_share(pid: int) -> float:
@@ -128,7 +154,7 @@ class Direct:
         self.agent.learn(offer)
         self.bindings = load_bindings()
         self.nixl = self.agent._agent
-        self.numbers = src.blocks.astype(np.int32)
+        self.next = 0
         ((_, own_blocks),) = pool.arena.extents
         self.own = self.prepare(self.bindings.NIXL_INIT_AGENT, int(pool.pointers(src[:1])[0]), own_blocks)
         ((_, blocks, base),) = offer.segments
@@ -141,8 +167,11 @@ class Direct:
         return prepared
 
     def write(self, blocks: int) -> None:
-        at = np.arange(blocks, dtype=np.int32)
-        handle = self.nixl.makeXferReq(self.bindings.NIXL_WRITE, self.own, at, self.there, at, "done")
+        own = np.arange(blocks, dtype=np.int32)
+        # To other blocks each time, as a pool does, which are in no cache.
+        self.next = (self.next + blocks) % PEER_BLOCKS
+        there = (self.next + own) % PEER_BLOCKS
+        handle = self.nixl.makeXferReq(self.bindings.NIXL_WRITE, self.own, own, self.there, there, "done")
         self.nixl.postXferReq(handle)
         while not self.agent.arrived(handle):
             time.sleep(0)
@@ -182,7 +211,7 @@ async def serve_peer(address: str) -> None:
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(orders), sys.stdin)
     print("ready", flush=True)
     await orders.readline()
-    raw = new_pool("raw", max(SIZES))
+    raw = new_pool("raw", PEER_BLOCKS)
     agent = Agent("raw", raw.arena, progress=True)
     print(agent.offer().hex(), flush=True)
     await orders.read()

@@ -154,9 +154,10 @@ class Direct:
         self.agent.learn(offer)
         self.bindings = load_bindings()
         self.nixl = self.agent._agent
+        self.src = src.blocks.astype(np.int32)
         self.next = 0
         ((_, own_blocks),) = pool.arena.extents
-        self.own = self.prepare(self.bindings.NIXL_INIT_AGENT, int(pool.pointers(src[:1])[0]), own_blocks)
+        self.own = self.prepare(self.bindings.NIXL_INIT_AGENT, int(pool.arena.map.bases[0]), own_blocks)
         ((_, blocks, base),) = offer.segments
         self.there = self.prepare(offer.agent, base, blocks)
 
@@ -167,10 +168,10 @@ class Direct:
         return prepared
 
     def write(self, blocks: int) -> None:
-        own = np.arange(blocks, dtype=np.int32)
+        own = self.src[:blocks]
         # To other blocks each time, as a pool does, which are in no cache.
         self.next = (self.next + blocks) % PEER_BLOCKS
-        there = (self.next + own) % PEER_BLOCKS
+        there = ((self.next + np.arange(blocks)) % PEER_BLOCKS).astype(np.int32)
         handle = self.nixl.makeXferReq(self.bindings.NIXL_WRITE, self.own, own, self.there, there, "done")
         self.nixl.postXferReq(handle)
         while not self.agent.arrived(handle):

@@ -35,6 +35,8 @@ ARGUMENTS: dict[str, Callable[[random.Random], Any]] = {
     "publish": lambda chance: chance.random() < 0.7,
     "clean": lambda chance: chance.random() < 0.5,
     "peer": lambda chance: chance.choice(PEERS),
+    "by": lambda chance: chance.choice(PEERS),
+    "count": lambda chance: chance.randint(1, 4),
     "taker": lambda chance: chance.choice(("none", "takes", "refuses")),
     "seconds": lambda chance: chance.choice((1.0, 3.0, 6.0)),
     "ttl": lambda chance: chance.choice((2.0, 10.0)),
@@ -55,6 +57,9 @@ POOL = {
     "complete": "pick taker incoming",
     "abort": "pick incoming",
     "drop_peer": "peer",
+    "lend": "peer n",
+    "begin_there": "pick space prefix lent",
+    "give_back": "pick by count lent",
     "pass_time": "seconds",
 }
 """Rules of the machine, each with its arguments and what it must have for them."""

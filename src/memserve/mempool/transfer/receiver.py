@@ -282,22 +282,17 @@ class Receiver:
     ) -> _Incoming:
         arena, size = self._pool.arena, cut.unit_bytes
         blocks, parts = spread_units(numbers_of(reservation.fresh.packed), cut)
-        pointers = arena.map.unit_pointers(blocks, parts, size)
         ticket = next(self._tickets)
+        if backend == TCP:
+            streamed = link.arrivals[ticket] = StreamedArrival(arena.units(blocks, parts, size))
+            return _Incoming(streamed, ticket, link)
+        pointers = arena.map.unit_pointers(blocks, parts, size)
         if self.nixl is not None and agent is not None:
             link.writes_by_nixl = True
             silence = functools.partial(self.nixl.call_when_silent, agent)
             remote = RemoteArrival(pointers, size, self._workers, silence)
             return _Incoming(remote, ticket, link, agent.offer())
-        if backend != TCP:
-            return _Incoming(SharedArrival(pointers, size, self._workers), ticket, link)
-
-        def memory(first: int, units: int) -> list[memoryview]:
-            chunk = slice(first, first + units)
-            return arena.unit_memory(blocks[chunk], parts[chunk], size)
-
-        streamed = link.arrivals[ticket] = StreamedArrival(memory, pointers, size)
-        return _Incoming(streamed, ticket, link)
+        return _Incoming(SharedArrival(pointers, size, self._workers), ticket, link)
 
     async def _verify_and_complete(self, incoming: _Incoming, asked: Publish) -> Completed:
         try:

@@ -31,7 +31,9 @@ from memserve.mempool.transfer.plan import Step
 log = logging.getLogger(__name__)
 
 _NO_CHECKSUMS = np.empty(0, np.uint64)
-_POLL_SECONDS = 20e-6
+_SHORTEST_PAUSE = 20e-6
+_LONGEST_PAUSE = 320e-6
+"""Between two looks at what NIXL has; looking all the time takes the processor from checksums."""
 _MOST_POSTED = 2
 """Steps that NIXL has at once: one on its way, the next one ready."""
 _DRAIN_SECONDS = 1.0
@@ -213,13 +215,15 @@ class NixlBackend:
     def _wait(self, agent: Agent, handle: int, seconds: float) -> None:
         """Raises ``PeerLost`` after ``seconds``, or soon after an interruption."""
         deadline = time.monotonic() + seconds
+        pause = _SHORTEST_PAUSE
         while not agent.arrived(handle):
             now = time.monotonic()
             if self._interrupted.is_set():
                 deadline = min(deadline, now + _DRAIN_SECONDS)
             if now >= deadline:
                 raise PeerLost(f"{self._peer} takes no blocks by nixl; nothing was published")
-            time.sleep(_POLL_SECONDS)
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
 
     def _drain(self, agent: Agent, posted: deque[_Posted]) -> None:
         """After a failure: have nothing under way, or raise ``PeerLost``, upon which the link ends."""

@@ -300,13 +300,14 @@ class Reserve(Message, frozen=True):
 class Reserved(Message, frozen=True):
     """Of the path, ``held`` blocks are already there; ``dst`` are packed addresses for the others.
 
-    ``ticket`` stands for the transfer in streams of blocks.
+    ``ticket`` stands for the transfer in streams of blocks. ``memory`` says how to write by ``nixl``.
     """
 
     transfer: str
     held: int
     dst: bytes
     ticket: int = 0
+    memory: bytes = b""
 
 
 class Copied(Message, frozen=True):

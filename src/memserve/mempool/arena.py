@@ -81,6 +81,8 @@ class Arena:
         self.piece_bytes = block_bytes // pieces
         self.fds: list[int] = []
         """A descriptor per segment of own memory; empty when attached."""
+        self.reused = 0
+        """How many times blocks came into use again, with new pages: registered memory has the old ones."""
         self._segments: list[Segment] = []
         self.map = SegmentMap(_NOTHING, _NOTHING, _NOTHING, block_bytes, pieces)
         """Where blocks lie in this process's memory."""

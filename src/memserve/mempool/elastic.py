@@ -59,6 +59,8 @@ class Elastic:
             self._shelf.grow(added)
         if added.blocks:
             self._table.grow(added.blocks, tier)
+        if more > added.blocks and tier is not Tier.DISK:
+            self._arena.reused += 1
         self._table.bring_back(more - added.blocks, tier)
 
     def _shrink(self, tier: Tier) -> None:

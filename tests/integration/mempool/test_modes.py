@@ -24,7 +24,7 @@ from memserve.mempool import (
     TransferMode,
 )
 
-from .conftest import DEADLINE, PeerProcess, peer_process, serving, until
+from .conftest import DEADLINE, PeerProcess, needs_nixl, peer_process, serving, until
 from .peer_process import LAYOUTS, NS, SECURITY, fill_blocks, holds_pattern, member, tokens_of
 
 pytestmark = pytest.mark.processes
@@ -39,7 +39,7 @@ MODES = [
     (Arrangement.DISCRETE, TransferMode.BY_LAYER),
     (Arrangement.DISCRETE, TransferMode.BY_REQUEST),
 ]
-each_way = pytest.mark.parametrize("backend", ["shm", "tcp"])
+each_way = pytest.mark.parametrize("backend", ["shm", "tcp", pytest.param("nixl", marks=needs_nixl)])
 each_mode = pytest.mark.parametrize(("arrangement", "mode"), MODES)
 
 

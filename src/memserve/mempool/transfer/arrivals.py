@@ -1,6 +1,7 @@
 """One transfer's bytes on their way in: which have arrived, their checksums, and who still writes.
 
-Two kinds, by who writes: ``Shared`` memory is written by the sender, a ``Streamed`` arrival by a thread here.
+Three kinds, by who writes: ``Shared`` memory is written by the sender, a ``Remote`` arrival by a network in
+its name, a ``Streamed`` one by a thread here.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memserve._native import checksum_blocks
-from memserve.core.errors import MemServeError, ProtocolError
+from memserve.core.errors import MemServeError, PeerLost, ProtocolError
 from memserve.mempool.arena import UnitMemory
 
 Checksums = NDArray[np.uint64]
@@ -85,6 +86,30 @@ class SharedArrival:
         if not self._stopped:
             self._stopped = True
             then()
+
+
+class RemoteArrival(SharedArrival):
+    """Units that the sender has a network write. What a lost sender has begun may come after its end.
+
+    ``call_when_silent`` calls back once that cannot be any more.
+    """
+
+    def __init__(
+        self,
+        pointers: NDArray[np.uint64],
+        unit_bytes: int,
+        workers: Executor,
+        call_when_silent: Callable[[Callable[[], None]], None],
+    ) -> None:
+        super().__init__(pointers, unit_bytes, workers)
+        self._call_when_silent = call_when_silent
+
+    def stop(self, error: MemServeError, then: Callable[[], None]) -> None:
+        if isinstance(error, PeerLost) and not self._stopped:
+            self._stopped = True
+            self._call_when_silent(then)
+        else:
+            super().stop(error, then)
 
 
 class StreamedArrival:

@@ -282,7 +282,9 @@ class Reserve(Message, frozen=True):
     """Allocate on the receiver. ``tokens`` is empty for a plain transfer of ``blocks`` blocks.
 
     With tokens the receiver matches first and allocates only what it lacks. ``seconds`` bounds how long
-    the reservation may stand without progress. ``backend`` says by which way the bytes will come.
+    the reservation may stand without progress. ``backend`` says by which way the bytes will come, ``mode``
+    in which units and in which order. ``dst``: packed addresses of blocks lent to the sender; empty: the
+    receiver chooses.
     """
 
     transfer: str
@@ -291,6 +293,8 @@ class Reserve(Message, frozen=True):
     blocks: int
     seconds: float
     backend: str = "shm"
+    mode: str = "by_request_aggregated"
+    dst: bytes = b""
 
 
 class Reserved(Message, frozen=True):
@@ -306,15 +310,15 @@ class Reserved(Message, frozen=True):
 
 
 class Copied(Message, frozen=True):
-    """``blocks`` reserved blocks from the ``first`` on have been written: they may be verified already."""
+    """``units`` units from the ``first`` on have been written: they may be verified already."""
 
     transfer: str
     first: int
-    blocks: int
+    units: int
 
 
 class Publish(Message, frozen=True):
-    """The bytes are in place: verify ``checksums`` (packed uint64, one per block), then publish.
+    """The bytes are in place: verify ``checksums`` (packed uint64, one per unit), then publish.
 
     ``attachment`` goes to the receiver's engine together with the blocks (empty: nobody takes them).
     """
@@ -337,6 +341,38 @@ class AbortTransfer(Message, frozen=True):
 
     transfer: str
     reason: str
+
+
+class Allocate(Message, frozen=True):
+    """Lend the sender of this ``blocks`` blocks of a tier until it has not used them for ``seconds``.
+
+    The same ``loan`` again gives the same blocks.
+    """
+
+    loan: str
+    blocks: int
+    tier: int
+    seconds: float
+
+
+class Allocated(Message, frozen=True):
+    """``addrs`` are packed addresses."""
+
+    loan: str
+    addrs: bytes
+
+
+class GiveBack(Message, frozen=True):
+    """The sender of this needs these blocks no longer."""
+
+    addrs: bytes
+
+
+class GivenBack(Message, frozen=True):
+    """How many were freed, and how many were not lent to the peer (any more)."""
+
+    freed: int
+    stale: int
 
 
 ControlMessage = (
@@ -363,4 +399,18 @@ ControlMessage = (
     | ResizePool
     | PoolResized
 )
-PeerMessage = Ok | Failed | Hello | Reserve | Reserved | Copied | Publish | Published | AbortTransfer
+PeerMessage = (
+    Ok
+    | Failed
+    | Hello
+    | Reserve
+    | Reserved
+    | Copied
+    | Publish
+    | Published
+    | AbortTransfer
+    | Allocate
+    | Allocated
+    | GiveBack
+    | GivenBack
+)

@@ -37,6 +37,7 @@ from memserve.mempool.address import (
     Origin,
     Packed,
     Tier,
+    are_distinct,
     numbers_of,
     pack_first,
 )
@@ -185,6 +186,10 @@ class BlockTable:
         indexed: NDArray[np.bool_] = (self._uses[numbers] & _INDEXED) != 0
         return indexed
 
+    def all_writable(self, numbers: BlockNumbers) -> bool:
+        """Whether each block has one holder and is neither indexed nor being written."""
+        return not (self._uses[numbers] != _REFERENCE).any() and not self._incoming[numbers].any()
+
     def current(self, packed: Packed) -> NDArray[np.bool_]:
         """Whether each address names its block's present generation; any repetition, any numbers."""
         numbers = numbers_of(packed)
@@ -197,7 +202,7 @@ class BlockTable:
         """Whether :meth:`index` would take these."""
         uses = self._uses[numbers]
         fit = (uses >= _REFERENCE) & ((uses & _INDEXED) == 0)
-        return bool(fit.all()) and len(np.unique(numbers)) == len(numbers)
+        return bool(fit.all()) and are_distinct(numbers)
 
     def resolve(self, packed: Packed) -> BlockNumbers | None:
         """Block numbers of addresses, any repetition; None if one of them is not current."""

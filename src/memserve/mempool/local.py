@@ -16,7 +16,7 @@ from memserve.core.clock import Clock
 from memserve.core.errors import ConfigError, InvalidRequest, StaleAddress
 from memserve.core.messages import PoolEvents, Snapshot, Stored
 from memserve.core.types import InstanceId, Namespace, Tokens, pack_tokens
-from memserve.mempool.address import Addresses, BlockNumbers, Origin, Tier, numbers_of
+from memserve.mempool.address import Addresses, BlockNumbers, Origin, Tier, are_distinct, numbers_of
 from memserve.mempool.arena import Arena, Extent
 from memserve.mempool.blocks import BlockTable
 from memserve.mempool.disk import DiskStore, DiskTier
@@ -58,7 +58,7 @@ class LocalPool:
         self._clock = clock
         self._table = BlockTable(blocks, host_blocks, 0 if disk is None else disk.blocks)
         self._store = None if disk is None else DiskStore(disk, layout)
-        self.arena = Arena.allocate(layout.block_bytes, blocks, f"memserve-{instance}")
+        self.arena = Arena.allocate(layout.block_bytes, blocks, f"memserve-{instance}", layout.pieces)
         if host_blocks:
             self.arena.grow(Extent(blocks, host_blocks), f"memserve-{instance}-host")
         shelf = None
@@ -151,7 +151,7 @@ class LocalPool:
         if self._table.all_on_device(numbers):
             self._table.retain(numbers)
             return addrs
-        if len(np.unique(numbers)) < len(numbers):
+        if not are_distinct(numbers):
             raise InvalidRequest("a block can be swapped in once at a time", field="addrs")
         return self._addresses(self._tiers.bring_up(numbers))
 
@@ -176,7 +176,7 @@ class LocalPool:
         return self._tiers.persist()
 
     def pointers(self, addrs: Addresses) -> NDArray[np.uint64]:
-        """Where the blocks lie in this process's memory: uint64[n].
+        """Where the blocks lie in this process's memory: uint64[n], or uint64[n * layout.pieces].
 
         Raises ``StaleAddress``, or ``InvalidRequest`` for blocks on disk.
         """

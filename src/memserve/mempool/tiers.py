@@ -199,7 +199,7 @@ class Tiers:
         old = entry.blocks.astype(np.int64)
         new = self._table.alloc(len(old), tier)
         if tier is Tier.HOST:
-            copy_blocks(self._arena.pointers(new), self._arena.pointers(old), self._arena.block_bytes)
+            copy_blocks(self._arena.pointers(new), self._arena.pointers(old), self._arena.piece_bytes)
         elif not self._require_disk().write(
             new, old, self._table.origins_of(old), entry.namespace, self._index.path_tokens(node)
         ):
@@ -279,7 +279,7 @@ class Tiers:
         """Fill device blocks; returns how many from the first on hold what they should."""
         host = self._table.tiers_of(below) == Tier.HOST
         copy_blocks(
-            self._arena.pointers(fresh[host]), self._arena.pointers(below[host]), self._arena.block_bytes
+            self._arena.pointers(fresh[host]), self._arena.pointers(below[host]), self._arena.piece_bytes
         )
         for at in np.flatnonzero(~host).tolist():
             if not self._require_disk().read(int(below[at]), int(fresh[at])):

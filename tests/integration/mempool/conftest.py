@@ -14,7 +14,7 @@ from typing import Any
 
 from memserve.core.clock import Clock, MonotonicClock
 from memserve.core.types import InstanceId
-from memserve.mempool import KVLayout, MemPool, TransferEndpoint
+from memserve.mempool import Arrangement, KVLayout, MemPool, TransferEndpoint
 
 SMALL = KVLayout("small", layers=2, kv_heads=1, head_dim=64)
 DEADLINE = 30.0
@@ -87,6 +87,7 @@ async def peer_process(
     address: str | None = None,
     backend: str = "shm",
     reserve_seconds: float = 30.0,
+    arrangement: Arrangement = Arrangement.AGGREGATED,
 ) -> AsyncIterator[PeerProcess]:
     where = address or fresh_address()
     program = str(Path(__file__).with_name("peer_process.py"))
@@ -99,6 +100,7 @@ async def peer_process(
         str(blocks),
         backend,
         str(reserve_seconds),
+        arrangement,
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
     )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Executor
 from typing import Protocol
 
@@ -32,7 +32,7 @@ class Arrival(Protocol):
         """Whether anything has arrived since this was last asked."""
 
     async def checksums(self) -> Checksums:
-        """Of all blocks, as they lie in memory, once the sender has sent all: uint64[n]."""
+        """Of all units, as they lie in memory, once the sender has sent all: uint64[n]."""
 
     def stop(self, error: MemServeError, then: Callable[[], None]) -> None:
         """The transfer has failed with ``error``; call ``then`` once nobody here writes any more.
@@ -42,31 +42,31 @@ class Arrival(Protocol):
 
 
 class SharedArrival:
-    """Blocks that the sender writes; verified piece by piece as it says that they are written."""
+    """Units that the sender writes; verified piece by piece as it says that they are written."""
 
     trusted = True
 
-    def __init__(self, pointers: NDArray[np.uint64], block_bytes: int, workers: Executor) -> None:
+    def __init__(self, pointers: NDArray[np.uint64], unit_bytes: int, workers: Executor) -> None:
         self._pointers = pointers
-        self._block_bytes = block_bytes
+        self._unit_bytes = unit_bytes
         self._workers = workers
         self._verified = 0
         self._parts: list[asyncio.Future[Checksums]] = []
         self._progress = False
         self._stopped = False
 
-    def written(self, first: int, blocks: int) -> None:
-        """The sender has written ``blocks`` blocks from ``first`` on. Verifies them in the background.
+    def written(self, first: int, units: int) -> None:
+        """The sender has written ``units`` units from ``first`` on. Verifies them in the background.
 
-        Parts must come in order; one that does not is verified in the end, with the rest.
+        They must come in order; what does not is verified in the end, with the rest.
         """
-        if first != self._verified or blocks < 1 or first + blocks > len(self._pointers):
+        if first != self._verified or units < 1 or first + units > len(self._pointers):
             return
         self._progress = True
-        self._verified += blocks
-        part = self._pointers[first : first + blocks]
+        self._verified += units
+        part = self._pointers[first : first + units]
         loop = asyncio.get_running_loop()
-        self._parts.append(loop.run_in_executor(self._workers, checksum_blocks, part, self._block_bytes))
+        self._parts.append(loop.run_in_executor(self._workers, checksum_blocks, part, self._unit_bytes))
 
     def take_progress(self) -> bool:
         progress, self._progress = self._progress, False
@@ -74,8 +74,8 @@ class SharedArrival:
 
     async def checksums(self) -> Checksums:
         rest = self._pointers[self._verified :]
-        if len(rest) * self._block_bytes <= _AT_ONCE_BYTES:
-            last = checksum_blocks(rest, self._block_bytes)
+        if len(rest) * self._unit_bytes <= _AT_ONCE_BYTES:
+            last = checksum_blocks(rest, self._unit_bytes)
             return np.concatenate([*(await asyncio.gather(*self._parts)), last])
         self.written(self._verified, len(rest))
         return np.concatenate(await asyncio.gather(*self._parts))
@@ -87,17 +87,23 @@ class SharedArrival:
 
 
 class StreamedArrival:
-    """Blocks that a stream's thread writes, ``memory``: uint8[block_bytes] each, and verifies at once.
+    """Units that a stream's thread writes into ``memory(first, units)``, and verifies at once.
 
     The thread calls ``begin`` and ``finish``; between the two the blocks cannot be freed.
     """
 
     trusted = False
 
-    def __init__(self, memory: Sequence[NDArray[np.uint8]], pointers: NDArray[np.uint64]) -> None:
+    def __init__(
+        self,
+        memory: Callable[[int, int], list[memoryview]],
+        pointers: NDArray[np.uint64],
+        unit_bytes: int,
+    ) -> None:
         self._memory = memory
         self._pointers = pointers
-        self._checksums = np.zeros(len(memory), np.uint64)
+        self._unit_bytes = unit_bytes
+        self._checksums = np.zeros(len(pointers), np.uint64)
         self._arrived = 0
         self._seen = 0
         self._lock = threading.Lock()
@@ -106,36 +112,38 @@ class StreamedArrival:
         self._when_idle: Callable[[], None] | None = None
         self._loop = asyncio.get_running_loop()
         self._complete: asyncio.Future[None] = self._loop.create_future()
-        if not len(memory):
+        if not len(pointers):
             self._complete.set_result(None)
 
     # --- the stream's thread ---
 
-    def begin(self, first: int, blocks: int) -> list[memoryview] | None:
-        """Where to write the next ``blocks`` blocks; None when the transfer is over. Then call ``finish``.
+    def begin(self, first: int, units: int, unit_bytes: int) -> list[memoryview] | None:
+        """Where to write the next ``units`` units; None when the transfer is over. Then call ``finish``.
 
-        Raises ``ProtocolError`` for blocks that are not the next ones.
+        Raises ``ProtocolError`` for units that are not the next ones, or of another size.
         """
         with self._lock:
             if self._stopped:
                 return None
-            if first != self._arrived or not 0 < blocks <= len(self._memory) - first:
+            if unit_bytes != self._unit_bytes:
+                raise ProtocolError(f"units of {unit_bytes} bytes came instead of {self._unit_bytes}")
+            if first != self._arrived or not 0 < units <= len(self._pointers) - first:
                 raise ProtocolError(
-                    f"blocks {first} to {first + blocks} came when {self._arrived} of {len(self._memory)} had"
+                    f"units {first} to {first + units} came when {self._arrived} of {len(self._pointers)} had"
                 )
             self._writing = True
-            return [block.data for block in self._memory[first : first + blocks]]
+        return self._memory(first, units)
 
-    def finish(self, blocks: int) -> None:
-        """The next ``blocks`` blocks are in place; 0 when the stream broke off instead."""
-        if blocks:
+    def finish(self, units: int) -> None:
+        """The next ``units`` units are in place; 0 when the stream broke off instead."""
+        if units:
             first = self._arrived
-            part = self._pointers[first : first + blocks]
-            self._checksums[first : first + blocks] = checksum_blocks(part, len(self._memory[0]))
+            part = self._pointers[first : first + units]
+            self._checksums[first : first + units] = checksum_blocks(part, self._unit_bytes)
         with self._lock:
             self._writing = False
-            self._arrived += blocks
-            idle, complete = self._when_idle, self._arrived == len(self._memory)
+            self._arrived += units
+            idle, complete = self._when_idle, self._arrived == len(self._pointers)
         if idle is not None:
             self._loop.call_soon_threadsafe(idle)
         elif complete:

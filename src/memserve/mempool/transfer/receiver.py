@@ -33,7 +33,11 @@ from memserve.core.errors import (
 )
 from memserve.core.messages import (
     AbortTransfer,
+    Allocate,
+    Allocated,
     Copied,
+    GiveBack,
+    GivenBack,
     Hello,
     Message,
     Publish,
@@ -42,12 +46,15 @@ from memserve.core.messages import (
     Reserved,
 )
 from memserve.core.types import InstanceId, unpack_tokens
-from memserve.mempool.address import Addresses, Origin
+from memserve.mempool.address import Addresses, Origin, Tier, numbers_of
+from memserve.mempool.layout import KVLayout
+from memserve.mempool.modes import Cut, TransferMode, cut_blocks
 from memserve.mempool.pool import MemPool
 from memserve.mempool.reservations import Completed, Reservation
 from memserve.mempool.stats import AbortCause
 from memserve.mempool.transfer.arrivals import Arrival, Checksums, SharedArrival, StreamedArrival
 from memserve.mempool.transfer.backends import TCP
+from memserve.mempool.transfer.plan import spread_units
 from memserve.mempool.transfer.streams import StreamListener
 from memserve.wire import Connection
 from memserve.wire.channel import Channel
@@ -98,6 +105,7 @@ class Receiver:
         self._incarnations: dict[InstanceId, int] = {}
         self._links: set[InboundLink] = set()
         self._ending: set[asyncio.Task[None]] = set()
+        self._loan_timer: asyncio.TimerHandle | None = None
 
     def accept(self) -> InboundLink:
         """A handler for one more connection."""
@@ -106,14 +114,19 @@ class Receiver:
         return link
 
     def drop_peer(self, instance: InstanceId, reason: str) -> None:
-        """``instance`` is gone for good in the lives known so far: free what it had reserved."""
+        """``instance`` is gone for good in the lives known so far: free what it had reserved or borrowed."""
         for link in [x for x in self._links if x.peer is not None and x.peer.instance == instance]:
             link.close(reason)
+        self._pool.end_loans(instance)
 
     async def close(self) -> None:
-        """End all connections; what was reserved through them is freed."""
+        """End all connections; what was reserved through them, or lent, is freed."""
         for link in list(self._links):
             link.close("the pool is closing")
+        for instance in self._incarnations:
+            self._pool.end_loans(instance)
+        if self._loan_timer is not None:
+            self._loan_timer.cancel()
         tasks = [*self._ending, *self._publishing.values()]
         for task in tasks:
             task.cancel()
@@ -152,6 +165,7 @@ class Receiver:
                 f"{_LONGEST_RESERVATION} s are possible",
                 field="blocks",
             )
+        cut = _cut_of(self._pool.layout, asked.mode)
         reservation = self._pool.begin_incoming(
             asked.transfer,
             peer.instance,
@@ -159,18 +173,36 @@ class Receiver:
             unpack_tokens(asked.tokens),
             asked.blocks,
             asked.seconds,
+            self._own(asked.dst) if asked.dst else None,
         )
         incoming = self._incoming.get(asked.transfer)
         if incoming is None:
-            incoming = self._incoming[asked.transfer] = self._expect(link, asked.backend, reservation)
+            incoming = self._incoming[asked.transfer] = self._expect(link, asked.backend, cut, reservation)
             self._watch(link, asked.transfer, asked.seconds)
         return Reserved(asked.transfer, len(reservation.held), reservation.fresh.to_bytes(), incoming.ticket)
+
+    def lend(self, peer: Hello, asked: Allocate) -> Allocated:
+        """Allocate blocks for a peer. Raises ``OutOfBlocks``, ``InvalidRequest``, ``ConfigError``."""
+        if asked.blocks < 1 or asked.tier not in list(Tier) or not 0 < asked.seconds <= _LONGEST_RESERVATION:
+            raise InvalidRequest(
+                f"{asked.blocks} blocks of tier {asked.tier} for {asked.seconds} s; at least 1 block of a "
+                f"memory tier and at most {_LONGEST_RESERVATION} s are possible",
+                field="blocks",
+            )
+        lent = self._pool.lend(asked.loan, peer.instance, asked.blocks, Tier(asked.tier), asked.seconds)
+        self._watch_loans()
+        return Allocated(asked.loan, lent.to_bytes())
+
+    def take_back(self, peer: Hello, asked: GiveBack) -> GivenBack:
+        """Free what was lent to a peer. Raises ``InvalidRequest`` while a transfer writes there."""
+        freed = self._pool.take_back(peer.instance, self._own(asked.addrs))
+        return GivenBack(freed.freed, freed.stale)
 
     def written(self, asked: Copied) -> None:
         """A sender has written some blocks into shared memory. What is too late is of no interest."""
         incoming = self._incoming.get(asked.transfer)
         if incoming is not None and isinstance(incoming.arrival, SharedArrival):
-            incoming.arrival.written(asked.first, asked.blocks)
+            incoming.arrival.written(asked.first, asked.units)
             self._renew(asked.transfer)
 
     async def publish(self, link: InboundLink, asked: Publish) -> Published:
@@ -203,21 +235,42 @@ class Receiver:
 
     # --- inside ---
 
+    def _own(self, raw: bytes) -> Addresses:
+        return Addresses.from_bytes(self._pool.instance, self._pool.incarnation, raw)
+
+    def _watch_loans(self) -> None:
+        """See to it that loans end in time, whether or not anybody else calls ``expire``."""
+        deadline = self._pool.next_loan_deadline()
+        if self._loan_timer is not None:
+            self._loan_timer.cancel()
+            self._loan_timer = None
+        if deadline is not None:
+            later = max(deadline - self._clock.now(), _SHORTEST_WAIT)
+            self._loan_timer = asyncio.get_running_loop().call_later(later, self._end_loans)
+
+    def _end_loans(self) -> None:
+        self._pool.expire()
+        self._watch_loans()
+
     def _finish(self, transfer: str, task: asyncio.Task[Completed]) -> None:
         del self._publishing[transfer]
         if not task.cancelled():
             # Retrieved here as well, in case that the sender, who would be told, is gone.
             task.exception()
 
-    def _expect(self, link: InboundLink, backend: str, reservation: Reservation) -> _Incoming:
-        fresh = reservation.fresh
-        pointers = self._pool.pointers(fresh)
+    def _expect(self, link: InboundLink, backend: str, cut: Cut, reservation: Reservation) -> _Incoming:
+        arena, size = self._pool.arena, cut.unit_bytes
+        blocks, parts = spread_units(numbers_of(reservation.fresh.packed), cut)
+        pointers = arena.map.unit_pointers(blocks, parts, size)
         ticket = next(self._tickets)
         if backend != TCP:
-            shared = SharedArrival(pointers, self._pool.layout.block_bytes, self._workers)
-            return _Incoming(shared, ticket, link)
-        memory = [self._pool.arena.block_memory(number) for number in fresh.blocks.tolist()]
-        streamed = link.arrivals[ticket] = StreamedArrival(memory, pointers)
+            return _Incoming(SharedArrival(pointers, size, self._workers), ticket, link)
+
+        def memory(first: int, units: int) -> list[memoryview]:
+            chunk = slice(first, first + units)
+            return arena.unit_memory(blocks[chunk], parts[chunk], size)
+
+        streamed = link.arrivals[ticket] = StreamedArrival(memory, pointers, size)
         return _Incoming(streamed, ticket, link)
 
     async def _verify_and_complete(self, incoming: _Incoming, asked: Publish) -> Completed:
@@ -230,6 +283,7 @@ class Receiver:
             self._end(asked.transfer, cause, str(error))
             raise
         self._forget_incoming(asked.transfer)
+        self._watch_loans()
         return done
 
     def _end(self, transfer: str, cause: AbortCause, reason: str) -> None:
@@ -238,6 +292,7 @@ class Receiver:
         def release() -> None:
             self._forget_incoming(transfer)
             self._pool.abort_incoming(transfer, cause, reason)
+            self._watch_loans()
 
         incoming = self._incoming.get(transfer)
         if incoming is None:
@@ -298,11 +353,18 @@ class Receiver:
         self.abort(link, transfer, AbortCause.EXPIRED, reason)
 
 
+def _cut_of(layout: KVLayout, mode: str) -> Cut:
+    """Raises ``InvalidRequest`` for a mode that is unknown here or does not go with the layout."""
+    if mode not in list(TransferMode):
+        raise InvalidRequest(f"mode {mode!r} is unknown here", field="mode")
+    return cut_blocks(layout, TransferMode(mode))
+
+
 def _require_equal(asked: Publish, found: Checksums) -> None:
     """Raise ``CorruptBlock`` unless each block that arrived holds the bytes that the sender read."""
     told = np.frombuffer(asked.checksums, "<u8")
     if len(told) != len(found):
-        raise CorruptBlock(f"transfer {asked.transfer}: {len(told)} checksums for {len(found)} blocks")
+        raise CorruptBlock(f"transfer {asked.transfer}: {len(told)} checksums for {len(found)} units")
     wrong = int(np.count_nonzero(found != told))
     if wrong:
         raise CorruptBlock(
@@ -342,6 +404,10 @@ class InboundLink:
             return self._receiver.reserve(self, self.peer, message)
         if isinstance(message, Publish):
             return await self._receiver.publish(self, message)
+        if isinstance(message, Allocate):
+            return self._receiver.lend(self.peer, message)
+        if isinstance(message, GiveBack):
+            return self._receiver.take_back(self.peer, message)
         raise ProtocolError(f"a pool does not answer {type(message).__name__}")
 
     def on_close(self, connection: Connection, reason: str) -> None:

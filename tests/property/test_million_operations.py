@@ -77,6 +77,11 @@ TIERS = {
     "restart": "clean",
 }
 
+CROWD = 12
+ENDINGS = {"holdings": ("free", "finish"), "leases": ("release",), "incoming": ("abort",)}
+"""What ends one of those that the machine holds, when it holds more than ``CROWD``: a pool that is full of
+what is held does nothing else.
+"""
 INVARIANTS = ("pool_is_sound", "a_subscriber_knows_the_same")
 
 
@@ -88,6 +93,12 @@ def test_a_million_operations(
 ) -> None:
     running, chance = machine(), random.Random(2026)
     calls = [(getattr(running, name), words.split()) for name, words in rules.items()]
+    held = [
+        (getattr(running, ending), what)
+        for what, endings in ENDINGS.items()
+        for ending in endings
+        if ending in rules
+    ]
     done = 0
     try:
         while done < operations:
@@ -95,6 +106,9 @@ def test_a_million_operations(
             if all(getattr(running, word) for word in words if word not in ARGUMENTS):
                 call(**{word: ARGUMENTS[word](chance) for word in words if word in ARGUMENTS})
                 done += 1
+            for end, what in held:
+                if len(getattr(running, what)) > CROWD:
+                    end(chance)
             if done % LOOK_EVERY == 0:
                 for invariant in INVARIANTS:
                     getattr(running, invariant)()

@@ -40,6 +40,7 @@ class PoolMachine(RuleBasedStateMachine):
         super().__init__()
         self.clock = VirtualClock()
         self.pool = MemPool(LAYOUT, BLOCKS, instance=InstanceId("a"), incarnation=1, clock=self.clock)
+        self.pool.take_events()
         self.index: dict[Key, int] = {}
         self.holdings: list[Addresses] = []
         self.leases: list[Match] = []

@@ -84,6 +84,7 @@ class TiersMachine(RuleBasedStateMachine):
             host_blocks=self.host,
             disk=DiskTier(self.folder, self.disk) if self.disk else None,
         )
+        self.pool.take_events()
         self.holdings: list[tuple[Addresses, Key]] = []
         self.leases: list[tuple[Match, Key]] = []
         self.pins: dict[Key, float] = {}

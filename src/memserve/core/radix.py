@@ -218,6 +218,8 @@ class RadixTree(Generic[P]):
         self.size -= len(dropped)
         for lower in dropped:
             lower.attached = False
+            # Without a cycle among them they, and their tokens, go at once.
+            lower.children.clear()
         return dropped
 
     def check(self) -> None:

@@ -37,6 +37,7 @@ from memserve.mempool.address import (
     Origin,
     Packed,
     Tier,
+    are_distinct,
     numbers_of,
     pack_first,
 )
@@ -188,7 +189,7 @@ class BlockTable:
     def all_writable(self, numbers: BlockNumbers) -> bool:
         """Whether each block is named once, has one holder, and is neither indexed nor being written."""
         held_once = (self._uses[numbers] == _REFERENCE) & ~self._incoming[numbers]
-        return bool(held_once.all()) and len(np.unique(numbers)) == len(numbers)
+        return bool(held_once.all()) and are_distinct(numbers)
 
     def current(self, packed: Packed) -> NDArray[np.bool_]:
         """Whether each address names its block's present generation; any repetition, any numbers."""
@@ -202,7 +203,7 @@ class BlockTable:
         """Whether :meth:`index` would take these."""
         uses = self._uses[numbers]
         fit = (uses >= _REFERENCE) & ((uses & _INDEXED) == 0)
-        return bool(fit.all()) and len(np.unique(numbers)) == len(numbers)
+        return bool(fit.all()) and are_distinct(numbers)
 
     def resolve(self, packed: Packed) -> BlockNumbers | None:
         """Block numbers of addresses, any repetition; None if one of them is not current."""

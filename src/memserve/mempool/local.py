@@ -16,7 +16,7 @@ from memserve.core.clock import Clock
 from memserve.core.errors import ConfigError, InvalidRequest, StaleAddress
 from memserve.core.messages import PoolEvents, Snapshot, Stored
 from memserve.core.types import InstanceId, Namespace, Tokens, pack_tokens
-from memserve.mempool.address import Addresses, BlockNumbers, Origin, Tier, numbers_of
+from memserve.mempool.address import Addresses, BlockNumbers, Origin, Tier, are_distinct, numbers_of
 from memserve.mempool.arena import Arena, Extent
 from memserve.mempool.blocks import BlockTable
 from memserve.mempool.disk import DiskStore, DiskTier
@@ -151,7 +151,7 @@ class LocalPool:
         if self._table.all_on_device(numbers):
             self._table.retain(numbers)
             return addrs
-        if len(np.unique(numbers)) < len(numbers):
+        if not are_distinct(numbers):
             raise InvalidRequest("a block can be swapped in once at a time", field="addrs")
         return self._addresses(self._tiers.bring_up(numbers))
 

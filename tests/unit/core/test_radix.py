@@ -124,7 +124,7 @@ def test_truncate_drops_a_subtree_upper_nodes_first(tree: RadixTree[Labels]) -> 
     tree.check()
     assert dropped[0] is upper
     assert sorted(node.payload.labels for node in dropped[1:]) == [[3], [4]]
-    assert not upper.attached
+    assert not any(node.attached or node.children for node in dropped)
     assert [leaf.payload.labels for leaf in tree.leaves()] == [[7]]
 
 

@@ -98,6 +98,8 @@ class FrequencyDivisors:
 
 
 RopeScaling = LinearScaling | Llama3Scaling | YarnScaling | FrequencyDivisors
+"""Each turns the plain frequencies (radians per token) of a base ``theta`` into its own: ``scale``; and has
+the factor that it puts on cosines and sines: ``amplitude``."""
 
 
 def rope_frequencies(theta: float, head_dim: int, scaling: RopeScaling | None) -> Double:

@@ -185,7 +185,8 @@ class TiersMachine(RuleBasedStateMachine):
 
     @rule(n=st.integers(0, HOST))
     def take_host_memory(self, n: int) -> None:
-        if not self.host:
+        host = self.pool.stats().host
+        if not host.free + host.historical:
             return
         try:
             addrs = self.pool.alloc_mem(n, Tier.HOST)
@@ -210,6 +211,16 @@ class TiersMachine(RuleBasedStateMachine):
             self.pool.arena.block_memory(number)[:] = np.frombuffer(kv_of((space, prefix[:at])), np.uint8)
         self.pool.complete_incoming(transfer, Origin.PEER)
         self.may_be_there |= {(space, path) for path in all_prefixes(tokens)}
+
+    @rule(tier=st.sampled_from(Tier), blocks=st.integers(0, 8))
+    def resize(self, tier: Tier, blocks: int) -> None:
+        """Larger or smaller, whatever is going on: what is held stays, what is lost is told."""
+        if (tier is Tier.DEVICE and not blocks) or (tier is Tier.DISK and not self.disk):
+            return
+        resized = self.pool.resize(tier, blocks)
+        assert resized.blocks == blocks
+        if not (self.holdings or self.leases or self.pins):
+            assert resized.draining == 0
 
     # --- forgetting ---
 
@@ -286,9 +297,17 @@ class TiersMachine(RuleBasedStateMachine):
     @invariant()
     def pinned_is_on_the_device(self) -> None:
         for space, prefix in self.pins:
-            found = self.pool._index.find(space, tokens_of(prefix)).blocks
-            assert len(found) == len(prefix)
-            assert (found < DEVICE).all()
+            with self.pool.match(tokens_of(prefix), space) as match:
+                assert len(match.tiers) == len(prefix)
+                assert not match.tiers.any()
+
+    @invariant()
+    def every_block_is_accounted_for(self) -> None:
+        stats = self.pool.stats()
+        states = stats.free + stats.active + stats.historical + stats.incoming
+        assert states == stats.blocks + stats.draining
+        if stats.draining:
+            assert stats.free == 0
 
     @invariant()
     def a_subscriber_knows_the_same(self) -> None:

@@ -249,7 +249,6 @@ class Hello(Message, frozen=True):
     layout_text: str
     host: str
     fd_address: str
-    segments: tuple[tuple[int, int], ...]
     backends: tuple[str, ...] = ("shm",)
     tcp_port: int = 0
     stream: bytes = b""

@@ -6,7 +6,7 @@ from memserve.mempool.eviction import EvictionPolicy, HitDensity, LeastRecentlyU
 from memserve.mempool.layout import KVLayout
 from memserve.mempool.match import Match
 from memserve.mempool.pool import MemPool
-from memserve.mempool.results import Freed, Inserted, Transferred
+from memserve.mempool.results import Freed, Inserted, Resized, Transferred
 from memserve.mempool.stats import AbortCause, PoolStats
 from memserve.mempool.transfer.endpoint import TransferEndpoint
 from memserve.mempool.transport import Transport
@@ -25,6 +25,7 @@ __all__ = [
     "MemPool",
     "Origin",
     "PoolStats",
+    "Resized",
     "Tier",
     "TransferEndpoint",
     "Transferred",

@@ -6,6 +6,7 @@ free        no reference, not indexed
 active      referenced; perhaps indexed as well
 historical  indexed, not referenced
 incoming    referenced by a reservation, being written by a peer; not readable, never indexed
+retired     free, but not to be handed out: the pool has shrunk by it
 
 Callers pass block numbers as int64[n] without repetitions unless a method says otherwise.
 """
@@ -62,6 +63,10 @@ class _FreeStack:
     def numbers(self) -> BlockNumbers:
         return self._stack[: self.count]
 
+    def make_room(self, count: int) -> None:
+        """There will be ``count`` more blocks than before."""
+        self._stack = np.concatenate((self._stack, np.empty(count, np.int64)))
+
     def take(self, count: int) -> BlockNumbers:
         left = self.count - count
         numbers = self._stack[left : self.count][::-1].copy()
@@ -91,27 +96,29 @@ class _FreeStack:
 
 
 class BlockTable:
-    """State of all blocks: those of the device, then of host and disk, numbered in this order from 0."""
+    """State of all blocks, numbered from 0: those of the device, of host and disk, then what was added."""
 
     def __init__(self, device: int, host: int = 0, disk: int = 0) -> None:
-        self.capacity = (device, host, disk)
-        """Blocks of each tier, whatever their state."""
-        self.blocks = device + host + disk
-        assert device > 0 and self.blocks <= MAX_BLOCKS, f"{self.capacity} blocks; 1 to {MAX_BLOCKS} go"
-        self.firsts = (0, device, device + host)
-        """The first block number of each tier."""
-        self._tiered = self.blocks > device
+        assert device > 0, "a pool without a block on the device"
+        self.capacity = [device, host, disk]
+        """Blocks of each tier, whatever their state, but for the retired."""
+        self.blocks = 0
+        """All blocks that there are or have been, retired ones included."""
+        self._tiered = host + disk > 0
         self._historical = [0, 0, 0]
-        self._packed = np.concatenate(
-            [pack_first(self.capacity[tier], tier, self.firsts[tier]) for tier in Tier]
-        )
+        self._packed = np.empty(0, np.uint64)
         self._generations = self._packed.view(np.uint32)[LOW_HALF::2]
-        self._uses = np.zeros(self.blocks, np.int32)
-        self._incoming = np.zeros(self.blocks, np.bool_)
-        self._origins = np.zeros(self.blocks, np.uint8)
-        self._free = tuple(_FreeStack(self.firsts[tier], self.capacity[tier]) for tier in Tier)
-        self._marks = np.empty(self.blocks, np.int64)
-        self._positions = np.arange(self.blocks, dtype=np.int64)
+        self._tier_of = np.empty(0, np.uint8)
+        self._uses = np.empty(0, np.int32)
+        self._incoming = np.empty(0, np.bool_)
+        self._retired = np.empty(0, np.bool_)
+        self._origins = np.empty(0, np.uint8)
+        self._marks = np.empty(0, np.int64)
+        self._positions = np.empty(0, np.int64)
+        for tier in Tier:
+            self._append(self.capacity[tier], tier)
+        firsts = (0, device, device + host)
+        self._free = tuple(_FreeStack(firsts[tier], self.capacity[tier]) for tier in Tier)
 
     # --- reading ---
 
@@ -123,23 +130,28 @@ class BlockTable:
         """Blocks that are indexed and that nobody holds."""
         return self._historical[tier]
 
-    def tiers_of(self, numbers: BlockNumbers) -> NDArray[np.int64]:
-        """The :class:`Tier` of each block: int64[n]."""
-        return np.searchsorted(self.firsts[1:], numbers, side="right")
+    def tiers_of(self, numbers: BlockNumbers) -> NDArray[np.uint8]:
+        """The :class:`Tier` of each block: uint8[n]."""
+        return self._tier_of[numbers]
+
+    def numbers_in(self, tier: Tier) -> BlockNumbers:
+        """All blocks of a tier, retired ones included, ascending. Costs a pass over the table."""
+        numbers: BlockNumbers = np.flatnonzero(self._tier_of == tier)
+        return numbers
 
     def part(self, numbers: BlockNumbers, tier: Tier) -> BlockNumbers:
         """Those of ``numbers`` that lie in ``tier``."""
-        first = self.firsts[tier]
-        return numbers[(numbers >= first) & (numbers < first + self.capacity[tier])]
+        part: BlockNumbers = numbers[self._tier_of[numbers] == tier]
+        return part
 
     def on_device(self, numbers: BlockNumbers) -> NDArray[np.bool_]:
         """Whether each block lies on the device."""
-        above: NDArray[np.bool_] = numbers < self.capacity[Tier.DEVICE]
+        above: NDArray[np.bool_] = self._tier_of[numbers] == Tier.DEVICE
         return above
 
     def all_on_device(self, numbers: BlockNumbers) -> bool:
         """Whether no block lies in a lower tier."""
-        return not self._tiered or not len(numbers) or int(numbers.max()) < self.capacity[Tier.DEVICE]
+        return not self._tiered or not self._tier_of[numbers].any()
 
     def addresses_of(self, numbers: BlockNumbers) -> Packed:
         """Present addresses of blocks: uint64[n]."""
@@ -189,10 +201,38 @@ class BlockTable:
 
     def counts(self, tier: Tier = Tier.DEVICE) -> BlockCounts:
         """Blocks of a tier per state. Costs a pass over the table."""
-        first, blocks = self.firsts[tier], self.capacity[tier]
-        incoming = int(np.count_nonzero(self._incoming[first : first + blocks]))
+        incoming = int(np.count_nonzero(self._incoming & (self._tier_of == tier)))
         free, historical = self.free_in(tier), self.historical_in(tier)
-        return BlockCounts(free, blocks - free - historical - incoming, historical, incoming)
+        return BlockCounts(free, self.capacity[tier] - free - historical - incoming, historical, incoming)
+
+    # --- size ---
+
+    def grow(self, count: int, tier: Tier) -> None:
+        """Add ``count`` free blocks, numbered from ``blocks`` on."""
+        numbers = self._append(count, tier)
+        self._free[tier].make_room(count)
+        self._free[tier].give(numbers)
+        self.capacity[tier] += count
+        self._tiered = self._tiered or tier is not Tier.DEVICE
+
+    def retire(self, count: int, tier: Tier) -> BlockNumbers:
+        """Take ``count`` free blocks, as many there must be, out of use; returns which."""
+        numbers = self._free[tier].take(count)
+        self._retired[numbers] = True
+        self.capacity[tier] -= count
+        return numbers
+
+    def retired_in(self, tier: Tier) -> int:
+        """Blocks out of use. Costs a pass over the table."""
+        return int(np.count_nonzero(self._tier_of[self._retired] == tier))
+
+    def bring_back(self, count: int, tier: Tier) -> None:
+        """Put ``count`` retired blocks, as many there must be, into use again, as free ones."""
+        numbers = np.flatnonzero(self._retired & (self._tier_of == tier))[:count]
+        assert len(numbers) == count, f"{count} blocks asked of {len(numbers)} retired"
+        self._retired[numbers] = False
+        self._free[tier].give(numbers)
+        self.capacity[tier] += count
 
     # --- references ---
 
@@ -268,9 +308,11 @@ class BlockTable:
         """Assert that every block is in exactly one state and that the free stack is complete."""
         free = np.concatenate([stack.numbers for stack in self._free])
         assert len(np.unique(free)) == len(free), "a block is free twice"
-        assert np.array_equal(np.sort(free), np.flatnonzero(self._uses == _FREE)), (
-            "free stack and uses disagree"
-        )
+        unused = (self._uses == _FREE) & ~self._retired
+        assert np.array_equal(np.sort(free), np.flatnonzero(unused)), "free stack and uses disagree"
+        assert not self._uses[self._retired].any(), "a retired block is in use"
+        in_use = np.bincount(self._tier_of[~self._retired], minlength=len(Tier))
+        assert in_use.tolist() == self.capacity, "the tiers' sizes are wrong"
         for tier in Tier:
             assert len(self.part(self._free[tier].numbers, tier)) == self.free_in(tier), "a tier was mixed up"
             idle = np.flatnonzero(self._uses == _INDEXED)
@@ -294,3 +336,17 @@ class BlockTable:
             return
         for tier in Tier:
             self._free[tier].give(self.part(numbers, tier))
+
+    def _append(self, count: int, tier: Tier) -> BlockNumbers:
+        first, self.blocks = self.blocks, self.blocks + count
+        assert self.blocks <= MAX_BLOCKS, f"{self.blocks} blocks; at most {MAX_BLOCKS} have numbers"
+        self._packed = np.concatenate((self._packed, pack_first(count, tier, first)))
+        self._generations = self._packed.view(np.uint32)[LOW_HALF::2]
+        self._tier_of = np.concatenate((self._tier_of, np.full(count, tier, np.uint8)))
+        self._uses = np.concatenate((self._uses, np.zeros(count, np.int32)))
+        self._incoming = np.concatenate((self._incoming, np.zeros(count, np.bool_)))
+        self._retired = np.concatenate((self._retired, np.zeros(count, np.bool_)))
+        self._origins = np.concatenate((self._origins, np.zeros(count, np.uint8)))
+        self._marks = np.empty(self.blocks, np.int64)
+        self._positions = np.arange(self.blocks, dtype=np.int64)
+        return self._positions[first:].copy()

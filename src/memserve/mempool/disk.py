@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from memserve._native import checksum_blocks
 from memserve.core.errors import ConfigError
 from memserve.mempool.disk_record import HEADER_BYTES, Record, decode_header, encode_header
+from memserve.mempool.holes import punch_hole
 from memserve.mempool.layout import KVLayout
 
 log = logging.getLogger(__name__)
@@ -53,6 +54,15 @@ class DiskStore:
 
     def close(self) -> None:
         os.close(self._fd)
+
+    def grow(self, blocks: int) -> None:
+        """Add places. Raises ``ConfigError`` when the disk refuses."""
+        try:
+            os.ftruncate(self._fd, (self.blocks + blocks) * self._stride)
+        except OSError as error:
+            raise ConfigError(f"the disk tier cannot grow by {blocks} blocks: {error}") from error
+        self.blocks += blocks
+        self._checksums = np.concatenate((self._checksums, np.zeros(blocks, np.uint64)))
 
     def scan(self) -> Iterator[tuple[int, Record]]:
         """Every place that holds a whole header of this layout, with what it says.
@@ -104,6 +114,15 @@ class DiskStore:
             return False
         found = checksum_blocks(_pointer(block), len(block))[0]
         return count == len(block) and bool(found == self._checksums[place])
+
+    def give_back(self, places: Sequence[int]) -> None:
+        """Erase places, and let the file system have their space where it can take it."""
+        try:
+            for place in places:
+                punch_hole(self._fd, place * self._stride, self._stride)
+        except OSError as error:
+            log.warning("the disk tier shrinks, but its file does not: %s", error)
+            self.erase(places)
 
     def erase(self, places: Sequence[int]) -> None:
         """Make places read as empty from now on, after a restart too."""

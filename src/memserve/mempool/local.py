@@ -15,16 +15,17 @@ from memserve.core.errors import ConfigError, InvalidRequest, StaleAddress
 from memserve.core.messages import PoolEvents, Snapshot, Stored
 from memserve.core.types import InstanceId, Namespace, Tokens, pack_tokens
 from memserve.mempool.address import Addresses, BlockNumbers, Origin, Tier, numbers_of
-from memserve.mempool.arena import Arena
+from memserve.mempool.arena import Arena, Extent
 from memserve.mempool.blocks import BlockTable
 from memserve.mempool.disk import DiskStore, DiskTier
+from memserve.mempool.elastic import Elastic
 from memserve.mempool.events import EventLog
 from memserve.mempool.eviction import EvictionPolicy, HitDensity
 from memserve.mempool.index import Found, PromptIndex
 from memserve.mempool.layout import KVLayout
 from memserve.mempool.match import Match
 from memserve.mempool.pins import PINNED_SHARE, Pin, PinTable
-from memserve.mempool.results import Freed, Inserted
+from memserve.mempool.results import Freed, Inserted, Resized
 from memserve.mempool.shelf import DiskShelf
 from memserve.mempool.stats import Counters, PoolStats
 from memserve.mempool.tiers import Tiers
@@ -57,10 +58,10 @@ class LocalPool:
         self._store = None if disk is None else DiskStore(disk, layout)
         self.arena = Arena.allocate(layout.block_bytes, blocks, f"memserve-{instance}")
         if host_blocks:
-            self.arena.grow(host_blocks, f"memserve-{instance}-host")
+            self.arena.grow(Extent(blocks, host_blocks), f"memserve-{instance}-host")
         shelf = None
         if self._store is not None:
-            shelf = DiskShelf(self._store, layout, self.arena, self._table.firsts[Tier.DISK])
+            shelf = DiskShelf(self._store, layout, self.arena, self._table.numbers_in(Tier.DISK))
         self._index = PromptIndex(layout.block_tokens)
         self._events = EventLog(instance, incarnation)
         self._leases: set[Match] = set()
@@ -76,18 +77,20 @@ class LocalPool:
             self._events,
             self._counters,
         )
+        self._elastic = Elastic(self._table, self._tiers, self.arena, shelf, instance)
         self._tiers.reattach_all()
 
     @property
     def blocks(self) -> int:
-        """Blocks of the device tier, whatever their state."""
-        return self._table.capacity[Tier.DEVICE]
+        """Blocks that the device tier is to have, whatever their state."""
+        return self._table.capacity[Tier.DEVICE] - self._elastic.surplus[Tier.DEVICE]
 
     def close(self) -> None:
-        """Let go of the memory; the pool must not be used afterwards. See :meth:`persist`."""
+        """Let go of the memory; the pool must not be used afterwards. Repeatable. See :meth:`persist`."""
         self.arena.close()
-        if self._store is not None:
-            self._store.close()
+        store, self._store = self._store, None
+        if store is not None:
+            store.close()
 
     # --- memory ---------------------------------------------------------------------------------------
 
@@ -124,6 +127,7 @@ class LocalPool:
         else:
             stale += self._release_repeated(packed)
         self._counters.stale += stale
+        self._elastic.settle()
         return Freed(len(addrs) - stale, stale)
 
     def retain(self, addrs: Addresses) -> None:
@@ -156,6 +160,19 @@ class LocalPool:
         if not self._table.distinct(numbers):
             raise InvalidRequest("a block can be swapped in once at a time", field="addrs")
         return self._addresses(self._tiers.bring_up(numbers))
+
+    def resize(self, tier: Tier, blocks: int) -> Resized:
+        """Let ``tier`` have ``blocks`` blocks from now on, while requests go on.
+
+        Growing takes memory (or disk space) at once. Shrinking retires free blocks and the coldest historical
+        ones, which go to a lower tier as far as there is room, and gives their memory back; blocks that
+        somebody holds follow when they are let go of, before they can be allocated again. What is held stays
+        where it is. The last call counts. Raises ``InvalidRequest``, or ``ConfigError`` when the system
+        refuses; nothing has changed then.
+        """
+        resized = self._elastic.resize(tier, blocks)
+        self._pins.limit = int(self.blocks * PINNED_SHARE)
+        return resized
 
     def persist(self) -> int:
         """Move all historical KV to disk before :meth:`close`, as much as fits, for the next start.
@@ -240,6 +257,7 @@ class LocalPool:
         for pin in self._pins:
             if len(self._index.find(pin.namespace, pin.tokens).blocks) < len(pin.addrs):
                 self.unpin(pin.tokens, pin.namespace)
+        self._elastic.settle()
         return count
 
     def pin(self, tokens: Tokens, namespace: Namespace, ttl: float) -> int:
@@ -299,6 +317,7 @@ class LocalPool:
         states, count = self._table.counts(), self._counters
         return PoolStats(
             blocks=self.blocks,
+            draining=self._elastic.surplus[Tier.DEVICE],
             free=states.free,
             active=states.active,
             historical=states.historical,
@@ -413,3 +432,4 @@ class LocalPool:
         self._leases.discard(lease)
         if release:
             self._table.release(numbers_of(lease._addrs.packed))
+            self._elastic.settle()

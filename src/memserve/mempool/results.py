@@ -28,3 +28,11 @@ class Transferred:
     held: int
     sent: int
     bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Resized:
+    """A tier is to have ``blocks`` blocks; of those that are too many ``draining`` are still held."""
+
+    blocks: int
+    draining: int

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from memserve.core.types import Namespace, Tokens, pack_tokens, unpack_tokens
 from memserve.mempool.address import BlockNumbers
-from memserve.mempool.arena import Arena
+from memserve.mempool.arena import Arena, Extent
 from memserve.mempool.disk import DiskStore
 from memserve.mempool.disk_record import Record, chain_keys
 from memserve.mempool.layout import KVLayout
@@ -17,14 +17,14 @@ from memserve.mempool.orphans import Orphan, Orphans
 
 
 class DiskShelf:
-    """The disk blocks of a pool, numbered from ``first`` on, filled from and read into ``arena``."""
+    """The disk blocks of a pool, filled from and read into ``arena``. Place i holds block ``numbers[i]``."""
 
-    def __init__(self, store: DiskStore, layout: KVLayout, arena: Arena, first: int) -> None:
+    def __init__(self, store: DiskStore, layout: KVLayout, arena: Arena, numbers: BlockNumbers) -> None:
         self.orphans = Orphans()
         self._store = store
         self._layout = layout
         self._arena = arena
-        self._first = first
+        self._numbers = numbers
         for place, record in store.scan():
             doubled = self.orphans.add(place, record)
             if doubled is not None:
@@ -33,10 +33,21 @@ class DiskShelf:
     @property
     def orphaned(self) -> BlockNumbers:
         """Free blocks that hold something which may become reachable: int64[n]."""
-        return np.array(self.orphans.places, np.int64) + self._first
+        return self._numbers[self.orphans.places]
 
     def close(self) -> None:
         self._store.close()
+
+    def grow(self, extent: Extent) -> None:
+        """Add places for blocks numbered higher than all before. Raises ``ConfigError``."""
+        self._store.grow(extent.blocks)
+        added = np.arange(extent.first, extent.first + extent.blocks, dtype=np.int64)
+        self._numbers = np.concatenate((self._numbers, added))
+
+    def give_back(self, blocks: BlockNumbers) -> None:
+        """These blocks are not used any more: free their space. What was orphaned there is gone."""
+        self.take(blocks)
+        self._store.give_back(self._places(blocks))
 
     def write(
         self,
@@ -54,27 +65,27 @@ class DiskShelf:
         step = self._layout.block_tokens
         keys = chain_keys(self._layout.fingerprint, namespace, path, step)
         depth = len(keys) - 1 - len(blocks)
-        for at, (block, source) in enumerate(zip(blocks.tolist(), sources.tolist(), strict=True)):
+        for at, (place, source) in enumerate(zip(self._places(blocks), sources.tolist(), strict=True)):
             tokens = pack_tokens(path[(depth + at) * step : (depth + at + 1) * step])
             record = Record(namespace, keys[depth + at], tokens, int(origins[at]), 0, 0)
-            if not self._store.write(block - self._first, self._arena.block_memory(source), record):
+            if not self._store.write(place, self._arena.block_memory(source), record):
                 self.erase(blocks[:at])
                 return False
         return True
 
     def read(self, block: int, target: int) -> bool:
         """Fill the memory block ``target``; False when the disk does not give back what was written."""
-        return self._store.read(block - self._first, self._arena.block_memory(target))
+        return self._store.read(self._places(np.array([block]))[0], self._arena.block_memory(target))
 
     def erase(self, blocks: BlockNumbers) -> None:
         """What these blocks hold must not come back after a restart."""
-        self._store.erase((blocks - self._first).tolist())
+        self._store.erase(self._places(blocks))
 
     def take(self, blocks: BlockNumbers) -> None:
         """These blocks are in use from now on."""
         if self.orphans:
-            for block in blocks.tolist():
-                self.orphans.forget(block - self._first)
+            for place in self._places(blocks):
+                self.orphans.forget(place)
 
     def erase_orphans(self, namespace: Namespace, tokens: Tokens) -> None:
         """Whatever is orphaned of ``tokens`` and what continues them must not come back."""
@@ -103,6 +114,10 @@ class DiskShelf:
 
     def _path(self, head: Tokens, chain: list[Orphan]) -> tuple[Tokens, BlockNumbers, NDArray[np.uint8]]:
         tail = unpack_tokens(b"".join(orphan.record.tokens for orphan in chain))
-        blocks = np.array([orphan.place for orphan in chain], np.int64) + self._first
+        blocks = self._numbers[[orphan.place for orphan in chain]]
         origins = np.array([orphan.record.origin for orphan in chain], np.uint8)
         return np.concatenate((head, tail)), blocks, origins
+
+    def _places(self, blocks: BlockNumbers) -> list[int]:
+        places: list[int] = np.searchsorted(self._numbers, blocks).tolist()
+        return places

@@ -23,13 +23,15 @@ class AbortCause(enum.StrEnum):
 class PoolStats:
     """State in blocks, and counters since the start.
 
-    The first five are the device's, ``host`` and ``disk`` those of the tiers below it. Hits and misses are
+    The first six are the device's, ``host`` and ``disk`` those of the tiers below it. ``draining`` blocks are
+    held and to be retired: they count by their state, but not among ``blocks``. Hits and misses are
     prompt tokens found and not found by ``match``, with what lay in lower tiers counted once more by tier.
     Evicted (dropped for good), swapped and corrupt are in blocks; ``sent`` and ``received`` count published
     transfers, the ``_bytes`` what was copied for them.
     """
 
     blocks: int
+    draining: int
     free: int
     active: int
     historical: int
@@ -59,7 +61,7 @@ class PoolStats:
         """Everything but the states, flat, for metrics."""
         names = ("hit_tokens", "miss_tokens", "evicted_blocks", "sent", "sent_bytes", "received")
         more = ("received_bytes", "stale", "tree_nodes", "tree_blocks", "leases", "pinned", "corrupt_blocks")
-        lower = ("host_hit_tokens", "disk_hit_tokens", "swapped_out_blocks", "swapped_in_blocks")
+        lower = ("host_hit_tokens", "disk_hit_tokens", "swapped_out_blocks", "swapped_in_blocks", "draining")
         flat = {f"pool_{name}": float(getattr(self, name)) for name in (*names, *more, *lower)}
         for tier, counts in (("host", self.host), ("disk", self.disk)):
             flat[f"pool_{tier}_free"] = float(counts.free)

@@ -52,7 +52,11 @@ class Tiers:
         self._uses = eviction
         """Told of all uses, whatever the tier: the past of blocks goes with them from tier to tier."""
         self._policies = (eviction, LeastRecentlyUsed(), LeastRecentlyUsed())
-        self.lower = tuple(tier for tier in Tier if tier is not Tier.DEVICE and table.capacity[tier])
+
+    @property
+    def lower(self) -> tuple[Tier, ...]:
+        """The tiers below the device that have blocks."""
+        return tuple(tier for tier in (Tier.HOST, Tier.DISK) if self._table.capacity[tier])
 
     # --- use ---
 
@@ -103,6 +107,15 @@ class Tiers:
         """Move up to ``n`` historical blocks of the device down. Returns how many were moved."""
         room = max((self._fit(n, tier) for tier in self.lower), default=0)
         return self._move_coldest(min(room, self._table.historical_in(Tier.DEVICE)), Tier.DEVICE, self.lower)
+
+    def shed(self, n: int, tier: Tier) -> None:
+        """Free up to ``n`` blocks of ``tier`` by giving up its coldest KV: as many as nobody holds."""
+        lower = tuple(below for below in self.lower if below > tier)
+        goal = self._table.free_in(tier) + n
+        while (missing := goal - self._table.free_in(tier)) > 0:
+            self._move_coldest(min(missing, self._table.historical_in(tier)), tier, lower)
+            if goal - self._table.free_in(tier) == missing:
+                return
 
     def persist(self) -> int:
         """Move all historical KV to the disk tier, which keeps the warmest. Returns how many blocks went."""
@@ -247,8 +260,7 @@ class Tiers:
 
     def _copy_up(self, below: BlockNumbers, fresh: BlockNumbers) -> int:
         """Fill device blocks; returns how many from the first on hold what they should."""
-        first_disk = self._table.firsts[Tier.DISK]
-        host = below < first_disk
+        host = self._table.tiers_of(below) == Tier.HOST
         copy_blocks(
             self._arena.pointers(fresh[host]), self._arena.pointers(below[host]), self._arena.block_bytes
         )

@@ -81,7 +81,7 @@ async def raw_peer(address: str, *, answers: bool = True) -> AsyncIterator[tuple
 
 
 def hello(name: str = "raw", incarnation: int = 1) -> Hello:
-    return Hello(InstanceId(name), incarnation, SMALL.fingerprint, SMALL.text, "host", "", ())
+    return Hello(InstanceId(name), incarnation, SMALL.fingerprint, SMALL.text, "host", "")
 
 
 def reserve(transfer: str = "t", tokens: np.ndarray = TOKENS, seconds: float = 20.0) -> Reserve:

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 
 from memserve.core.errors import ConfigError, LayoutMismatch
-from memserve.mempool.arena import Arena
+from memserve.mempool.arena import Arena, Extent
 
 
 def test_pointers_over_several_segments_lead_to_the_right_bytes() -> None:
     arena = Arena.allocate(64, 3, "test")
-    arena.grow(2, "test")
-    arena.grow(4, "test")
-    assert (arena.blocks, arena.segment_blocks) == (9, (3, 2, 4))
+    arena.grow(Extent(3, 2), "test")
+    arena.grow(Extent(5, 4), "test")
+    assert (arena.blocks, arena.extents) == (9, ((0, 3), (3, 2), (5, 4)))
     numbers = np.array([8, 0, 3, 4, 2])
     expected = [arena.block_memory(number).ctypes.data for number in numbers.tolist()]
     assert arena.pointers(numbers).tolist() == expected
@@ -27,8 +27,8 @@ def test_pointers_over_several_segments_lead_to_the_right_bytes() -> None:
 
 def test_an_attached_arena_is_the_same_memory() -> None:
     mine = Arena.allocate(4096, 2, "test")
-    mine.grow(1, "test")
-    theirs = Arena.attach(4096, mine.fds, mine.segment_blocks)
+    mine.grow(Extent(2, 1), "test")
+    theirs = Arena.attach(4096, mine.fds, mine.extents)
     theirs.block_memory(2)[:] = 7
     mine.block_memory(0)[:] = 9
     assert (mine.block_memory(2) == 7).all()
@@ -47,7 +47,7 @@ def test_a_segment_cannot_be_resized_under_its_users() -> None:
 def test_a_segment_smaller_than_promised_is_refused() -> None:
     arena = Arena.allocate(4096, 2, "test")
     with pytest.raises(LayoutMismatch, match="3 blocks of 4096 bytes has only 8192"):
-        Arena.attach(4096, arena.fds, [3])
+        Arena.attach(4096, arena.fds, [Extent(0, 3)])
     arena.close()
 
 
@@ -59,7 +59,7 @@ def test_memory_the_system_refuses_names_the_setting() -> None:
 def test_close_gives_the_descriptors_back() -> None:
     before = len(os.listdir("/proc/self/fd"))
     arena = Arena.allocate(4096, 2, "test")
-    arena.grow(2, "test")
+    arena.grow(Extent(2, 2), "test")
     arena.close()
     del arena
     assert len(os.listdir("/proc/self/fd")) == before

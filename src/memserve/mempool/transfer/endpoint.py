@@ -6,6 +6,7 @@ Knows who lives and which connection leads to whom; ``sender`` and ``receiver`` 
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import os
 import secrets
@@ -21,6 +22,7 @@ from memserve.core.errors import CorruptBlock, InvalidRequest, PeerLost, Protoco
 from memserve.core.messages import Hello, Member, PeerMessage
 from memserve.core.types import InstanceId, Namespace, Tokens
 from memserve.mempool.address import Addresses, Origin
+from memserve.mempool.arena import Arena
 from memserve.mempool.pool import MemPool
 from memserve.mempool.results import Transferred
 from memserve.mempool.transfer.backends import (
@@ -111,7 +113,6 @@ class TransferEndpoint:
             backends=self._backends,
             fd_address="" if self._descriptors is None else self._descriptors.address,
             tcp_port=0 if self._receiver.streams is None else self._receiver.streams.port,
-            segments=tuple((n, n * self._pool.layout.block_bytes) for n in self._pool.arena.segment_blocks),
         )
         self._receiver.hello = self._hello
         self._server = await listen(address, PeerMessage, self._receiver.accept, self._security)
@@ -247,9 +248,8 @@ class TransferEndpoint:
         own, timeout = self._pool.arena, self._limits.call_seconds
         if choose_backend(self._backends, self._hello, hello) == TCP:
             return connect_stream(own, peer_address, hello, self._security, timeout)
-        return SharedMemoryBackend(
-            own, receive_arena(hello, self._pool.layout.block_bytes, timeout), self._workers
-        )
+        extend = functools.partial(receive_arena, hello, timeout=timeout)
+        return SharedMemoryBackend(own, extend(Arena(own.block_bytes)), self._workers, extend)
 
     def _require_usable(self, hello: Hello, member: Member) -> None:
         if not isinstance(hello, Hello):
@@ -270,7 +270,7 @@ class TransferEndpoint:
 def _hello_of(pool: MemPool) -> Hello:
     """What is known before listening."""
     layout = pool.layout
-    return Hello(pool.instance, pool.incarnation, layout.fingerprint, layout.text, _host(), "", ())
+    return Hello(pool.instance, pool.incarnation, layout.fingerprint, layout.text, _host(), "")
 
 
 def _host() -> str:

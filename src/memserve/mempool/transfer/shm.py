@@ -11,25 +11,33 @@ import contextlib
 import logging
 import os
 import socket
-import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from memserve._native import copy_blocks
 from memserve.core.errors import PeerLost, StaleAddress, TransferAborted
 from memserve.core.messages import Hello
-from memserve.mempool.arena import Arena
+from memserve.mempool.address import BlockNumbers
+from memserve.mempool.arena import MOST_SEGMENTS, Arena, Extent
 from memserve.mempool.transfer.backends import SHM, Transmission
 from memserve.wire.connection import same_user
 from memserve.wire.sockets import open_socket
 
 log = logging.getLogger(__name__)
 
-_INCARNATION = struct.Struct("<Q")
-_MOST_SEGMENTS = 64
+_MOST_BYTES = 1 << 14
+"""More than the description of ``MOST_SEGMENTS`` segments takes."""
+
+
+class _Segments(msgspec.Struct, frozen=True, array_like=True):
+    """What comes with the descriptors, which are in the same order."""
+
+    incarnation: int
+    extents: tuple[tuple[int, int], ...]
 
 
 class DescriptorServer:
@@ -60,36 +68,46 @@ class DescriptorServer:
             log.warning("refused the arena to a process of another user")
             return
         with contextlib.suppress(OSError):
-            socket.send_fds(asked, [_INCARNATION.pack(self._incarnation)], self._arena.fds)
+            described = _Segments(self._incarnation, self._arena.extents)
+            socket.send_fds(asked, [msgspec.msgpack.encode(described)], self._arena.fds)
 
 
-def receive_arena(hello: Hello, block_bytes: int, timeout: float) -> Arena:
-    """Map the arena of the peer that said ``hello``. Blocks for at most about ``timeout`` seconds.
+def receive_arena(hello: Hello, known: Arena, timeout: float) -> Arena:
+    """Map what ``known`` lacks of the arena of the peer that said ``hello``.
 
-    Raises ``PeerLost``, ``StaleAddress`` when another life of the peer answers, ``LayoutMismatch``.
+    Blocks for at most about ``timeout`` seconds. Raises ``PeerLost``, ``StaleAddress`` when another life of
+    the peer answers, ``LayoutMismatch``.
     """
     try:
         with open_socket(hello.fd_address, timeout) as asked:
-            raw, fds, _, _ = socket.recv_fds(asked, _INCARNATION.size, _MOST_SEGMENTS)
+            raw, fds, _, _ = socket.recv_fds(asked, _MOST_BYTES, MOST_SEGMENTS)
     except OSError as error:
         raise PeerLost(f"{hello.instance} does not hand out its arena: {error}") from error
     with _closing(fds):
-        if len(raw) < _INCARNATION.size or len(fds) != len(hello.segments):
-            raise PeerLost(f"{hello.instance} handed out {len(fds)} of {len(hello.segments)} segments")
-        if _INCARNATION.unpack(raw)[0] != hello.incarnation:
+        try:
+            described = msgspec.msgpack.decode(raw, type=_Segments)
+        except msgspec.DecodeError as error:
+            raise PeerLost(f"{hello.instance} does not hand out its arena: {error}") from error
+        if len(fds) != len(described.extents):
+            raise PeerLost(f"{hello.instance} handed out {len(fds)} of {len(described.extents)} segments")
+        if described.incarnation != hello.incarnation:
             raise StaleAddress(f"{hello.instance} was restarted during the handshake; connect again")
-        return Arena.attach(block_bytes, fds, [blocks for blocks, _ in hello.segments])
+        return known.extended(fds, [Extent(*extent) for extent in described.extents])
 
 
 class SharedMemoryBackend:
-    """Copies into ``peer``, the mapped arena of a peer, in threads of ``workers``."""
+    """Copies into ``peer``, the mapped arena of a peer, in threads of ``workers``.
+
+    ``extend`` maps the segments that the peer has added since.
+    """
 
     name = SHM
 
-    def __init__(self, own: Arena, peer: Arena, workers: Executor) -> None:
+    def __init__(self, own: Arena, peer: Arena, workers: Executor, extend: Callable[[Arena], Arena]) -> None:
         self.workers = workers
         self._own = own
         self._peer = peer
+        self._extend = extend
 
     def transmit(self, order: Transmission) -> NDArray[np.uint64]:
         checksums = [np.empty(0, np.uint64)]
@@ -97,7 +115,7 @@ class SharedMemoryBackend:
         for at, step in enumerate(order.steps):
             if not order.may_go_on():
                 raise TransferAborted("the copy was stopped half-way; nothing was published")
-            targets, sources = self._peer.pointers(step.dst), self._own.pointers(step.src)
+            targets, sources = self._map(step.dst).pointers(step.dst), self._own.pointers(step.src)
             checksums.append(copy_blocks(targets, sources, self._own.block_bytes))
             # The publication, which comes at once, tells of the last step.
             if at + 1 < len(order.steps):
@@ -110,6 +128,14 @@ class SharedMemoryBackend:
 
     def close(self) -> None:
         """The mapping goes with the last user of it; the threads are the endpoint's."""
+
+    def _map(self, numbers: BlockNumbers) -> Arena:
+        peer = self._peer
+        if not peer.covers(numbers):
+            peer = self._peer = self._extend(peer)
+        if not peer.covers(numbers):
+            raise PeerLost(f"blocks {numbers[:8].tolist()} lie outside of what the peer handed out")
+        return peer
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from memserve.mempool.transfer.backends import choose_backend, require_known
 
 
 def hello(host: str, *backends: str) -> Hello:
-    return Hello(InstanceId("b"), 1, "", "", host, "", (), backends)
+    return Hello(InstanceId("b"), 1, "", "", host, "", backends)
 
 
 @pytest.mark.parametrize(

@@ -73,16 +73,19 @@ inline __attribute__((always_inline)) void expand_step(const unsigned char* head
 }
 
 // Steps `steps` of the column groups `groups`, group after group with `stride` elements between them.
-// While a step is expanded, the same step of the next groups is fetched: the hardware sees only short streams.
+// A single step means that more calls follow, so the same step of the next groups is fetched meanwhile: the
+// hardware sees only short streams.
 template <Format kFormat>
 __attribute__((noinline)) void expand_format(const PackedMatrix& matrix, Range groups, Range steps, Bf16* to,
                                              size_t stride) {
+  const bool fetches = steps.size() == 1;
   const size_t ahead = matrix.group_bytes() * static_cast<size_t>(groups.size());
   for (int group = groups.begin; group < groups.end; ++group) {
     Bf16* out = to + static_cast<size_t>(group - groups.begin) * stride;
     for (int step = steps.begin; step < steps.end; ++step, out += kStepValues) {
       const unsigned char* from = matrix.step(group, step);
-      for (size_t line = 0; line < step_bytes(kFormat); line += 64) __builtin_prefetch(from + ahead + line, 0, 3);
+      for (size_t line = 0; fetches && line < step_bytes(kFormat); line += 64)
+        __builtin_prefetch(from + ahead + line, 0, 3);
       expand_step<kFormat>(matrix.header(group, step), from, out);
     }
   }

@@ -38,7 +38,7 @@ class Matrix:
 
     @staticmethod
     def of_blocks(kind: str, rows: NDArray[np.uint8], inputs: int) -> Matrix:
-        """rows: uint8[outputs, bytes], each whole blocks of ggml's type ``kind``; ValueError if they are not."""
+        """rows: uint8[outputs, bytes] in blocks of ggml's type ``kind``; ValueError if they are not."""
 
 class Model:
     """A Llama-family decoder; see ``native/model.h``. One pass at a time."""

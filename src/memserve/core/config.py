@@ -48,8 +48,8 @@ class EngineConfig(_Section, frozen=True):
     """Batching. ``step_tokens`` bounds the rows of one forward pass, ``max_running`` the batch.
 
     ``threads`` 0 means: cores divided by the instances on this machine, at least one.
-    ``weights``: ``stored`` keeps what the file has in 4 or 8 bits as it is; ``bf16`` expands it, which takes more
-    memory and gives the same answers; ``int8`` also turns 16-bit weights into 8-bit groups.
+    ``weights``: ``stored`` keeps what the file has in 4 or 8 bits as it is; ``bf16`` expands it, which takes
+    more memory and gives the same answers; ``int8`` also turns 16-bit weights into 8-bit groups.
     """
 
     step_tokens: int = 512

@@ -1,8 +1,9 @@
-"""Weights kept in 4 and 8 bits: bit for bit what the same weights give in bf16, however many rows a pass has."""
+"""Weights kept in 4 and 8 bits: bit for bit what the same weights give in bf16, in passes of any size."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -46,7 +47,9 @@ def build() -> Iterator[Build]:
     """Build runners that are closed after the test."""
     built: list[NativeRunner] = []
 
-    def make(weights: ModelWeights | StoredWeights, isa: str, *, threads: int = 1, **more: str) -> NativeRunner:
+    def make(
+        weights: ModelWeights | StoredWeights, isa: str, *, threads: int = 1, **more: str
+    ) -> NativeRunner:
         built.append(NativeRunner(weights, threads=threads, context=64, isa=isa, **more))  # type: ignore[arg-type]
         return built[-1]
 
@@ -75,7 +78,9 @@ def expanded(matrix: Matrix) -> Float:
 def stored_weights(kinds: Kinds, *, seed: int = 1, **shape: int) -> StoredWeights:
     """A model whose parts are blocks of the types in ``kinds``; others, and what is not named, is float32."""
     rng = np.random.default_rng(seed)
-    base = tiny_weights(seed, **{"hidden": 256, "feed_forward": 256, "vocabulary": 301, "tied": False, **shape})
+    base = tiny_weights(
+        seed, **{"hidden": 256, "feed_forward": 256, "vocabulary": 301, "tied": False, **shape}
+    )
 
     def matrix(part: str, values: Float) -> Matrix:
         kind = kinds.get(part, kinds.get("all"))
@@ -117,7 +122,7 @@ def logits_of(runner: NativeRunner, spec: ModelSpec, chunks: list[int]) -> Float
     tokens = np.random.default_rng(5).integers(0, spec.vocabulary, sum(chunks), np.int32)
     edges = np.cumsum([0, *chunks])
     parts = []
-    for begin, end in zip(edges[:-1], edges[1:], strict=True):
+    for begin, end in pairwise(edges):
         rows = np.arange(end - begin, dtype=np.int32)
         positions = rows + np.int32(begin)
         batch = ForwardBatch(
@@ -146,11 +151,21 @@ def test_blocks_give_the_bits_of_bf16(build: Build, kind: str, isa: str, threads
 @pytest.mark.parametrize("isa", EVERY_ISA)
 def test_formats_that_differ_inside_a_layer(build: Build, isa: str) -> None:
     """Fused products take neighbours of one format together; gate and up must share one."""
-    kinds = {"q": "Q4_K", "k": "Q4_K", "v": "Q6_K", "gate": "Q4_0", "up": "Q8_0", "down": "Q6_K", "head": "Q6_K"}
+    kinds = {
+        "q": "Q4_K",
+        "k": "Q4_K",
+        "v": "Q6_K",
+        "gate": "Q4_0",
+        "up": "Q8_0",
+        "down": "Q6_K",
+        "head": "Q6_K",
+    }
     weights = stored_weights(kinds)
     expected = logits_of(build(in_floats(weights), isa), weights.spec, [ROWS])
     for chunks in CHUNKS:
-        np.testing.assert_array_equal(logits_of(build(weights, isa, threads=2), weights.spec, chunks), expected)
+        np.testing.assert_array_equal(
+            logits_of(build(weights, isa, threads=2), weights.spec, chunks), expected
+        )
 
 
 @pytest.mark.parametrize("isa", EVERY_ISA)

@@ -62,7 +62,7 @@ class ModelWeights:
 
 @dataclass(frozen=True, slots=True)
 class StoredMatrix:
-    """A matrix in the blocks of a GGML type: ``rows`` is uint8[outputs, bytes], each row ``inputs`` weights."""
+    """Blocks of the GGML type ``kind``; ``rows``: uint8[outputs, bytes], each of ``inputs`` weights."""
 
     kind: str
     rows: NDArray[np.uint8]

@@ -29,8 +29,9 @@ class NativeRunner:
     """Forward passes of a Llama-family model on this machine's CPU.
 
     bf16 KV and inputs of matrix products; float32 sums, residual stream, norms, rotary embedding and softmax.
-    Weights are multiplied in bf16; where the file has them in 4 or 8 bits, that is how they are kept and read. The bits of a row depend on its tokens alone: not on the batch, chunking, cached prefixes or
-    threads. Instruction sets round differently: KV computed on one is valid, not bit-equal, on another.
+    Weights are multiplied in bf16; what the file has in 4 or 8 bits is kept and read like that.
+    The bits of a row depend on its tokens alone: not on the batch, chunking, cached prefixes or threads.
+    Instruction sets round differently: KV computed on one is valid, not bit-equal, on another.
 
     Parameters
     ----------
@@ -108,7 +109,9 @@ def rope_tables(spec: ModelSpec, context: int) -> tuple[Float, Float]:
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
 
-def _build_model(spec: ModelSpec, threads: int, context: int, isa: str | None, pin: bool, keep: str) -> _native.Model:
+def _build_model(
+    spec: ModelSpec, threads: int, context: int, isa: str | None, pin: bool, keep: str
+) -> _native.Model:
     cosines, sines = rope_tables(spec, context)
     try:
         return _native.Model(
@@ -132,11 +135,13 @@ def _build_model(spec: ModelSpec, threads: int, context: int, isa: str | None, p
 
 
 def _fill_model(model: _native.Model, weights: ModelWeights | StoredWeights) -> None:
-    layers = 0
-    for layers, layer in enumerate(weights.layers, 1):
-        _set_layer(model, layers - 1, layer)
-    if layers != weights.spec.layers:
-        raise ValueError(f"{layers} layers of weights, the spec says {weights.spec.layers}")
+    given = 0
+    layer: LayerWeights | StoredLayer
+    for layer in weights.layers:
+        _set_layer(model, given, layer)
+        given += 1
+    if given != weights.spec.layers:
+        raise ValueError(f"{given} layers of weights, the spec says {weights.spec.layers}")
     model.set_embedding(_matrix(weights.embedding))
     head = None if weights.head is None or weights.head is weights.embedding else _matrix(weights.head)
     model.set_output(_contiguous(weights.output_norm), head)

@@ -1,7 +1,7 @@
 """Mean KL divergence of the native engine's answers from float32, for every way to keep weights.
 
-Two oracles, both the numpy reference in float32: on the weights that the engine was given (what arithmetic and
-bf16 cost), and on the weights before they were quantised again (what the format costs). The model's own file
+Two oracles, both the numpy reference in float32: on the weights that the engine was given (what arithmetic
+and bf16 cost), and on those before they were quantised again (what the format costs). The model's own file
 holds Q4_1 and Q8_0; other formats are made from it by ggml's rules. K types need inputs in multiples of 256:
 ffn_down only.
 

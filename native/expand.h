@@ -85,7 +85,7 @@ __attribute__((noinline)) void expand_format(const PackedMatrix& matrix, Range g
     for (int step = steps.begin; step < steps.end; ++step, out += kStepValues) {
       const unsigned char* from = matrix.step(group, step);
       for (size_t line = 0; fetches && line < step_bytes(kFormat); line += 64)
-        __builtin_prefetch(from + ahead + line, 0, 3);
+        __builtin_prefetch(from + ahead + line, 0, 2);
       expand_step<kFormat>(matrix.header(group, step), from, out);
     }
   }

@@ -12,7 +12,7 @@ namespace memserve {
 namespace {
 
 constexpr int kRowsPerTile = 512;      // rows that go through all layers together: bounds the scratch memory
-constexpr int kRowsPerItem = 192;      // rows whose inputs fit a core's cache beside a panel of weights
+constexpr int kRowsPerItem = 256;      // rows whose inputs fit a core's cache beside a panel of weights
 constexpr int kFewRows = 24;           // up to here a product is bound by reading weights: one even share per thread
 constexpr int kItemsPerThread = 6;     // enough work items to even out threads of unequal speed
 constexpr int kRowsPerSmallItem = 8;   // row-by-row steps: fewer rows are not worth waking a thread for

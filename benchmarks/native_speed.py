@@ -86,7 +86,7 @@ class Limits:
 class Figure:
     """One workload at one number of threads.
 
-    ``of_floor`` pairs times with limits of the same round, ``to_bf16`` with the bf16 engine's time in it: above 1
+    ``of_floor`` pairs times with limits of the same round, ``to_bf16`` with the bf16 engine's time: above 1
     is faster. ``weight_bytes`` are read once per pass.
     """
 

@@ -64,12 +64,13 @@ template <Format kFormat>
 inline __attribute__((always_inline)) void expand_step(const unsigned char* header, const unsigned char* step,
                                                        Bf16* to) {
   const StepScales scales = scales_of<kFormat>(header, step);
-  constexpr size_t kWeights = kFormat == Format::kFour || kFormat == Format::kFourNested ? kStepValues / 2 : kStepValues;
+  constexpr bool kNibbles = kFormat == Format::kFour || kFormat == Format::kFourNested;
+  constexpr size_t kWeights = kNibbles ? kStepValues / 2 : kStepValues;
   const unsigned char* weights = step + step_bytes(kFormat) - kWeights;
-  if constexpr (kWeights == kStepValues)
-    expand_bytes(weights, scales, to);
-  else
+  if constexpr (kNibbles)
     expand_nibbles(weights, scales, to);
+  else
+    expand_bytes(weights, scales, to);
 }
 
 // Steps `steps` of the column groups `groups`, group after group with `stride` elements between them.

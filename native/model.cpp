@@ -126,7 +126,8 @@ PackedMatrix Model::pack(const SourceRows& source) {
 
 // Through the packed form, so that blocks kept as they are and blocks kept as bf16 give the same bits.
 void Model::expand_into(const PackedMatrix& to, const SourceRows& source, int first, int stride) {
-  PackedMatrix blocks{nullptr, packed_format(source.stored, Keep::kStored), static_cast<int>(source.rows.size()), to.depth};
+  const int columns = static_cast<int>(source.rows.size());
+  PackedMatrix blocks{nullptr, packed_format(source.stored, Keep::kStored), columns, to.depth};
   Buffer<unsigned char> memory(blocks.bytes());
   blocks.values = memory.data();
   std::atomic<bool> finite{true};
@@ -352,7 +353,6 @@ Attention Model::attention_of(const Tile& tile, const Heads& heads, const Attent
 
 void Model::attend(const Tile& tile, const Heads& heads) {
   if (tile.partials > partials_.size()) partials_ = Buffer<float>(tile.partials);
-  const auto scratch_of = [&](int thread) { return scratch_.data() + scratch_bytes_ * static_cast<size_t>(thread); };
   pool_.run(static_cast<int>(tile.items.size()), [&](int item, int thread) {
     kernels_.attend(attention_of(tile, heads, tile.items[static_cast<size_t>(item)]), scratch_of(thread));
   });
@@ -385,7 +385,7 @@ void Model::multiply(const Matmul& job, int rows) {
     const int first_row = item / group_items * kRowsPerItem;
     const Range share = part_of(units, item % group_items, group_items);
     kernels_.matmul(job, {first_row, std::min(first_row + kRowsPerItem, rows)},
-                    {share.begin * unit, share.end * unit}, scratch_.data() + scratch_bytes_ * static_cast<size_t>(thread));
+                    {share.begin * unit, share.end * unit}, scratch_of(thread));
   });
 }
 

@@ -136,6 +136,7 @@ class Model {
   void write_logits(const Batch& batch, const Tile& tile, float* logits);
   void multiply(const Matmul& job, int rows);
   Heads heads_of(int layer) const;
+  void* scratch_of(int thread) const { return scratch_.data() + scratch_bytes_ * static_cast<size_t>(thread); }
 
   ModelShape shape_;
   RopeTable rope_;

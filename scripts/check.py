@@ -1,7 +1,7 @@
 """All checks, in the order in which they are cheap: lint, format, types, layers, size budget, tests.
 
 uv run python scripts/check.py            everything
-uv run python scripts/check.py --fast     without tests that start processes or need the model
+uv run python scripts/check.py --fast     without tests that start processes, need the model or take minutes
 uv run python scripts/check.py -- -k pool everything, pytest with these arguments
 """
 
@@ -26,11 +26,11 @@ _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument(
-        "--fast", action="store_true", help="skip tests that start processes or need the model"
+        "--fast", action="store_true", help="skip tests that start processes, need the model or take minutes"
     )
     parser.add_argument("pytest", nargs="*", help="arguments for pytest")
     options = parser.parse_args()
-    selection = ["-m", "not processes and not model"] if options.fast else []
+    selection = ["-m", "not processes and not model and not long"] if options.fast else []
     steps: list[tuple[str, list[str]]] = [
         ("lint", ["ruff", "check", "."]),
         ("format", ["ruff", "format", "--check", "."]),

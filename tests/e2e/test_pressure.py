@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -15,6 +17,7 @@ pytestmark = [pytest.mark.processes, pytest.mark.model]
 WORKERS = 6
 REQUESTS = 10
 PROMPTS = 12
+BLOCK_BYTES = 368_640
 
 
 def prompt(number: int) -> list[int]:
@@ -70,3 +73,48 @@ def test_a_small_pool_under_load_with_leaving_clients() -> None:
         expected = {number: ask(served, number) for number in {number for number, _ in found}}
         assert [text for _, text in found] == [expected[number] for number, _ in found]
         served.wait_idle()
+
+
+def resize(served: Served, stop: threading.Event) -> None:
+    """Shrink and grow both instances as fast as they can until told to stop, then give all back."""
+    sizes = [8 << 20, 200 << 20, 24 << 20, 64 << 20]
+    for memory in itertools.chain.from_iterable(itertools.repeat(sizes)):
+        for name in ("prefill-0", "decode-0"):
+            answer = httpx.put(f"{served.url}/v1/cluster/{name}/memory", json={"device": memory}, timeout=60)
+            assert answer.status_code == 200, answer.text
+        if stop.is_set() and memory == sizes[-1]:
+            return
+
+
+def test_pools_resized_under_load_lose_no_request_and_change_no_answer() -> None:
+    with serving("--kv-memory", "64MiB") as served:
+        stop = threading.Event()
+        with ThreadPoolExecutor(WORKERS + 1) as threads:
+            resizing = threads.submit(resize, served, stop)
+            numbers = [number for number in range(PROMPTS) if len(prompt(number)) <= 200] * 4
+            found = list(zip(numbers, threads.map(lambda number: ask(served, number), numbers), strict=True))
+            stop.set()
+            resizing.result(60)
+        instances = served.wait_idle()
+        assert {entry["blocks"]["total"] for entry in instances.values()} == {(64 << 20) // BLOCK_BYTES}
+        expected = {number: ask(served, number) for number in set(numbers)}
+        assert [text for _, text in found] == [expected[number] for number, _ in found]
+        served.wait_idle()
+
+
+def test_a_request_that_a_shrunk_pool_cannot_take_is_refused_with_the_remedy() -> None:
+    with serving("--colocated", "1", "--kv-memory", "64MiB") as served:
+        resized = httpx.put(
+            f"{served.url}/v1/cluster/colocated-0/memory", json={"device": 4 << 20}, timeout=60
+        )
+        assert resized.json()["tiers"][0]["blocks"] == (4 << 20) // BLOCK_BYTES
+        long = {"model": "smollm2-135m", "prompt": list(range(1000, 1400)), "max_tokens": 4}
+        answer = httpx.post(f"{served.url}/v1/completions", json=long, timeout=60)
+        assert answer.status_code == 400
+        assert "memory" in answer.json()["error"]["message"]
+        missing = httpx.put(f"{served.url}/v1/cluster/other/memory", json={"device": 1}, timeout=60)
+        assert (missing.status_code, missing.json()["error"]["code"]) == (404, "not_found")
+        none = httpx.put(f"{served.url}/v1/cluster/colocated-0/memory", json={"disk": 1 << 30}, timeout=60)
+        assert (none.status_code, none.json()["error"]["param"]) == (400, "disk")
+        zero = httpx.put(f"{served.url}/v1/cluster/colocated-0/memory", json={"device": 1}, timeout=60)
+        assert (zero.status_code, zero.json()["error"]["param"]) == (400, "device")

@@ -10,6 +10,7 @@ from memserve import __version__
 from memserve.cli.chat import chat
 from memserve.cli.doctor import doctor
 from memserve.cli.instance import instance
+from memserve.cli.resize import resize
 from memserve.cli.serve import serve
 from memserve.cli.serve_options import HELP
 from memserve.cli.status import status
@@ -27,6 +28,7 @@ app = typer.Typer(
 app.command(help=HELP)(serve)
 app.command()(chat)
 app.command()(status)
+app.command()(resize)
 app.command()(doctor)
 app.command(hidden=True)(instance)
 

@@ -6,13 +6,14 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import TypeVar
+from urllib.parse import quote
 
 import httpx
 import msgspec
 
 from memserve.core.errors import MemServeError
 from memserve.server.schemas import ModelList
-from memserve.server.views import ClusterBody, HealthBody
+from memserve.server.views import ClusterBody, HealthBody, MemoryAnswer, MemoryBody
 
 S = TypeVar("S", bound=msgspec.Struct)
 
@@ -104,6 +105,14 @@ class ServerClient:
         """What ``/health`` says, also when that is bad."""
         return self._get("/health", HealthBody, accept=(200, 503))
 
+    def resize(self, instance: str, sizes: MemoryBody) -> MemoryAnswer:
+        """Give an instance's pool more or less memory."""
+        body = {name: size for name, size in msgspec.structs.asdict(sizes).items() if size is not None}
+        path = f"/v1/cluster/{quote(instance, safe='')}/memory"
+        with self._explained():
+            response = self._http.put(f"{self.url}{path}", json=body)
+        return self._decode(path, response, MemoryAnswer, (200,))
+
     def chat(
         self, model: str, turns: Sequence[Turn], session: str, temperature: float | None
     ) -> Generator[ChatEvent, None, None]:
@@ -130,6 +139,9 @@ class ServerClient:
     def _get(self, path: str, schema: type[S], accept: Sequence[int] = (200,)) -> S:
         with self._explained():
             response = self._http.get(f"{self.url}{path}")
+        return self._decode(path, response, schema, accept)
+
+    def _decode(self, path: str, response: httpx.Response, schema: type[S], accept: Sequence[int]) -> S:
         if response.status_code not in accept:
             raise ServerError(_explain(response.status_code, response.content))
         try:

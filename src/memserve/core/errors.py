@@ -110,6 +110,7 @@ class RequestFailed(MemServeError):
 _BY_NAME: dict[str, type[MemServeError]] = {
     cls.__name__: cls
     for cls in (
+        ConfigError,
         StaleAddress,
         LayoutMismatch,
         CorruptBlock,
@@ -129,4 +130,6 @@ def error_from_wire(kind: str, message: str) -> MemServeError:
     """Rebuild an error that another process reported; an unknown kind becomes ``RequestFailed``."""
     if kind == OutOfBlocks.__name__:
         return PeerOutOfBlocks(message)
+    if kind == InvalidRequest.__name__:
+        return InvalidRequest(message, field="")
     return _BY_NAME.get(kind, RequestFailed)(message if kind in _BY_NAME else f"{kind}: {message}")

@@ -7,6 +7,8 @@ peer     instance <-> instance (MemPool handshakes and transfers)
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 from memserve.core.types import (
@@ -101,7 +103,7 @@ class Heartbeat(Message, frozen=True):
 
 
 class LoadReport(msgspec.Struct, frozen=True, array_like=True):
-    """Requests waiting and running, prompt tokens still to prefill, and blocks by state."""
+    """Requests waiting and running, prompt tokens still to prefill, blocks of the device, those by state."""
 
     waiting: int = 0
     running: int = 0
@@ -110,6 +112,7 @@ class LoadReport(msgspec.Struct, frozen=True, array_like=True):
     active_blocks: int = 0
     historical_blocks: int = 0
     incoming_blocks: int = 0
+    blocks: int = 0
 
 
 class Shutdown(Message, frozen=True):
@@ -180,22 +183,37 @@ class Trace(Message, frozen=True):
 # --- control: pool events -----------------------------------------------------------------------------
 
 
+TierName = Literal["device", "host", "disk"]
+
+
 class Stored(msgspec.Struct, frozen=True, array_like=True, tag="stored"):
-    """``tokens`` (a whole path from the root, full blocks) can now be found in the pool."""
+    """``tokens``, full blocks from the root on, can be found in the pool: on the device, if not ``Moved``."""
 
     namespace: Namespace
     tokens: bytes
 
 
 class Removed(msgspec.Struct, frozen=True, array_like=True, tag="removed"):
-    """Of the path ``tokens`` only the first ``keep`` tokens are still there."""
+    """Of what begins with ``tokens`` only the first ``keep`` tokens are still there.
+
+    ``tokens`` goes from the root to the end of the first block that is gone.
+    """
 
     namespace: Namespace
     tokens: bytes
     keep: int
 
 
-PoolEvent = Stored | Removed
+class Moved(msgspec.Struct, frozen=True, array_like=True, tag="moved"):
+    """Of the path ``tokens``, what begins with token ``start`` lies in ``tier`` now."""
+
+    namespace: Namespace
+    tokens: bytes
+    start: int
+    tier: TierName
+
+
+PoolEvent = Stored | Removed | Moved
 
 
 class PoolEvents(Message, frozen=True):
@@ -212,12 +230,31 @@ class GetSnapshot(Message, frozen=True):
 
 
 class Snapshot(Message, frozen=True):
-    """The index as ``Stored`` paths (one per leaf); the next event will carry ``next_seq``."""
+    """The index as ``Stored`` paths (one per leaf); the next event will carry ``next_seq``.
+
+    ``moved`` says what of it lies below the device.
+    """
 
     instance: InstanceId
     incarnation: int
     next_seq: int
     paths: tuple[Stored, ...]
+    moved: tuple[Moved, ...] = ()
+
+
+class ResizePool(Message, frozen=True):
+    """Let a tier of the pool have ``memory`` bytes, in whole blocks; answered by ``PoolResized``."""
+
+    tier: TierName
+    memory: int
+
+
+class PoolResized(Message, frozen=True):
+    """The tier is to have ``blocks`` blocks; of those that are too many ``draining`` are still in use."""
+
+    blocks: int
+    draining: int
+    block_bytes: int
 
 
 class GetStats(Message, frozen=True):
@@ -258,7 +295,9 @@ class Reserve(Message, frozen=True):
     """Allocate on the receiver. ``tokens`` is empty for a plain transfer of ``blocks`` blocks.
 
     With tokens the receiver matches first and allocates only what it lacks. ``seconds`` bounds how long
-    the reservation may stand without progress. ``backend`` says by which way the bytes will come.
+    the reservation may stand without progress. ``backend`` says by which way the bytes will come, ``mode``
+    in which units and in which order. ``dst``: packed addresses of blocks lent to the sender; empty: the
+    receiver chooses.
     """
 
     transfer: str
@@ -267,30 +306,33 @@ class Reserve(Message, frozen=True):
     blocks: int
     seconds: float
     backend: str = "shm"
+    mode: str = "by_request_aggregated"
+    dst: bytes = b""
 
 
 class Reserved(Message, frozen=True):
     """Of the path, ``held`` blocks are already there; ``dst`` are packed addresses for the others.
 
-    ``ticket`` stands for the transfer in streams of blocks.
+    ``ticket`` stands for the transfer in streams of blocks. ``memory`` says how to write by ``nixl``.
     """
 
     transfer: str
     held: int
     dst: bytes
     ticket: int = 0
+    memory: bytes = b""
 
 
 class Copied(Message, frozen=True):
-    """``blocks`` reserved blocks from the ``first`` on have been written: they may be verified already."""
+    """``units`` units from the ``first`` on have been written: they may be verified already."""
 
     transfer: str
     first: int
-    blocks: int
+    units: int
 
 
 class Publish(Message, frozen=True):
-    """The bytes are in place: verify ``checksums`` (packed uint64, one per block), then publish.
+    """The bytes are in place: verify ``checksums`` (packed uint64, one per unit), then publish.
 
     ``attachment`` goes to the receiver's engine together with the blocks (empty: nobody takes them).
     """
@@ -315,6 +357,38 @@ class AbortTransfer(Message, frozen=True):
     reason: str
 
 
+class Allocate(Message, frozen=True):
+    """Lend the sender of this ``blocks`` blocks of a tier until it has not used them for ``seconds``.
+
+    The same ``loan`` again gives the same blocks.
+    """
+
+    loan: str
+    blocks: int
+    tier: int
+    seconds: float
+
+
+class Allocated(Message, frozen=True):
+    """``addrs`` are packed addresses."""
+
+    loan: str
+    addrs: bytes
+
+
+class GiveBack(Message, frozen=True):
+    """The sender of this needs these blocks no longer."""
+
+    addrs: bytes
+
+
+class GivenBack(Message, frozen=True):
+    """How many were freed, and how many were not lent to the peer (any more)."""
+
+    freed: int
+    stale: int
+
+
 ControlMessage = (
     Ok
     | Failed
@@ -336,5 +410,21 @@ ControlMessage = (
     | Snapshot
     | GetStats
     | Stats
+    | ResizePool
+    | PoolResized
 )
-PeerMessage = Ok | Failed | Hello | Reserve | Reserved | Copied | Publish | Published | AbortTransfer
+PeerMessage = (
+    Ok
+    | Failed
+    | Hello
+    | Reserve
+    | Reserved
+    | Copied
+    | Publish
+    | Published
+    | AbortTransfer
+    | Allocate
+    | Allocated
+    | GiveBack
+    | GivenBack
+)

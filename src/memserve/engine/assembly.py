@@ -11,7 +11,7 @@ from pathlib import Path
 from memserve.core.clock import Clock
 from memserve.core.config import Config, ModelConfig, PoolConfig
 from memserve.core.errors import ConfigError
-from memserve.core.messages import LoadReport, Message, Ready, Stats
+from memserve.core.messages import LoadReport, Message, PoolResized, Ready, ResizePool, Stats
 from memserve.core.types import InstanceId
 from memserve.engine.batcher import Batcher
 from memserve.engine.carrier import PoolCarrier
@@ -20,9 +20,12 @@ from memserve.engine.models.loader import ModelSource, open_model
 from memserve.engine.phases import PHASES
 from memserve.engine.runners.base import Runner
 from memserve.engine.settings import InstanceSettings
-from memserve.mempool import DiskTier, MemPool, TransferEndpoint
+from memserve.mempool import DiskTier, MemPool, Tier, TransferEndpoint
 
 Progress = Callable[[str, float], None]
+
+_RESIZE_BYTES = 8 << 20
+"""Memory given back at a time, about two milliseconds, so that a shrinking pool holds up no request."""
 
 
 @dataclass(slots=True)
@@ -37,6 +40,7 @@ class Assembled:
     engine: Engine
     ready: Ready
     stopping: threading.Event = field(default_factory=threading.Event)
+    resizing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def read_load(self) -> LoadReport:
         batcher, blocks = self.engine.batcher, self.pool.stats()
@@ -48,6 +52,7 @@ class Assembled:
             active_blocks=blocks.active,
             historical_blocks=blocks.historical,
             incoming_blocks=blocks.incoming,
+            blocks=blocks.blocks,
         )
 
     def read_stats(self) -> Stats:
@@ -55,9 +60,26 @@ class Assembled:
         counters["steps"] = float(self.engine.steps)
         return Stats(self.settings.instance, self.read_load(), counters)
 
-    def warm_up(self) -> None:
-        """Touch the pool's memory in the background."""
-        threading.Thread(target=self.pool.arena.populate, args=(self.stopping,), daemon=True).start()
+    def warm_up(self, first: int = 0) -> None:
+        """Touch the pool's memory in the background, from block number ``first`` on."""
+        populate = self.pool.arena.populate
+        threading.Thread(target=populate, args=(self.stopping, first), daemon=True).start()
+
+    async def resize(self, asked: ResizePool) -> PoolResized:
+        """Resize a tier, in steps where it shrinks. Raises ``InvalidRequest`` or ``ConfigError``."""
+        pool, tier = self.pool, Tier[asked.tier.upper()]
+        blocks = asked.memory // pool.layout.block_bytes
+        step = max(1, _RESIZE_BYTES // pool.layout.block_bytes)
+        async with self.resizing:
+            known = pool.arena.extents[-1]
+            while pool.size_of(tier) - blocks > step and blocks > 0:
+                pool.resize(tier, pool.size_of(tier) - step)
+                await asyncio.sleep(0)
+            resized = pool.resize(tier, blocks)
+            if pool.arena.extents[-1] != known:
+                self.warm_up(known.first + 1)
+        self.engine.capacity_changed()
+        return PoolResized(resized.blocks, resized.draining, pool.layout.block_bytes)
 
     async def close(self) -> None:
         """Stop in reverse order; every block is given back before the pool goes, which is checked."""

@@ -15,7 +15,14 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from memserve.core.clock import Clock
-from memserve.core.errors import InvalidRequest, MemServeError, OutOfBlocks, Overloaded, RequestFailed
+from memserve.core.errors import (
+    ConfigError,
+    InvalidRequest,
+    MemServeError,
+    OutOfBlocks,
+    Overloaded,
+    RequestFailed,
+)
 from memserve.core.messages import (
     Message,
     RequestClosed,
@@ -40,6 +47,7 @@ from memserve.engine.sampling import SampledToken
 from memserve.engine.sequence import Sequence, from_adoption, new_sequence
 from memserve.engine.step import compute_step
 from memserve.mempool.address import Addresses, Origin, Tier
+from memserve.mempool.layout import Arrangement
 from memserve.mempool.match import Match
 from memserve.mempool.pool import MemPool
 
@@ -75,6 +83,11 @@ class Engine:
         clock: Clock,
         emit: Callable[[Message], None],
     ) -> None:
+        if pool.layout.arrangement is not Arrangement.AGGREGATED:
+            raise ConfigError(
+                f"the pool's layout.arrangement is {pool.layout.arrangement.value}, and kernels read whole "
+                f"blocks; make the pool with arrangement {Arrangement.AGGREGATED.value}"
+            )
         self._instance = instance
         self._pool = pool
         self._runner = runner
@@ -154,6 +167,11 @@ class Engine:
         else:
             self._end(sequence, reason)
 
+    def capacity_changed(self) -> None:
+        """The pool has more blocks, or fewer: look again at who can run."""
+        self._starved = False
+        self._wake.set()
+
     # --- the loop ---
 
     async def run(self) -> None:
@@ -206,6 +224,8 @@ class Engine:
                 return
             if sequence.addrs is None and self._awaits_kv(sequence):
                 continue
+            if sequence.addrs is None and self._outgrows(sequence):
+                continue
             if sequence.addrs is None and (self._starved or not self._take_blocks(sequence)):
                 self._starved = True
                 continue
@@ -228,6 +248,14 @@ class Engine:
             return False
         self._expecting = True
         return True
+
+    def _outgrows(self, sequence: Sequence) -> bool:
+        """Whether a sequence can never run in the pool as it is now; it has failed then."""
+        need, have = self._pool.layout.blocks_for(sequence.length), self._pool.blocks
+        if need > have:
+            text = f"the request has come to need {need} KV blocks and the pool was shrunk to {have}"
+            self._drop(sequence, RequestFailed(f"{text}; give the pool more memory"))
+        return need > have
 
     def _take_blocks(self, sequence: Sequence) -> bool:
         """Look the tokens up in the pool and allocate what is missing; False if there is no room now."""

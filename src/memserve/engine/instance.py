@@ -33,6 +33,7 @@ from memserve.core.messages import (
     Members,
     Message,
     RequestError,
+    ResizePool,
     Shutdown,
     StartFailed,
     Submit,
@@ -117,6 +118,8 @@ class Instance:
         if isinstance(message, GetSnapshot):
             self._send_events()
             return self._assembled.pool.snapshot()
+        if isinstance(message, ResizePool):
+            return await self._assembled.resize(message)
         raise ProtocolError(f"an instance does not answer {type(message).__name__}")
 
     def on_close(self, connection: Connection, reason: str) -> None:

@@ -10,10 +10,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
+import itertools
 import mmap
 import os
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -22,12 +24,14 @@ from numpy.typing import NDArray
 from memserve.core.errors import ConfigError, LayoutMismatch
 from memserve.mempool.address import BlockNumbers
 from memserve.mempool.holes import punch_hole
+from memserve.mempool.segments import Parts, SegmentMap, runs_of
 
 _MADV_POPULATE_WRITE = 23
 _POPULATE_STEP = 2 << 20
 """Bytes per call: short, because the address space is locked meanwhile."""
 MOST_SEGMENTS = 250
 """So many descriptors go into one message between processes."""
+_NOTHING = np.empty(0, np.int64)
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
@@ -69,36 +73,43 @@ class Arena:
     left without the ground it stands on.
     """
 
-    def __init__(self, block_bytes: int) -> None:
-        assert block_bytes > 0, "a block needs bytes"
+    def __init__(self, block_bytes: int, pieces: int = 1) -> None:
+        assert block_bytes > 0 and block_bytes % pieces == 0, "a block needs bytes, and equal pieces"
         self.block_bytes = block_bytes
+        self.pieces = pieces
+        """Contiguous pieces per block; pieces of the same kind lie side by side."""
+        self.piece_bytes = block_bytes // pieces
         self.fds: list[int] = []
         """A descriptor per segment of own memory; empty when attached."""
+        self.reused = 0
+        """How many times blocks came into use again, with new pages: registered memory has the old ones."""
         self._segments: list[Segment] = []
-        self._places = (np.empty(0, np.int64), np.empty(0, np.int64))
-        """First block number and memory address of each segment; replaced as a whole, for other threads."""
+        self.map = SegmentMap(_NOTHING, _NOTHING, _NOTHING, block_bytes, pieces)
+        """Where blocks lie in this process's memory."""
 
     @classmethod
-    def allocate(cls, block_bytes: int, blocks: int, name: str) -> Arena:
+    def allocate(cls, block_bytes: int, blocks: int, name: str, pieces: int = 1) -> Arena:
         """Own memory for ``blocks`` blocks; ``name`` shows up in ``/proc/PID/maps``."""
-        arena = cls(block_bytes)
+        arena = cls(block_bytes, pieces)
         arena.grow(Extent(0, blocks), name)
         return arena
 
     @classmethod
-    def attach(cls, block_bytes: int, fds: Sequence[int], extents: Sequence[Extent]) -> Arena:
+    def attach(
+        cls, block_bytes: int, fds: Sequence[int], extents: Sequence[Extent], pieces: int = 1
+    ) -> Arena:
         """Map a peer's segments for reading and writing. The descriptors stay the caller's.
 
         Raises ``LayoutMismatch`` when a segment is smaller than the peer said.
         """
-        return cls(block_bytes).extended(fds, extents)
+        return cls(block_bytes, pieces).extended(fds, extents)
 
     def extended(self, fds: Sequence[int], extents: Sequence[Extent]) -> Arena:
         """This attached arena with all segments that the peer has by now. Errors: see :meth:`attach`.
 
         What is mapped already stays so, and those who use this arena may go on doing so.
         """
-        arena = Arena(self.block_bytes)
+        arena = Arena(self.block_bytes, self.pieces)
         for segment in self._segments:
             arena._add(segment)
         known = set(self.extents)
@@ -138,11 +149,13 @@ class Arena:
         """
         page = mmap.PAGESIZE
         for fd, segment in zip(self.fds, self._segments, strict=True):
+            blocks, size = segment.extent.blocks, self.piece_bytes
             within = np.sort(numbers) - segment.extent.first
-            for start, end in _runs(within[(within >= 0) & (within < segment.extent.blocks)]):
-                segment.has_holes = True
-                low = -(-start * self.block_bytes // page) * page
-                high = end * self.block_bytes // page * page
+            within = within[(within >= 0) & (within < blocks)]
+            segment.has_holes |= len(within) > 0
+            for (start, end), piece in itertools.product(_runs(within), range(self.pieces)):
+                low = -(-(piece * blocks + start) * size // page) * page
+                high = (piece * blocks + end) * size // page * page
                 if high > low:
                     punch_hole(fd, low, high - low)
 
@@ -161,21 +174,30 @@ class Arena:
         return not len(numbers) or int(numbers.max()) < last.first + last.blocks
 
     def pointers(self, numbers: BlockNumbers) -> NDArray[np.uint64]:
-        """Memory addresses in this process of blocks (int64[n], valid numbers): uint64[n]."""
-        firsts, bases = self._places
-        if len(firsts) == 1:
-            within, base = numbers, bases[0]
-        else:
-            at = np.searchsorted(firsts, numbers, side="right") - 1
-            within, base = numbers - firsts[at], bases[at]
-        pointers: NDArray[np.int64] = within * self.block_bytes + base
-        return pointers.view(np.uint64)
+        """Addresses in this process of all pieces of blocks int64[n], block by block: uint64[n * pieces]."""
+        return self.map.pointers(numbers)
 
     def block_memory(self, number: int) -> NDArray[np.uint8]:
-        """The bytes of one block, in place: uint8[block_bytes]."""
-        segment = self._segments[int(np.searchsorted(self._places[0], number, side="right")) - 1]
-        start = (number - segment.extent.first) * self.block_bytes
-        return segment.memory[start : start + self.block_bytes]
+        """The bytes of one block, in place: uint8[block_bytes], or uint8[pieces, piece_bytes]."""
+        at = int(self.map.segments_of(np.array([number]))[0])
+        within, memory = number - int(self.map.firsts[at]), self._segments[at].memory
+        if self.pieces == 1:
+            return memory[within * self.block_bytes : (within + 1) * self.block_bytes]
+        return memory.reshape(self.pieces, -1, self.piece_bytes)[:, within]
+
+    def units(self, numbers: BlockNumbers, parts: Parts, unit_bytes: int) -> UnitMemory:
+        """The memory of units: parts ``parts`` of blocks ``numbers``, see ``SegmentMap``."""
+        where = self.map
+        at = where.segments_of(numbers)
+        pointers = where.unit_pointers(numbers, parts, unit_bytes)
+        return UnitMemory(
+            pointers,
+            unit_bytes,
+            [segment.memory for segment in self._segments],
+            at,
+            pointers.view(np.int64) - where.bases[at],
+            where.touching(numbers, parts, unit_bytes),
+        )
 
     def populate(self, stop: threading.Event, first: int = 0) -> None:
         """Touch memory ahead of its use: first use of a page costs as much as ten copies of it.
@@ -194,14 +216,38 @@ class Arena:
 
     def _add(self, segment: Segment) -> None:
         self._segments.append(segment)
-        firsts = np.array([extent.first for extent in self.extents], np.int64)
-        self._places = firsts, np.array([segment.base for segment in self._segments], np.int64)
+        extents = np.array(self.extents, np.int64).reshape(-1, 2)
+        bases = np.array([segment.base for segment in self._segments], np.int64)
+        # Replaced as a whole, for other threads.
+        self.map = SegmentMap(extents[:, 0], extents[:, 1], bases, self.block_bytes, self.pieces)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class UnitMemory:
+    """The memory of a sequence of units, in place; ``pointers``: uint64[n]. Keeps it mapped."""
+
+    pointers: NDArray[np.uint64]
+    unit_bytes: int
+    _segments: list[NDArray[np.uint8]]
+    _at: NDArray[np.int64]
+    _begins: NDArray[np.int64]
+    _touching: NDArray[np.bool_]
+
+    def views(self, first: int, units: int) -> list[memoryview]:
+        """The bytes of ``units`` units (at least one) from ``first`` on; neighbours come as one."""
+        starts = [first]
+        if units > 1:
+            starts += (np.flatnonzero(~self._touching[first : first + units - 1]) + first + 1).tolist()
+        found = []
+        for start, end in itertools.pairwise([*starts, first + units]):
+            begin, size = int(self._begins[start]), (end - start) * self.unit_bytes
+            found.append(self._segments[self._at[start]][begin : begin + size].data)
+        return found
 
 
 def _runs(numbers: BlockNumbers) -> Iterator[tuple[int, int]]:
     """Ascending ``numbers`` as runs of neighbours: first, and last plus one."""
-    ends = np.flatnonzero(np.diff(numbers, append=-1) != 1)
-    start = 0
-    for end in ends.tolist():
-        yield int(numbers[start]), int(numbers[end]) + 1
-        start = end + 1
+    if len(numbers):
+        starts, counts = runs_of(np.diff(numbers) == 1)
+        firsts = numbers[starts]
+        yield from zip(firsts.tolist(), (firsts + counts).tolist(), strict=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import hashlib
 from dataclasses import dataclass
 
@@ -9,9 +10,20 @@ _DTYPE_BYTES = {"bf16": 2, "f32": 4}
 _ORDERS = ("tile", "plain")
 
 
+class Arrangement(enum.StrEnum):
+    """How blocks lie in a segment of memory.
+
+    ``AGGREGATED``  [blocks][layers][K, V]: a block is one contiguous piece.
+    ``DISCRETE``    [layers][K, V][blocks]: a block is 2 x layers pieces (paper, section 4.3).
+    """
+
+    AGGREGATED = "aggregated"
+    DISCRETE = "discrete"
+
+
 @dataclass(frozen=True, slots=True)
 class KVLayout:
-    """Shape of a block: ``block_tokens`` tokens, K and V of all layers, one contiguous piece of memory.
+    """Shape of a block: ``block_tokens`` tokens, K and V of all layers, in memory as ``arrangement`` says.
 
     ``order`` names the arrangement inside a layer's piece, all indices row-major:
 
@@ -29,6 +41,7 @@ class KVLayout:
     block_tokens: int = 16
     dtype: str = "bf16"
     order: str = "tile"
+    arrangement: Arrangement = Arrangement.AGGREGATED
 
     def __post_init__(self) -> None:
         assert self.dtype in _DTYPE_BYTES, f"dtype {self.dtype!r} is none of {sorted(_DTYPE_BYTES)}"
@@ -50,11 +63,21 @@ class KVLayout:
         return self.layers * self.layer_bytes
 
     @property
+    def pieces(self) -> int:
+        """Contiguous pieces of memory per block."""
+        return 1 if self.arrangement is Arrangement.AGGREGATED else 2 * self.layers
+
+    @property
+    def piece_bytes(self) -> int:
+        """Bytes of each piece."""
+        return self.block_bytes // self.pieces
+
+    @property
     def text(self) -> str:
         """The layout for people, and what the fingerprint is made of."""
         return (
             f"{self.model}: {self.layers} layers x {self.kv_heads} kv heads x {self.head_dim}, "
-            f"{self.block_tokens} tokens per block, {self.dtype}, {self.order} order"
+            f"{self.block_tokens} tokens per block, {self.dtype}, {self.order} order, {self.arrangement}"
         )
 
     @property

@@ -15,6 +15,7 @@ import numpy as np
 from memserve.core.errors import LeaseExpired, MemServeError, StaleAddress, TransferAborted
 from memserve.core.types import InstanceId, Namespace, Tokens
 from memserve.mempool.address import Addresses
+from memserve.mempool.loans import Loan
 
 _REMEMBERED = 4096
 """Finished transfers whose outcome is kept for late and repeated messages."""
@@ -25,7 +26,8 @@ class Reservation:
     """Blocks that wait for a peer's bytes.
 
     ``held`` is the part of the path that was here already (referenced), ``fresh`` what the peer writes.
-    ``tokens`` is empty for a plain transfer. ``deadline`` is in seconds of the pool's clock.
+    ``tokens`` is empty for a plain transfer. ``deadline`` is in seconds of the pool's clock. ``loans`` hold
+    the references to ``fresh`` if the peer has chosen its blocks.
     """
 
     transfer: str
@@ -36,6 +38,7 @@ class Reservation:
     fresh: Addresses
     seconds: float
     deadline: float
+    loans: tuple[Loan, ...] = ()
     revoked: bool = False
 
     @property
@@ -43,10 +46,18 @@ class Reservation:
         """All blocks of the path, in order."""
         return self.held.concat(self.fresh)
 
-    def same_request(self, peer: InstanceId, namespace: Namespace, tokens: Tokens, blocks: int) -> bool:
+    @property
+    def owned(self) -> Addresses:
+        """Blocks to which the reservation itself holds a reference."""
+        return self.held if self.loans else self.addrs
+
+    def same_request(
+        self, peer: InstanceId, namespace: Namespace, tokens: Tokens, blocks: int, dst: Addresses | None
+    ) -> bool:
         """Whether a repeated request is the one that made this reservation."""
         same = (self.peer, self.namespace, len(self.addrs)) == (peer, namespace, blocks)
-        return same and np.array_equal(self.tokens, tokens)
+        chosen = dst is None or dst[len(self.held) :] == self.fresh
+        return same and chosen and np.array_equal(self.tokens, tokens)
 
 
 @dataclass(frozen=True, slots=True)

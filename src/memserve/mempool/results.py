@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from memserve.mempool.modes import TransferMode
+
 
 @dataclass(frozen=True, slots=True)
 class Freed:
@@ -23,11 +25,17 @@ class Inserted:
 
 @dataclass(frozen=True, slots=True)
 class Transferred:
-    """Of the blocks asked for the receiver ``held`` some already; ``sent`` were copied, ``bytes`` in all."""
+    """Of the blocks asked for the receiver ``held`` some already; ``sent`` were copied, ``bytes`` in all.
+
+    ``calls`` counts the contiguous pieces in which they went, by ``mode`` over ``backend``.
+    """
 
     held: int
     sent: int
     bytes: int
+    calls: int
+    mode: TransferMode
+    backend: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,14 +68,21 @@ class DiskShelf:
         for at, (place, source) in enumerate(zip(self._places(blocks), sources.tolist(), strict=True)):
             tokens = pack_tokens(path[(depth + at) * step : (depth + at + 1) * step])
             record = Record(namespace, keys[depth + at], tokens, int(origins[at]), 0, 0)
-            if not self._store.write(place, self._arena.block_memory(source), record):
+            # On disk a block is one piece; only where it is not so in memory is this a copy.
+            kv = self._arena.block_memory(source).reshape(-1)
+            if not self._store.write(place, kv, record):
                 self.erase(blocks[:at])
                 return False
         return True
 
     def read(self, block: int, target: int) -> bool:
         """Fill the memory block ``target``; False when the disk does not give back what was written."""
-        return self._store.read(self._places(np.array([block]))[0], self._arena.block_memory(target))
+        memory = self._arena.block_memory(target)
+        kv = memory.reshape(-1)
+        good = self._store.read(self._places(np.array([block]))[0], kv)
+        if self._arena.pieces > 1:
+            memory[:] = kv.reshape(memory.shape)
+        return good
 
     def erase(self, blocks: BlockNumbers) -> None:
         """What these blocks hold must not come back after a restart."""
@@ -87,18 +94,10 @@ class DiskShelf:
             for place in self._places(blocks):
                 self.orphans.forget(place)
 
-    def erase_orphans(self, namespace: Namespace, tokens: Tokens) -> None:
-        """Whatever is orphaned of ``tokens`` and what continues them must not come back."""
-        if not self.orphans:
-            return
-        step = self._layout.block_tokens
-        keys = chain_keys(self._layout.fingerprint, namespace, tokens, step)
-        doomed = {orphan.place for chain in self.orphans.chains(keys[-1]) for orphan in chain}
-        for depth, key in enumerate(keys[:-1]):
-            orphan = self.orphans.find(key, pack_tokens(tokens[depth * step : (depth + 1) * step]))
-            if orphan is not None:
-                doomed.add(orphan.place)
-        self._store.erase(sorted(doomed))
+    def erase_orphans(self, namespace: Namespace) -> None:
+        """No orphan of a namespace must come back: nobody can tell which prompt one of them continues."""
+        doomed = self.orphans.of(namespace)
+        self._store.erase(doomed)
         for place in doomed:
             self.orphans.forget(place)
 

@@ -6,7 +6,10 @@ import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from memserve.core.types import InstanceId
 from memserve.mempool.blocks import BlockCounts
+from memserve.mempool.modes import TransferMode
+from memserve.mempool.results import Transferred
 
 
 class AbortCause(enum.StrEnum):
@@ -20,6 +23,18 @@ class AbortCause(enum.StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class LinkTraffic:
+    """What has gone to ``peer`` over ``backend`` in one mode; ``calls`` counts contiguous pieces."""
+
+    peer: InstanceId
+    backend: str
+    mode: TransferMode
+    transfers: int
+    bytes: int
+    calls: int
+
+
+@dataclass(frozen=True, slots=True)
 class PoolStats:
     """State in blocks, and counters since the start.
 
@@ -27,7 +42,8 @@ class PoolStats:
     held and to be retired: they count by their state, but not among ``blocks``. Hits and misses are
     prompt tokens found and not found by ``match``, with what lay in lower tiers counted once more by tier.
     Evicted (dropped for good), swapped and corrupt are in blocks; ``sent`` and ``received`` count published
-    transfers, the ``_bytes`` what was copied for them.
+    transfers, the ``_bytes`` what was copied for them, ``traffic`` the sent ones by link and mode. ``lent``
+    blocks are active ones that peers have allocated here.
     """
 
     blocks: int
@@ -56,6 +72,8 @@ class PoolStats:
     received_bytes: int
     stale: int
     aborts: Mapping[AbortCause, int]
+    lent: int = 0
+    traffic: tuple[LinkTraffic, ...] = ()
 
     def counters(self) -> Mapping[str, float]:
         """Everything but the states, flat, for metrics."""
@@ -63,10 +81,33 @@ class PoolStats:
         more = ("received_bytes", "stale", "tree_nodes", "tree_blocks", "leases", "pinned", "corrupt_blocks")
         lower = ("host_hit_tokens", "disk_hit_tokens", "swapped_out_blocks", "swapped_in_blocks", "draining")
         flat = {f"pool_{name}": float(getattr(self, name)) for name in (*names, *more, *lower)}
+        flat["pool_lent"] = float(self.lent)
+        for link in self.traffic:
+            for name in ("transfers", "bytes", "calls"):
+                key = f"pool_sent_{name}_{link.backend}_{link.mode}"
+                flat[key] = flat.get(key, 0.0) + float(getattr(link, name))
         for tier, counts in (("host", self.host), ("disk", self.disk)):
             flat[f"pool_{tier}_free"] = float(counts.free)
             flat[f"pool_{tier}_historical"] = float(counts.historical)
         return flat | {f"pool_aborts_{cause.value}": float(count) for cause, count in self.aborts.items()}
+
+
+class Traffic:
+    """The running counts behind :class:`LinkTraffic`."""
+
+    def __init__(self) -> None:
+        self._links: dict[tuple[InstanceId, str, TransferMode], LinkTraffic] = {}
+
+    def count(self, peer: InstanceId, done: Transferred) -> None:
+        """A transfer to ``peer`` was published."""
+        link = (peer, done.backend, done.mode)
+        was = self._links.get(link, LinkTraffic(*link, transfers=0, bytes=0, calls=0))
+        self._links[link] = LinkTraffic(
+            *link, was.transfers + 1, was.bytes + done.bytes, was.calls + done.calls
+        )
+
+    def links(self) -> tuple[LinkTraffic, ...]:
+        return tuple(self._links.values())
 
 
 @dataclass(slots=True)

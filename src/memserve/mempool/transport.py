@@ -6,8 +6,10 @@ from typing import Protocol
 
 from memserve.core.messages import Member
 from memserve.core.types import InstanceId, Namespace, Tokens
-from memserve.mempool.address import Addresses, Origin
-from memserve.mempool.results import Transferred
+from memserve.mempool.address import Addresses, Origin, Tier
+from memserve.mempool.layer_gate import LayerGate
+from memserve.mempool.modes import TransferMode
+from memserve.mempool.results import Freed, Transferred
 
 
 class Transport(Protocol):
@@ -15,7 +17,16 @@ class Transport(Protocol):
 
     def set_peers(self, members: tuple[Member, ...]) -> None: ...
 
-    async def transfer(self, peer: InstanceId, src: Addresses, *, attachment: bytes) -> Transferred: ...
+    async def transfer(
+        self,
+        peer: InstanceId,
+        src: Addresses,
+        *,
+        attachment: bytes,
+        mode: TransferMode | None,
+        ready: LayerGate | None,
+        dst: Addresses | None,
+    ) -> Transferred: ...
 
     async def transfer_with_insert(
         self,
@@ -26,4 +37,11 @@ class Transport(Protocol):
         *,
         origin: Origin,
         attachment: bytes,
+        mode: TransferMode | None,
+        ready: LayerGate | None,
+        dst: Addresses | None,
     ) -> Transferred: ...
+
+    async def allocate(self, peer: InstanceId, n: int, tier: Tier, seconds: float) -> Addresses: ...
+
+    async def give_back(self, addrs: Addresses) -> Freed: ...

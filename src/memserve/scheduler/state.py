@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from memserve.core.errors import LayoutMismatch
-from memserve.core.messages import Heartbeat, LoadReport, Member, PoolEvents, Ready, Snapshot, Stored
+from memserve.core.messages import Heartbeat, LoadReport, Member, PoolEvents, Ready, Removed, Snapshot, Stored
 from memserve.core.types import InstanceId, Namespace, RequestId, Role, Tokens, unpack_tokens
 from memserve.scheduler.tree import GlobalPromptTree, Holdings
 
@@ -95,6 +95,8 @@ class InstanceState:
     def take_report(self, report: LoadReport) -> None:
         """Replace the last load report."""
         self.report = report
+        if report.blocks:
+            self.capacity = report.blocks * self.block_tokens
         context = (report.active_blocks + report.incoming_blocks) * self.block_tokens
         reported = Work(report.tokens_to_prefill, context, report.waiting + report.running)
         self._set_load(self.booked.at_least(reported))
@@ -255,7 +257,7 @@ class SchedulerState:
             tokens = unpack_tokens(event.tokens)
             if isinstance(event, Stored):
                 tree.store(state.instance, event.namespace, tokens)
-            else:
+            elif isinstance(event, Removed):
                 tree.remove(state.instance, event.namespace, tokens, event.keep)
         feed.next_seq = max(feed.next_seq, batch.seq + len(batch.events))
 

@@ -25,7 +25,7 @@ from memserve.server.middleware import EveryRequest
 from memserve.server.operations import OperationEndpoints
 from memserve.server.schemas import ChatBody, ChatCompletion, Completion, CompletionBody, ModelCard, ModelList
 from memserve.server.validation import Limits
-from memserve.server.views import ClusterBody, HealthBody, TraceBody
+from memserve.server.views import ClusterBody, HealthBody, MemoryAnswer, MemoryBody, TraceBody
 
 _REFERENCE = "#/components/schemas/{name}"
 
@@ -80,6 +80,12 @@ def _add_routes(app: FastAPI, door: Door) -> None:
         ("/health", operations.show_health, HealthBody),
     ):
         app.add_api_route(path, endpoint, methods=["GET"], openapi_extra=schemas.describe(schema))
+    app.add_api_route(
+        "/v1/cluster/{instance}/memory",
+        operations.resize_memory,
+        methods=["PUT"],
+        openapi_extra=schemas.describe(MemoryAnswer, body=MemoryBody),
+    )
     app.add_api_route("/v1/decisions/{request_id}", operations.show_decision, methods=["GET"])
     app.add_api_route("/metrics", operations.show_metrics, methods=["GET"])
 

@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 
 import msgspec
 
-from memserve.core.messages import Trace
+from memserve.core.messages import TierName, Trace
 from memserve.core.types import FinishReason, Ledger, RequestId, SamplingParams, TokenLogprob, Tokens
 
 
@@ -96,6 +96,15 @@ class InstanceView(msgspec.Struct, frozen=True):
     counters: tuple[Counter, ...] = ()
 
 
+class TierSize(msgspec.Struct, frozen=True):
+    """What a tier of an instance's pool is to have; ``draining`` blocks are too many and still in use."""
+
+    tier: str
+    blocks: int
+    memory: int
+    draining: int
+
+
 class TreeView(msgspec.Struct, frozen=True):
     """Size of one kind's global prompt tree; ``tokens`` held by its instances, summed."""
 
@@ -141,6 +150,13 @@ class Backend(Protocol):
 
     async def cluster(self) -> ClusterView:
         """Fresh figures of all instances that answer in time."""
+        ...
+
+    async def resize(self, instance: str, tier: TierName, memory: int) -> TierSize:
+        """Let a tier of an instance's pool have ``memory`` bytes, rounded down to whole blocks.
+
+        Raises ``InvalidRequest`` (with code ``not_found`` for an unknown instance) or ``PeerLost``.
+        """
         ...
 
     def decision(self, request: RequestId) -> object | None:

@@ -9,13 +9,22 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from memserve.core.errors import InvalidRequest, MemServeError
+from memserve.core.messages import TierName
 from memserve.core.types import RequestId
+from memserve.server.body import parse_body, read_body
 from memserve.server.door import TRACE_HEADER, Door, now
 from memserve.server.metrics import CONTENT_TYPE
 from memserve.server.responses import json_response
 from memserve.server.schemas import ModelCard, ModelList
 from memserve.server.validation import check_model
-from memserve.server.views import TraceBody, TraceEntry, cluster_body, health_body
+from memserve.server.views import (
+    MemoryAnswer,
+    MemoryBody,
+    TraceBody,
+    TraceEntry,
+    cluster_body,
+    health_body,
+)
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +47,21 @@ class OperationEndpoints:
     async def show_cluster(self) -> Response:
         """Instances, their blocks and requests, and the sizes of the prompt trees."""
         return json_response(cluster_body(await self._door.backend.cluster()))
+
+    async def resize_memory(self, instance: str, request: Request) -> Response:
+        """Give an instance's pool more or less memory, under load. Sizes are bytes per tier."""
+        raw = await read_body(request, self._door.config.max_body)
+        parsed = parse_body(raw, MemoryBody, {})
+        body = parsed.body
+        if parsed.ignored:
+            text = f"{parsed.ignored[0]!r} is no tier; accepted: device, host, disk."
+            raise InvalidRequest(text, field=parsed.ignored[0])
+        sizes: dict[TierName, int | None] = {"device": body.device, "host": body.host, "disk": body.disk}
+        asked = [(tier, memory) for tier, memory in sizes.items() if memory is not None]
+        if not asked:
+            raise InvalidRequest("Name at least one of device, host, disk.", field="device")
+        resized = [await self._door.backend.resize(instance, tier, memory) for tier, memory in asked]
+        return json_response(MemoryAnswer(instance, tuple(resized)))
 
     async def show_decision(self, request_id: str) -> Response:
         """Why a request ran where it ran. ``request_id`` is the answer's ``id``."""

@@ -10,8 +10,8 @@ from collections.abc import AsyncGenerator
 from memserve.cluster.manager import ClusterManager, Link
 from memserve.cluster.membership import MemberState, MemberView
 from memserve.core.config import Config
-from memserve.core.errors import PeerLost
-from memserve.core.messages import GetStats, Stats, Trace
+from memserve.core.errors import ConfigError, InvalidRequest, PeerLost
+from memserve.core.messages import GetStats, PoolResized, ResizePool, Stats, TierName, Trace
 from memserve.core.types import InstanceId, RequestId, Role
 from memserve.scheduler.decision import Decision
 from memserve.scheduler.service import GlobalScheduler
@@ -24,11 +24,13 @@ from memserve.server.backend import (
     InstanceView,
     LostInstance,
     StateCount,
+    TierSize,
     TreeView,
 )
 from memserve.server.dispatch import Dispatcher
 
 _STATS_SECONDS = 2.0
+_RESIZE_SECONDS = 60.0
 
 
 class ClusterOverview:
@@ -95,6 +97,22 @@ class ClusterOverview:
             self._trees(),
         )
 
+    async def resize(self, instance: str, tier: TierName, memory: int) -> TierSize:
+        name = InstanceId(instance)
+        if self._manager.link(name) is None:
+            known = ", ".join(link.join.instance for link in self._manager.links())
+            raise InvalidRequest(
+                f"There is no instance {instance!r}; living ones: {known}.",
+                field="instance",
+                code="not_found",
+            )
+        try:
+            resized = await self._manager.call(name, ResizePool(tier, memory), _RESIZE_SECONDS)
+        except (ConfigError, InvalidRequest) as error:
+            raise InvalidRequest(str(error), field=tier) from error
+        assert isinstance(resized, PoolResized)
+        return TierSize(tier, resized.blocks, resized.blocks * resized.block_bytes, resized.draining)
+
     def _trees(self) -> tuple[TreeView, ...]:
         held = dict.fromkeys(Role, 0)
         for state in self._scheduler.state.instances():
@@ -138,7 +156,7 @@ def _describe(view: MemberView, link: Link | None, stats: Stats | None) -> Insta
         shown.incarnation,
         shown.pid,
         shown.isa,
-        shown.blocks_total,
+        load.blocks,
         load.free_blocks,
         load.active_blocks,
         load.historical_blocks,

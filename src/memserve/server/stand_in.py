@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 
-from memserve.core.errors import MemServeError
-from memserve.core.messages import Trace
+from memserve.core.errors import InvalidRequest, MemServeError
+from memserve.core.messages import TierName, Trace
 from memserve.core.types import FinishReason, InstanceId, Ledger, RequestId, TokenLogprob, Tokens
 from memserve.server.backend import (
     ClusterView,
@@ -16,6 +16,7 @@ from memserve.server.backend import (
     Health,
     InstanceView,
     StateCount,
+    TierSize,
     TreeView,
 )
 
@@ -87,6 +88,12 @@ class StandInBackend:
             instances=(InstanceView("stand-in-0", "colocated", "ready", 1, 0, running=len(self.running)),),
             trees=(TreeView("colocated", len(self._prompts), sum(len(p) for _, p in self._prompts)),),
         )
+
+    async def resize(self, instance: str, tier: TierName, memory: int) -> TierSize:
+        if instance != "stand-in-0":
+            raise InvalidRequest(f"There is no instance {instance!r}.", field="instance", code="not_found")
+        blocks = memory // BLOCK_TOKENS
+        return TierSize(tier, blocks, blocks * BLOCK_TOKENS, 0)
 
     def decision(self, request: RequestId) -> object | None:
         known = any(earlier.request == request for earlier in self.requests)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from memserve.server.backend import ClusterView, Health, InstanceView, LostInstance, TreeView
+from memserve.server.backend import ClusterView, Health, InstanceView, LostInstance, TierSize, TreeView
 
 
 class HealthBody(msgspec.Struct, frozen=True):
@@ -50,6 +50,21 @@ class ClusterBody(msgspec.Struct, frozen=True):
     block_bytes: int
     instances: tuple[InstanceBody, ...]
     trees: tuple[TreeView, ...]
+
+
+class MemoryBody(msgspec.Struct, frozen=True):
+    """Body of ``PUT /v1/cluster/{instance}/memory``: bytes of the tiers to resize."""
+
+    device: int | None = None
+    host: int | None = None
+    disk: int | None = None
+
+
+class MemoryAnswer(msgspec.Struct, frozen=True):
+    """Its answer: what the tiers named are to have from now on."""
+
+    instance: str
+    tiers: tuple[TierSize, ...]
 
 
 class TraceEntry(msgspec.Struct, frozen=True):

@@ -23,7 +23,6 @@ from memserve.core.errors import (
     PeerLost,
     PeerOutOfBlocks,
     ProtocolError,
-    RequestFailed,
     StaleAddress,
     TransferAborted,
 )
@@ -106,6 +105,7 @@ def matched(pool: MemPool, tokens: np.ndarray = TOKENS) -> int:
 def test_a_doubled_publication_gets_the_same_answer_and_inserts_once() -> None:
     async def scenario() -> None:
         async with serving("b") as (pool, _, address), raw_peer(address) as (peer, _):
+            pool.take_events()
             await peer.call(hello(), 5.0)
             reserved = await peer.call(reserve(), 5.0)
             again = await peer.call(reserve(), 5.0)
@@ -248,7 +248,7 @@ def test_a_way_that_this_side_does_not_offer_is_refused() -> None:
         async with serving("b") as (pool, _, address), raw_peer(address) as (peer, _):
             await peer.call(hello(), 5.0)
             asked = Reserve("t", NS, pack_tokens(TOKENS), 4, 20.0, "tcp")
-            with pytest.raises(RequestFailed, match="cannot come by tcp"):
+            with pytest.raises(InvalidRequest, match="cannot come by tcp"):
                 await peer.call(asked, 5.0)
             assert pool.stats().free == 16
 
@@ -288,7 +288,7 @@ def test_nonsense_is_refused_without_a_trace() -> None:
                 Reserve("x", NS, b"", 1, -1.0),
                 Reserve("x", NS, b"", 1, 1e9),
             ):
-                with pytest.raises(RequestFailed, match="possible"):
+                with pytest.raises(InvalidRequest, match="possible"):
                     await peer.call(bad, 5.0)
             with pytest.raises(StaleAddress, match="unknown"):
                 await peer.call(Publish("never", b"", 1), 5.0)
@@ -372,7 +372,7 @@ def test_a_flipped_byte_is_never_published(flips: int, works: bool) -> None:
             if works:
                 assert (await pool.transfer_with_insert(B, TOKENS, src, NS)).sent == 4
             else:
-                with pytest.raises(CorruptBlock, match="4 of 4 blocks"):
+                with pytest.raises(CorruptBlock, match="4 of 4 units"):
                     await pool.transfer_with_insert(B, TOKENS, src, NS)
             assert matched(there) == (len(TOKENS) if works else 0)
             assert there.stats().aborts[AbortCause.CORRUPT] == flips
@@ -414,7 +414,7 @@ def test_a_plain_transfer_goes_to_its_taker_and_into_no_index() -> None:
             src = pool.alloc_mem(3)
             with pytest.raises(InvalidRequest, match="attachment"):
                 await pool.transfer(B, src)
-            with pytest.raises(RequestFailed, match="take over"):
+            with pytest.raises(InvalidRequest, match="take over"):
                 await pool.transfer(B, src, attachment=b"x")
             receiver.on_adopt = lambda attachment, addrs: taken.append(addrs)
             assert (await pool.transfer(B, src, attachment=b"x")).sent == 3

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -126,3 +128,13 @@ def test_nothing_is_left_of_pools_that_are_gone() -> None:
     asyncio.run(scenario())
     assert "memfd:memserve-gone" not in Path("/proc/self/maps").read_text()
     assert not [name for name in os.listdir("/dev/shm") if name not in before and "memserve" in name]
+
+
+@pytest.mark.parametrize("backend", ["shm", "tcp"])
+def test_the_example_shares_prompt_and_answer(backend: str) -> None:
+    example = Path(__file__).resolve().parents[3] / "examples" / "two_processes.py"
+    ran = subprocess.run([sys.executable, str(example), backend], capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 0, ran.stderr
+    assert f"12 blocks sent by {backend}" in ran.stdout
+    assert "decode: 12 blocks found, 4 computed" in ran.stdout
+    assert "16 blocks, 4 of them from decode" in ran.stdout

@@ -74,24 +74,47 @@ def test_a_failed_turn_is_not_remembered(server: Any) -> None:
             Conversation(client, "other", None, 0.0, io.StringIO()).ask("One?")
 
 
-@pytest.mark.parametrize("command", ["chat", "status"])
-def test_without_a_server_the_message_says_how_to_start_one(runner: CliRunner, command: str) -> None:
+COMMANDS = [["chat"], ["status"], ["resize", "stand-in-0", "--kv-memory", "1GiB"]]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_without_a_server_the_message_says_how_to_start_one(runner: CliRunner, command: list[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-    result = runner.invoke(app, [command, "--url", f"http://127.0.0.1:{port}"], input="Hi")
+    result = runner.invoke(app, [*command, "--url", f"http://127.0.0.1:{port}"], input="Hi")
     assert result.exit_code == 1
     assert "memserve serve" in result.stderr
     assert len(result.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize("command", ["chat", "status"])
-def test_a_wrong_key_and_a_bad_url_are_explained(runner: CliRunner, server: Any, command: str) -> None:
-    refused = runner.invoke(app, [command, "--url", server.url], input="Hi")
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_wrong_key_and_a_bad_url_are_explained(runner: CliRunner, server: Any, command: list[str]) -> None:
+    refused = runner.invoke(app, [*command, "--url", server.url], input="Hi")
     assert refused.exit_code == 1
     assert "401" in refused.stderr
-    bad = runner.invoke(app, [command, "--url", "nonsense"], input="Hi")
+    bad = runner.invoke(app, [*command, "--url", "nonsense"], input="Hi")
     assert bad.exit_code == 1
     assert "nonsense" in bad.stderr
+
+
+def test_resize_says_what_a_tier_will_have(runner: CliRunner, server: Any) -> None:
+    asked = ["--kv-memory", "1KiB", "--host-memory", "100", "--url", server.url, *KEY]
+    result = runner.invoke(app, ["resize", "stand-in-0", *asked])
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.splitlines() == [
+        "stand-in-0 device: 64 blocks (1 KiB)",
+        "stand-in-0 host: 6 blocks (96 B)",
+    ]
+    missing = runner.invoke(app, ["resize", "other", *asked])
+    assert missing.exit_code == 1
+    assert "no instance 'other'" in missing.stderr
+
+
+@pytest.mark.parametrize("sizes", [[], ["--kv-memory", "much"]])
+def test_resize_without_a_size_says_what_is_missing(runner: CliRunner, sizes: list[str]) -> None:
+    result = runner.invoke(app, ["resize", "stand-in-0", *sizes])
+    assert result.exit_code == 2
+    assert "--kv-memory" in result.stderr
 
 
 def test_status_as_json_is_what_the_server_says(runner: CliRunner, server: Any) -> None:

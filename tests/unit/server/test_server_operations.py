@@ -49,6 +49,33 @@ async def test_cluster(client: httpx.AsyncClient) -> None:
     assert body["trees"][0]["role"] == "colocated"
 
 
+async def test_memory_of_an_instance(client: httpx.AsyncClient) -> None:
+    answer = await client.put("/v1/cluster/stand-in-0/memory", json={"device": 100, "disk": 32})
+    assert answer.json() == {
+        "instance": "stand-in-0",
+        "tiers": [
+            {"tier": "device", "blocks": 6, "memory": 96, "draining": 0},
+            {"tier": "disk", "blocks": 2, "memory": 32, "draining": 0},
+        ],
+    }
+
+
+@pytest.mark.parametrize(
+    ("instance", "body", "status", "field"),
+    [
+        ("other", {"device": 100}, 404, "instance"),
+        ("stand-in-0", {}, 400, "device"),
+        ("stand-in-0", {"gpu": 1}, 400, "gpu"),
+        ("stand-in-0", {"host": "1GiB"}, 400, "host"),
+    ],
+)
+async def test_memory_that_cannot_be_given(
+    client: httpx.AsyncClient, instance: str, body: dict[str, object], status: int, field: str
+) -> None:
+    answer = await client.put(f"/v1/cluster/{instance}/memory", json=body)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (status, field)
+
+
 async def test_decision_of_an_answer(client: httpx.AsyncClient) -> None:
     answer = (await client.post(CHAT, json=HELLO)).json()
     decision = (await client.get(f"/v1/decisions/{answer['id']}")).json()

@@ -1,13 +1,14 @@
 """One transfer's bytes on their way in: which have arrived, their checksums, and who still writes.
 
-Two kinds, by who writes: ``Shared`` memory is written by the sender, a ``Streamed`` arrival by a thread here.
+Three kinds, by who writes: ``Shared`` memory is written by the sender, a ``Remote`` arrival by a network in
+its name, a ``Streamed`` one by a thread here.
 """
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Executor
 from typing import Protocol
 
@@ -15,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memserve._native import checksum_blocks
-from memserve.core.errors import MemServeError, ProtocolError
+from memserve.core.errors import MemServeError, PeerLost, ProtocolError
+from memserve.mempool.arena import UnitMemory
 
 Checksums = NDArray[np.uint64]
 _AT_ONCE_BYTES = 1 << 20
@@ -32,7 +34,7 @@ class Arrival(Protocol):
         """Whether anything has arrived since this was last asked."""
 
     async def checksums(self) -> Checksums:
-        """Of all blocks, as they lie in memory, once the sender has sent all: uint64[n]."""
+        """Of all units, as they lie in memory, once the sender has sent all: uint64[n]."""
 
     def stop(self, error: MemServeError, then: Callable[[], None]) -> None:
         """The transfer has failed with ``error``; call ``then`` once nobody here writes any more.
@@ -42,31 +44,31 @@ class Arrival(Protocol):
 
 
 class SharedArrival:
-    """Blocks that the sender writes; verified piece by piece as it says that they are written."""
+    """Units that the sender writes; verified piece by piece as it says that they are written."""
 
     trusted = True
 
-    def __init__(self, pointers: NDArray[np.uint64], block_bytes: int, workers: Executor) -> None:
+    def __init__(self, pointers: NDArray[np.uint64], unit_bytes: int, workers: Executor) -> None:
         self._pointers = pointers
-        self._block_bytes = block_bytes
+        self._unit_bytes = unit_bytes
         self._workers = workers
         self._verified = 0
         self._parts: list[asyncio.Future[Checksums]] = []
         self._progress = False
         self._stopped = False
 
-    def written(self, first: int, blocks: int) -> None:
-        """The sender has written ``blocks`` blocks from ``first`` on. Verifies them in the background.
+    def written(self, first: int, units: int) -> None:
+        """The sender has written ``units`` units from ``first`` on. Verifies them in the background.
 
-        Parts must come in order; one that does not is verified in the end, with the rest.
+        They must come in order; what does not is verified in the end, with the rest.
         """
-        if first != self._verified or blocks < 1 or first + blocks > len(self._pointers):
+        if first != self._verified or units < 1 or first + units > len(self._pointers):
             return
         self._progress = True
-        self._verified += blocks
-        part = self._pointers[first : first + blocks]
+        self._verified += units
+        part = self._pointers[first : first + units]
         loop = asyncio.get_running_loop()
-        self._parts.append(loop.run_in_executor(self._workers, checksum_blocks, part, self._block_bytes))
+        self._parts.append(loop.run_in_executor(self._workers, checksum_blocks, part, self._unit_bytes))
 
     def take_progress(self) -> bool:
         progress, self._progress = self._progress, False
@@ -74,8 +76,8 @@ class SharedArrival:
 
     async def checksums(self) -> Checksums:
         rest = self._pointers[self._verified :]
-        if len(rest) * self._block_bytes <= _AT_ONCE_BYTES:
-            last = checksum_blocks(rest, self._block_bytes)
+        if len(rest) * self._unit_bytes <= _AT_ONCE_BYTES:
+            last = checksum_blocks(rest, self._unit_bytes)
             return np.concatenate([*(await asyncio.gather(*self._parts)), last])
         self.written(self._verified, len(rest))
         return np.concatenate(await asyncio.gather(*self._parts))
@@ -86,18 +88,42 @@ class SharedArrival:
             then()
 
 
+class RemoteArrival(SharedArrival):
+    """Units that the sender has a network write. What a lost sender has begun may come after its end.
+
+    ``call_when_silent`` calls back once that cannot be any more.
+    """
+
+    def __init__(
+        self,
+        pointers: NDArray[np.uint64],
+        unit_bytes: int,
+        workers: Executor,
+        call_when_silent: Callable[[Callable[[], None]], None],
+    ) -> None:
+        super().__init__(pointers, unit_bytes, workers)
+        self._call_when_silent = call_when_silent
+
+    def stop(self, error: MemServeError, then: Callable[[], None]) -> None:
+        if isinstance(error, PeerLost) and not self._stopped:
+            self._stopped = True
+            self._call_when_silent(then)
+        else:
+            super().stop(error, then)
+
+
 class StreamedArrival:
-    """Blocks that a stream's thread writes, ``memory``: uint8[block_bytes] each, and verifies at once.
+    """Units that a stream's thread writes into ``memory``, and verifies at once.
 
     The thread calls ``begin`` and ``finish``; between the two the blocks cannot be freed.
     """
 
     trusted = False
 
-    def __init__(self, memory: Sequence[NDArray[np.uint8]], pointers: NDArray[np.uint64]) -> None:
+    def __init__(self, memory: UnitMemory) -> None:
         self._memory = memory
-        self._pointers = pointers
-        self._checksums = np.zeros(len(memory), np.uint64)
+        self._units = len(memory.pointers)
+        self._checksums = np.zeros(self._units, np.uint64)
         self._arrived = 0
         self._seen = 0
         self._lock = threading.Lock()
@@ -106,36 +132,38 @@ class StreamedArrival:
         self._when_idle: Callable[[], None] | None = None
         self._loop = asyncio.get_running_loop()
         self._complete: asyncio.Future[None] = self._loop.create_future()
-        if not len(memory):
+        if not self._units:
             self._complete.set_result(None)
 
     # --- the stream's thread ---
 
-    def begin(self, first: int, blocks: int) -> list[memoryview] | None:
-        """Where to write the next ``blocks`` blocks; None when the transfer is over. Then call ``finish``.
+    def begin(self, first: int, units: int, unit_bytes: int) -> list[memoryview] | None:
+        """Where to write the next ``units`` units; None when the transfer is over. Then call ``finish``.
 
-        Raises ``ProtocolError`` for blocks that are not the next ones.
+        Raises ``ProtocolError`` for units that are not the next ones, or of another size.
         """
         with self._lock:
             if self._stopped:
                 return None
-            if first != self._arrived or not 0 < blocks <= len(self._memory) - first:
+            if unit_bytes != self._memory.unit_bytes:
+                raise ProtocolError(f"units of {unit_bytes} bytes came instead of {self._memory.unit_bytes}")
+            if first != self._arrived or not 0 < units <= self._units - first:
                 raise ProtocolError(
-                    f"blocks {first} to {first + blocks} came when {self._arrived} of {len(self._memory)} had"
+                    f"units {first} to {first + units} came when {self._arrived} of {self._units} had"
                 )
             self._writing = True
-            return [block.data for block in self._memory[first : first + blocks]]
+        return self._memory.views(first, units)
 
-    def finish(self, blocks: int) -> None:
-        """The next ``blocks`` blocks are in place; 0 when the stream broke off instead."""
-        if blocks:
+    def finish(self, units: int) -> None:
+        """The next ``units`` units are in place; 0 when the stream broke off instead."""
+        if units:
             first = self._arrived
-            part = self._pointers[first : first + blocks]
-            self._checksums[first : first + blocks] = checksum_blocks(part, len(self._memory[0]))
+            part = self._memory.pointers[first : first + units]
+            self._checksums[first : first + units] = checksum_blocks(part, self._memory.unit_bytes)
         with self._lock:
             self._writing = False
-            self._arrived += blocks
-            idle, complete = self._when_idle, self._arrived == len(self._memory)
+            self._arrived += units
+            idle, complete = self._when_idle, self._arrived == self._units
         if idle is not None:
             self._loop.call_soon_threadsafe(idle)
         elif complete:

@@ -15,23 +15,44 @@ from memserve.core.messages import Hello
 from memserve.mempool.transfer.plan import Step
 
 SHM = "shm"
+NIXL = "nixl"
 TCP = "tcp"
-BACKENDS = (SHM, TCP)
-"""In the order in which they are preferred."""
+BACKENDS = (SHM, NIXL, TCP)
+"""All that there are, in the order in which they are worth preferring."""
+DEFAULT_BACKENDS = (SHM, TCP)
+"""Without ``nixl``, which needs a package of its own and a network that can be trusted."""
 
 
 @dataclass(frozen=True, slots=True)
 class Transmission:
-    """What to move for one transfer, which the receiver knows as ``ticket``.
+    """What to move of one transfer, which the receiver knows as ``ticket``: ``steps``, in order.
 
-    ``may_go_on`` is asked before each step. ``written(first, blocks)`` tells the receiver of blocks that lie
+    A unit has ``unit_bytes`` bytes; the first one here is unit number ``first`` of the transfer.
+    ``may_go_on`` is asked before each step. ``written(first, units)`` tells the receiver of units that lie
     in its memory; a backend whose receiver sees that by itself does not call it.
     """
 
     ticket: int
     steps: Sequence[Step]
+    unit_bytes: int
+    first: int
+    last: bool
+    """Whether these are the transfer's last steps: the publication, which comes at once, tells of the end."""
     may_go_on: Callable[[], bool]
     written: Callable[[int, int], None]
+    memory: bytes = b""
+    """How to write to the receiver's memory, where the network does that: what its ``Reserved`` says."""
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """The checksum of each unit as it was read here, uint64[n], and in how many pieces the bytes went.
+
+    A piece is what touches on every side that the backend writes to or reads from: units are joined to it.
+    """
+
+    checksums: NDArray[np.uint64]
+    calls: int
 
 
 class TransferBackend(Protocol):
@@ -43,8 +64,8 @@ class TransferBackend(Protocol):
     def workers(self) -> Executor:
         """Where ``transmit`` is to run."""
 
-    def transmit(self, order: Transmission) -> NDArray[np.uint64]:
-        """Move all steps, in order; returns the checksum of each block as it was read here: uint64[n].
+    def transmit(self, order: Transmission) -> Moved:
+        """Move all steps, in order. Several calls for one transfer come one after the other.
 
         Raises ``TransferAborted`` when told to stop, ``PeerLost`` when the way to the peer is cut.
         """

@@ -21,18 +21,23 @@ from memserve.core.clock import Clock
 from memserve.core.errors import CorruptBlock, InvalidRequest, PeerLost, ProtocolError, StaleAddress
 from memserve.core.messages import Hello, Member, PeerMessage
 from memserve.core.types import InstanceId, Namespace, Tokens
-from memserve.mempool.address import Addresses, Origin
+from memserve.mempool.address import Addresses, Origin, Tier
 from memserve.mempool.arena import Arena
+from memserve.mempool.layer_gate import LayerGate
+from memserve.mempool.modes import TransferMode, cut_blocks
 from memserve.mempool.pool import MemPool
-from memserve.mempool.results import Transferred
+from memserve.mempool.results import Freed, Transferred
 from memserve.mempool.transfer.backends import (
-    BACKENDS,
+    DEFAULT_BACKENDS,
+    NIXL,
     SHM,
     TCP,
     TransferBackend,
     choose_backend,
     require_known,
 )
+from memserve.mempool.transfer.nixl import NixlSource, NixlTarget
+from memserve.mempool.transfer.nixl_agent import load_bindings
 from memserve.mempool.transfer.receiver import Adopt, Receiver, require_same_layout
 from memserve.mempool.transfer.sender import LinkState, OutboundLink, SendLimits, SendOrder
 from memserve.mempool.transfer.shm import DescriptorServer, SharedMemoryBackend, receive_arena
@@ -55,8 +60,9 @@ class TransferEndpoint:
     ``reserve_seconds`` is how long a receiver keeps blocks for a transfer without progress, ``call_seconds``
     how long a peer may take to answer and a stream may stand still. ``link_bytes`` bounds the bytes on their
     way to one peer. ``backends`` are the allowed ways of moving blocks, the preferred first; ``tcp`` (and
-    any TCP address) needs ``security``. ``observe`` is told each step of a sent transfer: ``reserved``,
-    ``copying`` (in a worker thread, once per few megabytes), ``copied``, ``published``.
+    any TCP address) needs ``security``; ``nixl`` needs its package (``ConfigError`` without) and a network
+    that can be trusted. ``observe`` is told each step of a sent transfer: ``reserved``, ``copying`` (in a
+    worker thread, once per few megabytes), ``copied``, ``published``.
     """
 
     def __init__(
@@ -67,13 +73,15 @@ class TransferEndpoint:
         reserve_seconds: float = 30.0,
         call_seconds: float = 10.0,
         link_bytes: int = 256 << 20,
-        backends: Sequence[str] = BACKENDS,
+        backends: Sequence[str] = DEFAULT_BACKENDS,
         security: Security | None = None,
         observe: Callable[[str], None] | None = None,
     ) -> None:
         self.on_adopt: Adopt | None = None
         """Takes over the blocks of transfers to here that come with an attachment."""
         require_known(backends)
+        if NIXL in backends:
+            load_bindings()
         self.address = ""
         """Where peers reach this pool, once it listens: what ``Member.peer_address`` says."""
         self._pool = pool
@@ -83,6 +91,7 @@ class TransferEndpoint:
         self._security = security
         self._observe = observe or (lambda step: None)
         self._workers = ThreadPoolExecutor(_WORKERS, thread_name_prefix="memserve-copy")
+        self._nixl = NixlSource(pool.instance, pool.arena, self._workers, call_seconds)
         self._members: dict[InstanceId, Member] = {}
         self._links: dict[InstanceId, OutboundLink] = {}
         self._connecting: dict[InstanceId, asyncio.Lock] = {}
@@ -105,8 +114,10 @@ class TransferEndpoint:
         if TCP in self._backends:
             place = parse_address(address)
             host = _LOOPBACK if isinstance(place, UnixAddress) else place.host
-            self._receiver.streams = StreamListener(
-                host, self._pool.layout.block_bytes, self._security, self._limits.call_seconds
+            self._receiver.streams = StreamListener(host, self._security, self._limits.call_seconds)
+        if NIXL in self._backends:
+            self._receiver.nixl = await asyncio.get_running_loop().run_in_executor(
+                self._workers, NixlTarget, self._pool.instance, self._pool.arena, self._workers
             )
         self._hello = msgspec.structs.replace(
             self._hello,
@@ -127,6 +138,7 @@ class TransferEndpoint:
         if self._descriptors is not None:
             self._descriptors.close()
         await self._receiver.close()
+        await asyncio.get_running_loop().run_in_executor(None, self._nixl.close)
         await asyncio.get_running_loop().run_in_executor(None, self._workers.shutdown)
 
     # --- peers ---
@@ -165,11 +177,21 @@ class TransferEndpoint:
 
     # --- transfers ---
 
-    async def transfer(self, peer: InstanceId, src: Addresses, *, attachment: bytes = b"") -> Transferred:
-        """Copy ``src`` to new blocks of ``peer``; ``attachment`` tells its taker there what they are."""
-        if not attachment:
-            raise InvalidRequest("without an attachment nobody would hold the copies", field="attachment")
-        return await self._send(peer, _NO_TOKENS, src, _NO_NAMESPACE, Origin.PEER, attachment)
+    async def transfer(
+        self,
+        peer: InstanceId,
+        src: Addresses,
+        *,
+        attachment: bytes = b"",
+        mode: TransferMode | None = None,
+        ready: LayerGate | None = None,
+        dst: Addresses | None = None,
+    ) -> Transferred:
+        """See ``MemPool.transfer``."""
+        if not attachment and dst is None:
+            raise InvalidRequest("without dst or attachment nobody would hold the copies", field="attachment")
+        order = SendOrder(_NO_TOKENS, src, _NO_NAMESPACE, Origin.PEER, attachment, mode, ready, dst)
+        return await self._send(peer, order)
 
     async def transfer_with_insert(
         self,
@@ -180,38 +202,53 @@ class TransferEndpoint:
         *,
         origin: Origin = Origin.PEER,
         attachment: bytes = b"",
+        mode: TransferMode | None = None,
+        ready: LayerGate | None = None,
+        dst: Addresses | None = None,
     ) -> Transferred:
         """See ``MemPool.transfer_with_insert``."""
         layout = self._pool.layout
         wanted = layout.blocks_for(len(tokens)) if attachment else len(tokens) // layout.block_tokens
         if len(src) < wanted:
             raise InvalidRequest(f"{len(src)} addresses for {wanted} blocks of tokens", field="src")
-        if wanted == 0:
-            return Transferred(0, 0, 0)
-        return await self._send(peer, tokens, src[:wanted], namespace, origin, attachment)
+        there = None if dst is None else dst[:wanted]
+        order = SendOrder(tokens, src[:wanted], namespace, origin, attachment, mode, ready, there)
+        return await self._send(peer, order)
+
+    # --- a peer's memory ---
+
+    async def allocate(self, peer: InstanceId, n: int, tier: Tier, seconds: float) -> Addresses:
+        """See ``MemPool.alloc_peer_mem``."""
+        link = await self._link(peer)
+        return await link.allocate(self._next_transfer(), n, tier, seconds)
+
+    async def give_back(self, addrs: Addresses) -> Freed:
+        """See ``MemPool.free_peer_mem``."""
+        member = self._members.get(addrs.instance)
+        if member is None or member.incarnation != addrs.incarnation:
+            # What was lent by a life that has ended went with it.
+            return Freed(0, len(addrs))
+        return await (await self._link(addrs.instance)).give_back(addrs)
 
     # --- inside ---
 
-    async def _send(
-        self,
-        peer: InstanceId,
-        tokens: Tokens,
-        src: Addresses,
-        namespace: Namespace,
-        origin: Origin,
-        attachment: bytes,
-    ) -> Transferred:
-        self._pool.retain(src)
+    async def _send(self, peer: InstanceId, order: SendOrder) -> Transferred:
+        if order.mode is not None:
+            cut_blocks(self._pool.layout, order.mode)
+        if order.dst is not None and len(order.dst) != len(order.src):
+            raise InvalidRequest(f"{len(order.dst)} addresses for {len(order.src)} blocks", field="dst")
+        if not len(order.src):
+            return Transferred(0, 0, 0, 0, order.mode or TransferMode.BY_REQUEST, "")
+        self._pool.retain(order.src)
         try:
             link = await self._link(peer)
-            order = SendOrder(tokens, src, namespace, origin, attachment)
             try:
                 done = await link.send(self._next_transfer(), order)
             except CorruptBlock:
                 done = await link.send(self._next_transfer(), order)
         finally:
-            self._pool.free_mem(src)
-        self._pool.count_sent(done.bytes)
+            self._pool.free_mem(order.src)
+        self._pool.count_sent(peer, done)
         return done
 
     def _next_transfer(self) -> str:
@@ -229,7 +266,7 @@ class TransferEndpoint:
         if member is None:
             raise PeerLost(f"{peer} is not a living member of the cluster")
         timeout = self._limits.call_seconds
-        link = OutboundLink(self._pool.layout.block_bytes, self._clock, self._limits, self._observe)
+        link = OutboundLink(self._pool.layout, self._clock, self._limits, self._observe)
         connection = await connect(member.peer_address, PeerMessage, link, timeout, self._security)
         connection.label = peer
         try:
@@ -246,10 +283,14 @@ class TransferEndpoint:
 
     def _open_backend(self, peer_address: str, hello: Hello) -> TransferBackend:
         own, timeout = self._pool.arena, self._limits.call_seconds
-        if choose_backend(self._backends, self._hello, hello) == TCP:
+        chosen = choose_backend(self._backends, self._hello, hello)
+        if chosen == TCP:
             return connect_stream(own, peer_address, hello, self._security, timeout)
+        if chosen == NIXL:
+            return self._nixl.connect(hello.instance)
         extend = functools.partial(receive_arena, hello, timeout=timeout)
-        return SharedMemoryBackend(own, extend(Arena(own.block_bytes)), self._workers, extend)
+        unmapped = Arena(own.block_bytes, own.pieces)
+        return SharedMemoryBackend(own, extend(unmapped), self._workers, extend)
 
     def _require_usable(self, hello: Hello, member: Member) -> None:
         if not isinstance(hello, Hello):

@@ -33,7 +33,11 @@ from memserve.core.errors import (
 )
 from memserve.core.messages import (
     AbortTransfer,
+    Allocate,
+    Allocated,
     Copied,
+    GiveBack,
+    GivenBack,
     Hello,
     Message,
     Publish,
@@ -42,12 +46,23 @@ from memserve.core.messages import (
     Reserved,
 )
 from memserve.core.types import InstanceId, unpack_tokens
-from memserve.mempool.address import Addresses, Origin
+from memserve.mempool.address import Addresses, Origin, Tier, numbers_of
+from memserve.mempool.layout import KVLayout
+from memserve.mempool.modes import Cut, TransferMode, cut_blocks
 from memserve.mempool.pool import MemPool
 from memserve.mempool.reservations import Completed, Reservation
 from memserve.mempool.stats import AbortCause
-from memserve.mempool.transfer.arrivals import Arrival, Checksums, SharedArrival, StreamedArrival
-from memserve.mempool.transfer.backends import TCP
+from memserve.mempool.transfer.arrivals import (
+    Arrival,
+    Checksums,
+    RemoteArrival,
+    SharedArrival,
+    StreamedArrival,
+)
+from memserve.mempool.transfer.backends import NIXL, TCP
+from memserve.mempool.transfer.nixl import NixlTarget
+from memserve.mempool.transfer.nixl_agent import Agent
+from memserve.mempool.transfer.plan import spread_units
 from memserve.mempool.transfer.streams import StreamListener
 from memserve.wire import Connection
 from memserve.wire.channel import Channel
@@ -78,6 +93,8 @@ class _Incoming:
     arrival: Arrival
     ticket: int
     link: InboundLink
+    memory: bytes = b""
+    """How the sender can write to it by nixl."""
 
 
 class Receiver:
@@ -88,6 +105,8 @@ class Receiver:
         """What this side says in handshakes, once it listens."""
         self.streams: StreamListener | None = None
         """Where streams of blocks arrive, if they may."""
+        self.nixl: NixlTarget | None = None
+        """Through what networks write blocks, if they may."""
         self._pool = pool
         self._clock = clock
         self._workers = workers
@@ -98,6 +117,7 @@ class Receiver:
         self._incarnations: dict[InstanceId, int] = {}
         self._links: set[InboundLink] = set()
         self._ending: set[asyncio.Task[None]] = set()
+        self._loan_timer: asyncio.TimerHandle | None = None
 
     def accept(self) -> InboundLink:
         """A handler for one more connection."""
@@ -106,20 +126,27 @@ class Receiver:
         return link
 
     def drop_peer(self, instance: InstanceId, reason: str) -> None:
-        """``instance`` is gone for good in the lives known so far: free what it had reserved."""
+        """``instance`` is gone for good in the lives known so far: free what it had reserved or borrowed."""
         for link in [x for x in self._links if x.peer is not None and x.peer.instance == instance]:
             link.close(reason)
+        self._pool.end_loans(instance)
 
     async def close(self) -> None:
-        """End all connections; what was reserved through them is freed."""
+        """End all connections; what was reserved through them, or lent, is freed."""
         for link in list(self._links):
             link.close("the pool is closing")
+        for instance in self._incarnations:
+            self._pool.end_loans(instance)
+        if self._loan_timer is not None:
+            self._loan_timer.cancel()
         tasks = [*self._ending, *self._publishing.values()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         if self.streams is not None:
             await self.streams.close()
+        if self.nixl is not None:
+            await self.nixl.close()
 
     # --- what links ask for ---
 
@@ -136,12 +163,14 @@ class Receiver:
             self.drop_peer(hello.instance, f"{hello.instance} was restarted")
         self._incarnations[hello.instance] = hello.incarnation
         link.peer = hello
-        if self.streams is None:
-            return self.hello
-        link.stream_name = self.streams.expect(link)
-        return msgspec.structs.replace(self.hello, stream=link.stream_name)
+        answer = self.hello
+        if self.streams is not None:
+            link.stream_name = self.streams.expect(link)
+            answer = msgspec.structs.replace(answer, stream=link.stream_name)
+        self._end_earlier_links(link, hello)
+        return answer
 
-    def reserve(self, link: InboundLink, peer: Hello, asked: Reserve) -> Reserved:
+    async def reserve(self, link: InboundLink, peer: Hello, asked: Reserve) -> Reserved:
         """Hold and allocate what a transfer needs. Raises ``OutOfBlocks``."""
         assert self.hello is not None, "connections come only after the start"
         if asked.backend not in self.hello.backends:
@@ -152,6 +181,8 @@ class Receiver:
                 f"{_LONGEST_RESERVATION} s are possible",
                 field="blocks",
             )
+        cut = _cut_of(self._pool.layout, asked.mode)
+        agent = None if self.nixl is None or asked.backend != NIXL else await self.nixl.current()
         reservation = self._pool.begin_incoming(
             asked.transfer,
             peer.instance,
@@ -159,18 +190,38 @@ class Receiver:
             unpack_tokens(asked.tokens),
             asked.blocks,
             asked.seconds,
+            self._own(asked.dst) if asked.dst else None,
         )
         incoming = self._incoming.get(asked.transfer)
         if incoming is None:
-            incoming = self._incoming[asked.transfer] = self._expect(link, asked.backend, reservation)
+            incoming = self._expect(link, asked.backend, agent, cut, reservation)
+            self._incoming[asked.transfer] = incoming
             self._watch(link, asked.transfer, asked.seconds)
-        return Reserved(asked.transfer, len(reservation.held), reservation.fresh.to_bytes(), incoming.ticket)
+        dst = reservation.fresh.to_bytes()
+        return Reserved(asked.transfer, len(reservation.held), dst, incoming.ticket, incoming.memory)
+
+    def lend(self, peer: Hello, asked: Allocate) -> Allocated:
+        """Allocate blocks for a peer. Raises ``OutOfBlocks``, ``InvalidRequest``, ``ConfigError``."""
+        if asked.blocks < 1 or asked.tier not in list(Tier) or not 0 < asked.seconds <= _LONGEST_RESERVATION:
+            raise InvalidRequest(
+                f"{asked.blocks} blocks of tier {asked.tier} for {asked.seconds} s; at least 1 block of a "
+                f"memory tier and at most {_LONGEST_RESERVATION} s are possible",
+                field="blocks",
+            )
+        lent = self._pool.lend(asked.loan, peer.instance, asked.blocks, Tier(asked.tier), asked.seconds)
+        self._watch_loans()
+        return Allocated(asked.loan, lent.to_bytes())
+
+    def take_back(self, peer: Hello, asked: GiveBack) -> GivenBack:
+        """Free what was lent to a peer. Raises ``InvalidRequest`` while a transfer writes there."""
+        freed = self._pool.take_back(peer.instance, self._own(asked.addrs))
+        return GivenBack(freed.freed, freed.stale)
 
     def written(self, asked: Copied) -> None:
         """A sender has written some blocks into shared memory. What is too late is of no interest."""
         incoming = self._incoming.get(asked.transfer)
         if incoming is not None and isinstance(incoming.arrival, SharedArrival):
-            incoming.arrival.written(asked.first, asked.blocks)
+            incoming.arrival.written(asked.first, asked.units)
             self._renew(asked.transfer)
 
     async def publish(self, link: InboundLink, asked: Publish) -> Published:
@@ -203,22 +254,45 @@ class Receiver:
 
     # --- inside ---
 
+    def _own(self, raw: bytes) -> Addresses:
+        return Addresses.from_bytes(self._pool.instance, self._pool.incarnation, raw)
+
+    def _watch_loans(self) -> None:
+        """See to it that loans end in time, whether or not anybody else calls ``expire``."""
+        deadline = self._pool.next_loan_deadline()
+        if self._loan_timer is not None:
+            self._loan_timer.cancel()
+            self._loan_timer = None
+        if deadline is not None:
+            later = max(deadline - self._clock.now(), _SHORTEST_WAIT)
+            self._loan_timer = asyncio.get_running_loop().call_later(later, self._end_loans)
+
+    def _end_loans(self) -> None:
+        self._pool.expire()
+        self._watch_loans()
+
     def _finish(self, transfer: str, task: asyncio.Task[Completed]) -> None:
         del self._publishing[transfer]
         if not task.cancelled():
             # Retrieved here as well, in case that the sender, who would be told, is gone.
             task.exception()
 
-    def _expect(self, link: InboundLink, backend: str, reservation: Reservation) -> _Incoming:
-        fresh = reservation.fresh
-        pointers = self._pool.pointers(fresh)
+    def _expect(
+        self, link: InboundLink, backend: str, agent: Agent | None, cut: Cut, reservation: Reservation
+    ) -> _Incoming:
+        arena, size = self._pool.arena, cut.unit_bytes
+        blocks, parts = spread_units(numbers_of(reservation.fresh.packed), cut)
         ticket = next(self._tickets)
-        if backend != TCP:
-            shared = SharedArrival(pointers, self._pool.layout.block_bytes, self._workers)
-            return _Incoming(shared, ticket, link)
-        memory = [self._pool.arena.block_memory(number) for number in fresh.blocks.tolist()]
-        streamed = link.arrivals[ticket] = StreamedArrival(memory, pointers)
-        return _Incoming(streamed, ticket, link)
+        if backend == TCP:
+            streamed = link.arrivals[ticket] = StreamedArrival(arena.units(blocks, parts, size))
+            return _Incoming(streamed, ticket, link)
+        pointers = arena.map.unit_pointers(blocks, parts, size)
+        if self.nixl is not None and agent is not None:
+            link.writes_by_nixl = True
+            silence = functools.partial(self.nixl.call_when_silent, agent)
+            remote = RemoteArrival(pointers, size, self._workers, silence)
+            return _Incoming(remote, ticket, link, agent.offer())
+        return _Incoming(SharedArrival(pointers, size, self._workers), ticket, link)
 
     async def _verify_and_complete(self, incoming: _Incoming, asked: Publish) -> Completed:
         try:
@@ -230,6 +304,7 @@ class Receiver:
             self._end(asked.transfer, cause, str(error))
             raise
         self._forget_incoming(asked.transfer)
+        self._watch_loans()
         return done
 
     def _end(self, transfer: str, cause: AbortCause, reason: str) -> None:
@@ -238,12 +313,23 @@ class Receiver:
         def release() -> None:
             self._forget_incoming(transfer)
             self._pool.abort_incoming(transfer, cause, reason)
+            self._watch_loans()
 
         incoming = self._incoming.get(transfer)
         if incoming is None:
             release()
         else:
-            incoming.arrival.stop(TransferAborted(f"transfer {transfer} was ended: {reason}"), release)
+            error = PeerLost if cause is AbortCause.SENDER_LOST else TransferAborted
+            incoming.arrival.stop(error(f"transfer {transfer} was ended: {reason}"), release)
+
+    def _end_earlier_links(self, link: InboundLink, hello: Hello) -> None:
+        """A peer connects again only after its last connection, whose end may not have been seen here yet.
+
+        By nixl it must be: the agent that the peer is told of next would be replaced upon it.
+        """
+        for earlier in [x for x in self._links if x is not link and x.writes_by_nixl]:
+            if earlier.peer is not None and earlier.peer.instance == hello.instance:
+                earlier.close(f"{hello.instance} has connected again")
 
     def _forget_incoming(self, transfer: str) -> None:
         incoming = self._incoming.pop(transfer, None)
@@ -298,15 +384,22 @@ class Receiver:
         self.abort(link, transfer, AbortCause.EXPIRED, reason)
 
 
+def _cut_of(layout: KVLayout, mode: str) -> Cut:
+    """Raises ``InvalidRequest`` for a mode that is unknown here or does not go with the layout."""
+    if mode not in list(TransferMode):
+        raise InvalidRequest(f"mode {mode!r} is unknown here", field="mode")
+    return cut_blocks(layout, TransferMode(mode))
+
+
 def _require_equal(asked: Publish, found: Checksums) -> None:
     """Raise ``CorruptBlock`` unless each block that arrived holds the bytes that the sender read."""
     told = np.frombuffer(asked.checksums, "<u8")
     if len(told) != len(found):
-        raise CorruptBlock(f"transfer {asked.transfer}: {len(told)} checksums for {len(found)} blocks")
+        raise CorruptBlock(f"transfer {asked.transfer}: {len(told)} checksums for {len(found)} units")
     wrong = int(np.count_nonzero(found != told))
     if wrong:
         raise CorruptBlock(
-            f"transfer {asked.transfer}: {wrong} of {len(found)} blocks arrived with wrong bytes; "
+            f"transfer {asked.transfer}: {wrong} of {len(found)} units arrived with wrong bytes; "
             "all of them were thrown away"
         )
 
@@ -321,6 +414,7 @@ class InboundLink:
         self.arrivals: dict[int, StreamedArrival] = {}
         """Where the blocks of each ticket go, for the stream's thread."""
         self.stream_name = b""
+        self.writes_by_nixl = False
         self._receiver = receiver
         self._connection: Connection | None = None
         self._channel: Channel | None = None
@@ -339,9 +433,13 @@ class InboundLink:
         if self.peer is None:
             raise ProtocolError(f"{type(message).__name__} before Hello")
         if isinstance(message, Reserve):
-            return self._receiver.reserve(self, self.peer, message)
+            return await self._receiver.reserve(self, self.peer, message)
         if isinstance(message, Publish):
             return await self._receiver.publish(self, message)
+        if isinstance(message, Allocate):
+            return self._receiver.lend(self.peer, message)
+        if isinstance(message, GiveBack):
+            return self._receiver.take_back(self.peer, message)
         raise ProtocolError(f"a pool does not answer {type(message).__name__}")
 
     def on_close(self, connection: Connection, reason: str) -> None:

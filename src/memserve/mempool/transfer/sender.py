@@ -10,33 +10,54 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from memserve.core.clock import Clock
-from memserve.core.errors import MemServeError, PeerLost, ProtocolError, TransferAborted
-from memserve.core.messages import AbortTransfer, Copied, Hello, Message, Ok, Publish, Reserve, Reserved
+from memserve.core.errors import MemServeError, PeerLost, ProtocolError, StaleAddress, TransferAborted
+from memserve.core.messages import (
+    AbortTransfer,
+    Allocate,
+    Allocated,
+    Copied,
+    GiveBack,
+    GivenBack,
+    Hello,
+    Message,
+    Ok,
+    Publish,
+    Reserve,
+    Reserved,
+)
 from memserve.core.types import InstanceId, Namespace, Tokens, pack_tokens
-from memserve.mempool.address import Addresses, Origin
-from memserve.mempool.results import Transferred
-from memserve.mempool.transfer.backends import TransferBackend, Transmission
-from memserve.mempool.transfer.plan import plan_steps
+from memserve.mempool.address import Addresses, Origin, Tier
+from memserve.mempool.layer_gate import LayerGate
+from memserve.mempool.layout import KVLayout
+from memserve.mempool.modes import TransferMode, choose_mode, cut_blocks
+from memserve.mempool.results import Freed, Transferred
+from memserve.mempool.transfer.backends import Moved, TransferBackend, Transmission
+from memserve.mempool.transfer.plan import Step, plan_steps
 from memserve.mempool.transfer.window import Window
 from memserve.wire import Connection
 
 
 @dataclass(frozen=True, slots=True)
 class SendOrder:
-    """What to send: blocks ``src`` of ``arena`` for ``tokens`` (empty: a plain transfer)."""
+    """What to send: blocks ``src`` for ``tokens`` (empty: a plain transfer), by ``mode`` (None: as fits).
+
+    With ``ready`` layers are sent once they are computed; with ``dst`` the peer's blocks are chosen here.
+    """
 
     tokens: Tokens
     src: Addresses
     namespace: Namespace
     origin: Origin
     attachment: bytes
+    mode: TransferMode | None = None
+    ready: LayerGate | None = None
+    dst: Addresses | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +86,32 @@ class _Job:
 
     transfer: str
     deadline: float
-    stopped: bool = False
-    copying: asyncio.Future[NDArray[np.uint64]] | None = None
+    copying: asyncio.Future[Moved] | None = None
+    _stop: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether nothing more is to be written. For any thread."""
+        return self._stop.is_set()
+
+    def stop(self) -> None:
+        self._stop.set()
+
+    async def wait_for(self, ready: LayerGate, layers: int, seconds: float) -> None:
+        """Until the layers are computed. Raises ``TransferAborted`` when told to stop or when time is up."""
+        if ready.layers >= layers:
+            return
+        waiting = (asyncio.ensure_future(ready.wait(layers)), asyncio.ensure_future(self._stop.wait()))
+        try:
+            await asyncio.wait(waiting, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+            if waiting[0].done():
+                waiting[0].result()
+                return
+        finally:
+            for one in waiting:
+                one.cancel()
+        why = "it was told to stop" if self.stopped else f"they took longer than {seconds} s"
+        raise TransferAborted(f"transfer {self.transfer} has waited for {layers} layers: {why}")
 
     @property
     def writing(self) -> bool:
@@ -77,9 +122,9 @@ class OutboundLink:
     """A connection to a peer's pool. Single-threaded but for the copying itself."""
 
     def __init__(
-        self, block_bytes: int, clock: Clock, limits: SendLimits, observe: Callable[[str], None]
+        self, layout: KVLayout, clock: Clock, limits: SendLimits, observe: Callable[[str], None]
     ) -> None:
-        self._block_bytes = block_bytes
+        self._layout = layout
         self._clock = clock
         self._limits = limits
         self._observe = observe
@@ -114,43 +159,70 @@ class OutboundLink:
 
     async def send(self, transfer: str, order: SendOrder) -> Transferred:
         """Reserve, move, publish; all or nothing. Raises what ``MemPool.transfer_with_insert`` names."""
-        async with self._window.room(len(order.src) * self._block_bytes):
+        async with self._window.room(len(order.src) * self._layout.block_bytes):
             done = await self._send(transfer, order)
         self._sent += 1
         self._sent_bytes += done.bytes
         return done
 
     async def _send(self, transfer: str, order: SendOrder) -> Transferred:
-        assert self._peer is not None, "sent before the handshake"
+        peer, backend = self._require_open()
+        mode = order.mode or choose_mode(
+            self._layout,
+            backend.name,
+            len(order.src) * self._layout.block_bytes,
+            gated=order.ready is not None,
+        )
+        cut = cut_blocks(self._layout, mode)
         job = self._jobs[transfer] = _Job(transfer, self._clock.now() + self._limits.reserve_seconds)
         reason = "the sender gave up"
         try:
-            dst, answer = await self._reserve(transfer, order)
-            held = answer.held
+            dst, answer = await self._reserve(transfer, order, mode)
             self._observe("reserved")
-            checksums = await self._transmit(job, order.src[held:], dst, answer.ticket)
+            layerwise = mode is TransferMode.BY_LAYER and order.ready is not None
+            steps = plan_steps(order.src[answer.held :], dst, cut, layerwise=layerwise)
+            moved = await self._move(job, steps, cut.unit_bytes, answer, order.ready)
             self._observe("copied")
-            await self._call(
-                Publish(transfer, checksums.astype("<u8").tobytes(), int(order.origin), order.attachment)
-            )
+            sums = moved.checksums.astype("<u8").tobytes()
+            await self._call(Publish(transfer, sums, int(order.origin), order.attachment))
             self._observe("published")
             reason = ""
-            return Transferred(held, len(dst), len(dst) * self._block_bytes)
+            size = len(dst) * self._layout.block_bytes
+            return Transferred(answer.held, len(dst), size, moved.calls, mode, backend.name)
         except MemServeError as error:
             reason = str(error)
+            if isinstance(error, TransferAborted) and self.closed:
+                raise PeerLost(f"{peer.instance} was lost during a transfer") from error
             raise
         finally:
-            job.stopped = True
+            job.stop()
             if reason:
                 self._abort(job, reason)
             else:
                 self._jobs.pop(transfer)
 
+    async def allocate(self, loan: str, blocks: int, tier: Tier, seconds: float) -> Addresses:
+        """Borrow blocks of the peer. Raises what ``MemPool.alloc_peer_mem`` names."""
+        peer, _ = self._require_open()
+        answer = await self._call(Allocate(loan, blocks, tier, seconds))
+        if not isinstance(answer, Allocated):
+            raise ProtocolError(f"{peer.instance} answered {type(answer).__name__} to Allocate")
+        return Addresses.from_bytes(peer.instance, peer.incarnation, answer.addrs)
+
+    async def give_back(self, addrs: Addresses) -> Freed:
+        """End the loan of these blocks. Raises what ``MemPool.free_peer_mem`` names."""
+        peer, _ = self._require_open()
+        _require_life(addrs, peer)
+        answer = await self._call(GiveBack(addrs.to_bytes()))
+        if not isinstance(answer, GivenBack):
+            raise ProtocolError(f"{peer.instance} answered {type(answer).__name__} to GiveBack")
+        return Freed(answer.freed, answer.stale)
+
     def close(self, reason: str) -> None:
         """Stop all transfers, then end the connection: to the peer this means that nobody writes any more."""
         writing = [job.copying for job in self._jobs.values() if job.copying is not None and job.writing]
         for job in self._jobs.values():
-            job.stopped = True
+            job.stop()
         if self._backend is not None:
             self._backend.interrupt()
         if writing:
@@ -169,14 +241,16 @@ class OutboundLink:
             raise ProtocolError(f"a sender does not answer {type(message).__name__}")
         job = self._jobs.get(message.transfer)
         if job is not None:
-            job.stopped = True
+            job.stop()
             if job.copying is not None:
                 await asyncio.wait([job.copying])
+                if (lost := _lost_while_copying(job)) is not None:
+                    raise lost
         return Ok()
 
     def on_close(self, connection: Connection, reason: str) -> None:
         for job in self._jobs.values():
-            job.stopped = True
+            job.stop()
         if self._backend is not None:
             # A copy under way holds on to the mapping by itself; nobody else may keep a dead peer's memory.
             self._backend.close()
@@ -184,10 +258,14 @@ class OutboundLink:
 
     # --- the steps ---
 
-    async def _reserve(self, transfer: str, order: SendOrder) -> tuple[Addresses, Reserved]:
+    async def _reserve(
+        self, transfer: str, order: SendOrder, mode: TransferMode
+    ) -> tuple[Addresses, Reserved]:
         """Where to copy to, and the peer's answer."""
         peer, backend = self._require_open()
-        blocks = len(order.src)
+        blocks, chosen = len(order.src), order.dst
+        if chosen is not None:
+            _require_life(chosen, peer)
         asked = Reserve(
             transfer,
             order.namespace,
@@ -195,6 +273,8 @@ class OutboundLink:
             blocks,
             self._limits.reserve_seconds,
             backend.name,
+            mode.value,
+            b"" if chosen is None else chosen.to_bytes(),
         )
         answer = await self._call(asked)
         if not isinstance(answer, Reserved):
@@ -202,29 +282,45 @@ class OutboundLink:
         dst = Addresses.from_bytes(peer.instance, peer.incarnation, answer.dst)
         if answer.held + len(dst) != blocks:
             raise ProtocolError(f"{answer.held} + {len(dst)} blocks were reserved instead of {blocks}")
+        if chosen is not None and dst != chosen[answer.held :]:
+            raise ProtocolError(f"{peer.instance} reserved other blocks than those that were asked for")
         return dst, answer
 
-    async def _transmit(self, job: _Job, src: Addresses, dst: Addresses, ticket: int) -> NDArray[np.uint64]:
+    async def _move(
+        self, job: _Job, steps: list[Step], unit_bytes: int, reserved: Reserved, ready: LayerGate | None
+    ) -> Moved:
+        """Move all steps: at once, or as their layers become ready."""
+        if ready is None:
+            return await self._transmit(job, steps, unit_bytes, reserved, 0, last=True)
+        checksums, calls, first, at = [np.empty(0, np.uint64)], 0, 0, 0
+        while at < len(steps):
+            await job.wait_for(ready, steps[at].layers, self._limits.reserve_seconds)
+            # Waiting was no idleness: its time is not the copy's.
+            job.deadline = self._clock.now() + self._limits.reserve_seconds
+            group = [step for step in steps[at:] if step.layers <= ready.layers]
+            at += len(group)
+            last = at == len(steps)
+            moved = await self._transmit(job, group, unit_bytes, reserved, first, last=last)
+            checksums.append(moved.checksums)
+            calls += moved.calls
+            first += len(moved.checksums)
+        return Moved(np.concatenate(checksums), calls)
+
+    async def _transmit(
+        self, job: _Job, steps: list[Step], unit_bytes: int, reserved: Reserved, first: int, *, last: bool
+    ) -> Moved:
         _, backend = self._require_open()
         loop = asyncio.get_running_loop()
 
-        def written(first: int, blocks: int) -> None:
-            loop.call_soon_threadsafe(self._tell_written, job, first, blocks)
+        def written(first: int, units: int) -> None:
+            loop.call_soon_threadsafe(self._tell_written, job, first, units)
 
-        order = Transmission(
-            ticket,
-            plan_steps(src, dst, self._block_bytes),
-            functools.partial(self._may_go_on, job),
-            written,
-        )
+        go_on = functools.partial(self._may_go_on, job)
+        order = Transmission(reserved.ticket, steps, unit_bytes, first, last, go_on, written, reserved.memory)
         job.copying = loop.run_in_executor(backend.workers, backend.transmit, order)
         try:
             # Shielded: a cancelled future would say "done" while the thread still writes.
             return await asyncio.shield(job.copying)
-        except TransferAborted as error:
-            if self.closed:
-                raise PeerLost(f"{dst.instance} was lost during a copy") from error
-            raise
         except PeerLost as error:
             # The way to the peer is cut, so this link is of no use any more; the next one starts afresh.
             self.close(str(error))
@@ -239,9 +335,9 @@ class OutboundLink:
         job.deadline = now + self._limits.reserve_seconds
         return True
 
-    def _tell_written(self, job: _Job, first: int, blocks: int) -> None:
+    def _tell_written(self, job: _Job, first: int, units: int) -> None:
         if not job.stopped and self._connection is not None and not self._connection.closed:
-            self._connection.notify(Copied(job.transfer, first, blocks))
+            self._connection.notify(Copied(job.transfer, first, units))
 
     def _abort(self, job: _Job, reason: str) -> None:
         """Tell the peer that nothing is written any more, as soon as that is true."""
@@ -249,9 +345,9 @@ class OutboundLink:
             job.copying.add_done_callback(lambda _: self._abort(job, reason))
             return
         self._jobs.pop(job.transfer, None)
-        if job.copying is not None and not job.copying.cancelled():
-            # Retrieved, so that a failure nobody waits for any more is not reported as forgotten.
-            job.copying.exception()
+        if (lost := _lost_while_copying(job)) is not None:
+            # Not even that is known of what was under way; the end of the connection says so.
+            self.close(str(lost))
         if self._connection is not None and not self._connection.closed:
             self._connection.notify(AbortTransfer(job.transfer, reason))
 
@@ -264,3 +360,19 @@ class OutboundLink:
         if self._connection is None:
             raise PeerLost("the connection was never opened")
         return await self._connection.call(message, self._limits.call_seconds)
+
+
+def _lost_while_copying(job: _Job) -> PeerLost | None:
+    """How the way to the peer was cut, once the copying has ended. Counts as looking at its failure."""
+    if job.copying is None or job.copying.cancelled():
+        return None
+    error = job.copying.exception()
+    return error if isinstance(error, PeerLost) else None
+
+
+def _require_life(addrs: Addresses, peer: Hello) -> None:
+    """Raise ``StaleAddress`` for blocks of another life of the peer, or of another pool."""
+    if (addrs.instance, addrs.incarnation) != (peer.instance, peer.incarnation):
+        raise StaleAddress(
+            f"blocks of {addrs.owner_text} mean nothing to {peer.instance} (incarnation {peer.incarnation})"
+        )

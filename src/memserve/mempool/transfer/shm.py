@@ -1,4 +1,4 @@
-"""The shared-memory backend: hands out the arena's descriptors, maps a peer's, copies block by block.
+"""The shared-memory backend: hands out the arena's descriptors, maps a peer's, copies unit by unit.
 
 Descriptors travel over an abstract Unix socket to processes of the same user; nothing has a name in the
 file system. A copy is one pass of native code without the GIL, which also computes the checksums.
@@ -16,14 +16,14 @@ from concurrent.futures import Executor
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
 from memserve._native import copy_blocks
 from memserve.core.errors import PeerLost, StaleAddress, TransferAborted
 from memserve.core.messages import Hello
 from memserve.mempool.address import BlockNumbers
 from memserve.mempool.arena import MOST_SEGMENTS, Arena, Extent
-from memserve.mempool.transfer.backends import SHM, Transmission
+from memserve.mempool.transfer.backends import SHM, Moved, Transmission
+from memserve.mempool.transfer.plan import Step
 from memserve.wire.connection import same_user
 from memserve.wire.sockets import open_socket
 
@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 
 _MOST_BYTES = 1 << 14
 """More than the description of ``MOST_SEGMENTS`` segments takes."""
+_ANNOUNCE_BYTES = 1 << 20
+"""Of steps that may all go, so much is announced at once: each announcement wakes a thread over there."""
 
 
 class _Segments(msgspec.Struct, frozen=True, array_like=True):
@@ -109,19 +111,27 @@ class SharedMemoryBackend:
         self._peer = peer
         self._extend = extend
 
-    def transmit(self, order: Transmission) -> NDArray[np.uint64]:
+    def transmit(self, order: Transmission) -> Moved:
         checksums = [np.empty(0, np.uint64)]
-        first = 0
+        first, told, calls, size = order.first, order.first, 0, order.unit_bytes
         for at, step in enumerate(order.steps):
             if not order.may_go_on():
                 raise TransferAborted("the copy was stopped half-way; nothing was published")
-            targets, sources = self._map(step.dst).pointers(step.dst), self._own.pointers(step.src)
-            checksums.append(copy_blocks(targets, sources, self._own.block_bytes))
-            # The publication, which comes at once, tells of the last step.
-            if at + 1 < len(order.steps):
-                order.written(first, len(step.src))
+            targets = self._map(step.dst).map.unit_pointers(step.dst, step.parts, size)
+            sources = self._own.map.unit_pointers(step.src, step.parts, size)
+            checksums.append(copy_blocks(targets, sources, size))
             first += len(step.src)
-        return np.concatenate(checksums)
+            ends = at + 1 == len(order.steps)
+            if not order.last if ends else (first - told) * size >= _ANNOUNCE_BYTES:
+                order.written(told, first - told)
+                told = first
+            calls += len(step.src) - self._joined(step, size)
+        return Moved(np.concatenate(checksums), calls)
+
+    def _joined(self, step: Step, size: int) -> int:
+        """How many units continue the one before them on both sides."""
+        there = self._peer.map.touching(step.dst, step.parts, size)
+        return int(np.count_nonzero(there & self._own.map.touching(step.src, step.parts, size)))
 
     def interrupt(self) -> None:
         """Steps are short: a copy ends by itself when ``may_go_on`` says no."""

@@ -47,12 +47,11 @@ class StreamListener:
     Raises ``ConfigError`` without a key, or beyond loopback without TLS.
     """
 
-    def __init__(self, host: str, block_bytes: int, security: Security | None, stall_seconds: float) -> None:
+    def __init__(self, host: str, security: Security | None, stall_seconds: float) -> None:
         self._socket, self._tls = bind_tcp(TcpAddress(host, 0), security)
         widen_buffers(self._socket)
         self.port: int = self._socket.getsockname()[1]
         self._security = security
-        self._block_bytes = block_bytes
         self._stall_seconds = stall_seconds
         self._owners: dict[bytes, StreamOwner] = {}
         self._threads: set[threading.Thread] = set()
@@ -144,13 +143,15 @@ class StreamListener:
         try:
             while True:
                 _receive_header(channel, header)
-                ticket, first, blocks = unpack_header(bytes(header))
-                arrival = owner.find_arrival(ticket)
-                memory = None if arrival is None else arrival.begin(first, blocks)
+                chunk = unpack_header(bytes(header))
+                arrival = owner.find_arrival(chunk.ticket)
+                memory = (
+                    None if arrival is None else arrival.begin(chunk.first, chunk.units, chunk.unit_bytes)
+                )
                 if arrival is None or memory is None:
-                    _discard(channel, blocks * self._block_bytes)
+                    _discard(channel, chunk.units * chunk.unit_bytes)
                 else:
-                    _receive_chunk(channel, memory, arrival.finish)
+                    _receive_chunk(channel, memory, chunk.units, arrival.finish)
         except (OSError, EOFError, ProtocolError) as error:
             return str(error)
 
@@ -167,11 +168,13 @@ def _receive_header(channel: Channel, header: bytearray) -> None:
         return
 
 
-def _receive_chunk(channel: Channel, memory: list[memoryview], finish: Callable[[int], None]) -> None:
+def _receive_chunk(
+    channel: Channel, memory: list[memoryview], units: int, finish: Callable[[int], None]
+) -> None:
     arrived = 0
     try:
         channel.receive(memory)
-        arrived = len(memory)
+        arrived = units
     finally:
         finish(arrived)
 

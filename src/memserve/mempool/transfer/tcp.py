@@ -1,8 +1,8 @@
-"""The tcp backend's sending side: blocks over a stream of their own, straight from the arena, in chunks.
+"""The tcp backend's sending side: units over a stream of their own, straight from the arena, in chunks.
 
-A stream begins with the name that the receiver gave it. A chunk is a header (ticket, first block, blocks,
-CRC-32 of these) and the blocks' bytes. Its size is such that a checksum finds in the cache what the copy
-to or from the socket has touched.
+A stream begins with the name that the receiver gave it. A chunk is a header (ticket, first unit, units, bytes
+of a unit, CRC-32 of these) and the units' bytes. Its size is such that a checksum finds in the cache what the
+copy to or from the socket has touched.
 """
 
 from __future__ import annotations
@@ -10,17 +10,16 @@ from __future__ import annotations
 import struct
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from memserve._native import checksum_blocks
 from memserve.core.errors import PeerLost, ProtocolError, TransferAborted
 from memserve.core.messages import Hello
 from memserve.core.types import InstanceId
-from memserve.mempool.address import BlockNumbers
 from memserve.mempool.arena import Arena
-from memserve.mempool.transfer.backends import TCP, Transmission
+from memserve.mempool.transfer.backends import TCP, Moved, Transmission
 from memserve.wire import Security
 from memserve.wire.address import TcpAddress, UnixAddress, parse_address
 from memserve.wire.channel import Channel, open_channel, widen_buffers
@@ -28,27 +27,36 @@ from memserve.wire.sockets import closing_on_error, open_socket
 
 BLOCKS = "blocks"
 """What the connection is for, as the proof of the key says."""
-HEADER_BYTES = 20
-_HEADER = struct.Struct("<QII")
+_HEADER = struct.Struct("<QIII")
 _HEADER_CHECKSUM = struct.Struct("<I")
+HEADER_BYTES = _HEADER.size + _HEADER_CHECKSUM.size
 STREAM_NAME_BYTES = 16
 CHUNK_BYTES = 512 << 10
-"""Bytes of blocks per chunk, at least one block."""
+"""Bytes of units per chunk, at least one unit."""
 
 
-def pack_header(ticket: int, first: int, blocks: int) -> bytes:
-    """What goes before the ``blocks`` blocks of a chunk, of which ``first`` is the number in the transfer."""
-    packed = _HEADER.pack(ticket, first, blocks)
+@dataclass(frozen=True, slots=True)
+class ChunkHeader:
+    """What goes before the bytes of ``units`` units, of which ``first`` is the number in the transfer."""
+
+    ticket: int
+    first: int
+    units: int
+    unit_bytes: int
+
+
+def pack_header(header: ChunkHeader) -> bytes:
+    """``HEADER_BYTES`` bytes."""
+    packed = _HEADER.pack(header.ticket, header.first, header.units, header.unit_bytes)
     return packed + _HEADER_CHECKSUM.pack(zlib.crc32(packed))
 
 
-def unpack_header(header: bytes) -> tuple[int, int, int]:
-    """Ticket, first block and blocks. Raises ``ProtocolError`` for a damaged header."""
-    packed = header[: _HEADER.size]
-    if _HEADER_CHECKSUM.unpack(header[_HEADER.size :])[0] != zlib.crc32(packed):
+def unpack_header(raw: bytes) -> ChunkHeader:
+    """Inverse of :func:`pack_header`. Raises ``ProtocolError`` for a damaged header."""
+    packed = raw[: _HEADER.size]
+    if _HEADER_CHECKSUM.unpack(raw[_HEADER.size :])[0] != zlib.crc32(packed):
         raise ProtocolError("a chunk's header is damaged")
-    ticket, first, blocks = _HEADER.unpack(packed)
-    return ticket, first, blocks
+    return ChunkHeader(*_HEADER.unpack(packed))
 
 
 class TcpBackend:
@@ -62,17 +70,22 @@ class TcpBackend:
         self._peer = peer
         self._channel = channel
 
-    def transmit(self, order: Transmission) -> NDArray[np.uint64]:
+    def transmit(self, order: Transmission) -> Moved:
         checksums = [np.empty(0, np.uint64)]
-        first = 0
+        first, calls, size = order.first, 0, order.unit_bytes
+        most = max(1, CHUNK_BYTES // size)
         for step in order.steps:
             if not order.may_go_on():
                 raise TransferAborted("the stream was stopped half-way; nothing was published")
-            for part in _chunks(step.src, self._own.block_bytes):
-                checksums.append(checksum_blocks(self._own.pointers(part), self._own.block_bytes))
-                self._send(order.ticket, first, part)
-                first += len(part)
-        return np.concatenate(checksums)
+            units = self._own.units(step.src, step.parts, size)
+            for at in range(0, len(step.src), most):
+                pointers = units.pointers[at : at + most]
+                checksums.append(checksum_blocks(pointers, size))
+                memory = units.views(at, len(pointers))
+                self._send(ChunkHeader(order.ticket, first, len(pointers), size), memory)
+                first += len(pointers)
+                calls += len(memory)
+        return Moved(np.concatenate(checksums), calls)
 
     def interrupt(self) -> None:
         self._channel.shut()
@@ -82,11 +95,9 @@ class TcpBackend:
         self.workers.submit(self._channel.close)
         self.workers.shutdown(wait=False)
 
-    def _send(self, ticket: int, first: int, numbers: BlockNumbers) -> None:
-        header = memoryview(pack_header(ticket, first, len(numbers)))
-        blocks = [self._own.block_memory(number).data for number in numbers.tolist()]
+    def _send(self, header: ChunkHeader, memory: list[memoryview]) -> None:
         try:
-            self._channel.send([header, *blocks])
+            self._channel.send([memoryview(pack_header(header)), *memory])
         except OSError as error:
             # Half a chunk may be out: whatever came next would be taken for the rest of it.
             self._channel.shut()
@@ -112,8 +123,3 @@ def connect_stream(
     except OSError as error:
         raise PeerLost(f"cannot open a stream of blocks to {hello.instance} at {where}: {error}") from error
     return TcpBackend(own, hello.instance, channel)
-
-
-def _chunks(numbers: BlockNumbers, block_bytes: int) -> list[BlockNumbers]:
-    blocks = max(1, CHUNK_BYTES // block_bytes)
-    return [numbers[at : at + blocks] for at in range(0, len(numbers), blocks)]

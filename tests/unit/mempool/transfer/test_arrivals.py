@@ -14,6 +14,7 @@ from memserve.mempool.arena import Arena
 from memserve.mempool.transfer.arrivals import SharedArrival, StreamedArrival
 
 BYTES, BLOCKS = 512, 6
+NOTHING = np.empty(0, np.int64)
 
 
 def new_arena() -> Arena:
@@ -50,10 +51,10 @@ def test_a_stream_fills_the_blocks_in_order() -> None:
         arrival = streamed(arena)
         waiting = asyncio.ensure_future(arrival.checksums())
         for first, blocks in ((0, 4), (4, 2)):
-            views = arrival.begin(first, blocks)
+            views = arrival.begin(first, blocks, BYTES)
             assert views is not None
             for view in views:
-                view[:] = bytes([9]) * BYTES
+                view[:] = bytes([9]) * len(view)
             assert not waiting.done()
             arrival.finish(blocks)
             assert arrival.take_progress()
@@ -68,7 +69,7 @@ def test_a_stream_fills_the_blocks_in_order() -> None:
 def test_a_stream_cannot_write_elsewhere(first: int, blocks: int) -> None:
     async def scenario() -> None:
         with pytest.raises(ProtocolError, match="of 6 had"):
-            streamed(new_arena()).begin(first, blocks)
+            streamed(new_arena()).begin(first, blocks, BYTES)
 
     asyncio.run(scenario())
 
@@ -77,7 +78,7 @@ def test_blocks_are_let_go_only_when_the_stream_has_stopped_writing() -> None:
     async def scenario() -> None:
         arrival = streamed(new_arena())
         freed: list[str] = []
-        arrival.begin(0, 2)
+        arrival.begin(0, 2, BYTES)
         waiting = asyncio.ensure_future(arrival.checksums())
         await asyncio.sleep(0)
         arrival.stop(TransferAborted("told to"), lambda: freed.append("first"))
@@ -88,7 +89,7 @@ def test_blocks_are_let_go_only_when_the_stream_has_stopped_writing() -> None:
         arrival.finish(0)
         await asyncio.sleep(0)
         assert freed == ["first"]
-        assert arrival.begin(0, 2) is None
+        assert arrival.begin(0, 2, BYTES) is None
 
     asyncio.run(scenario())
 
@@ -108,11 +109,10 @@ def test_an_idle_arrival_stops_at_once() -> None:
 
 def test_nothing_to_send_has_arrived() -> None:
     async def scenario() -> None:
-        assert len(await StreamedArrival([], np.empty(0, np.uint64)).checksums()) == 0
+        assert len(await StreamedArrival(new_arena().units(NOTHING, NOTHING, BYTES)).checksums()) == 0
 
     asyncio.run(scenario())
 
 
 def streamed(arena: Arena) -> StreamedArrival:
-    memory = [arena.block_memory(number) for number in range(BLOCKS)]
-    return StreamedArrival(memory, arena.pointers(np.arange(BLOCKS)))
+    return StreamedArrival(arena.units(np.arange(BLOCKS), np.zeros(BLOCKS, np.int64), BYTES))

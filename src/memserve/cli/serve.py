@@ -25,6 +25,7 @@ class ServeOptions:
     served_name: str | None = None
     context: int | None = None
     runner: str | None = None
+    weights: str | None = None
     prefill: int | None = None
     decode: int | None = None
     colocated: int | None = None
@@ -45,6 +46,7 @@ def serve(
     served_name: options.ServedName = None,
     context: options.Context = None,
     runner: options.Runner = None,
+    weights: options.Weights = None,
     prefill: options.Prefill = None,
     decode: options.Decode = None,
     colocated: options.Colocated = None,
@@ -66,6 +68,7 @@ def serve(
         served_name=served_name,
         context=context,
         runner=runner,
+        weights=weights,
         prefill=prefill,
         decode=decode,
         colocated=colocated,
@@ -99,7 +102,7 @@ def build_config(said: ServeOptions, file: Path | None) -> Config:
         runner=said.runner,
     )
     config = override_config(config, "pool", **_pool(said))
-    config = override_config(config, "engine", threads=said.threads, phases=said.phases)
+    config = override_config(config, "engine", threads=said.threads, phases=said.phases, weights=said.weights)
     config = override_config(config, "cluster", **_counts(said))
     config = override_config(
         config,

@@ -42,6 +42,14 @@ Runner = Annotated[
         rich_help_panel=_MODEL,
     ),
 ]
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        help="**stored**: 4 and 8 bits as in the file (default). **bf16**: expanded, the same answers from "
+        "more memory. **int8**: 16-bit files in 8-bit groups too.",
+        rich_help_panel=_MODEL,
+    ),
+]
 Prefill = Annotated[
     int | None, typer.Option(help="Instances that only read prompts. Default 1.", rich_help_panel=_INSTANCES)
 ]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from memserve.core.clock import Clock
-from memserve.core.config import ModelConfig, PoolConfig
+from memserve.core.config import Config, ModelConfig, PoolConfig
 from memserve.core.errors import ConfigError
 from memserve.core.messages import LoadReport, Message, PoolResized, Ready, ResizePool, Stats
 from memserve.core.types import InstanceId
@@ -100,7 +100,7 @@ async def assemble(
     source = open_model(config.model.model)
     context = context_of(source, config.model)
     runner = await asyncio.get_running_loop().run_in_executor(
-        None, load_runner, source, config.model.runner, settings.threads, context, progress
+        None, load_runner, source, config, settings.threads, context, progress
     )
     pool = MemPool(
         runner.layout,
@@ -157,14 +157,19 @@ def context_of(source: ModelSource, config: ModelConfig) -> int:
     return asked
 
 
-def load_runner(source: ModelSource, kind: str, threads: int, context: int, progress: Progress) -> Runner:
-    """Read the weights and build the runner ``kind``; slow, for a worker thread."""
-    weights = source.weights(lambda done: progress("reading weights", done))
-    progress("packing weights", 0.0)
-    if kind == "reference":
+def load_runner(
+    source: ModelSource, config: Config, threads: int, context: int, progress: Progress
+) -> Runner:
+    """Read the weights and build the configured runner; slow, for a worker thread."""
+
+    def reading(done: float) -> None:
+        progress("reading weights", done)
+
+    if config.model.runner == "reference":
         from memserve.engine.runners.reference import ReferenceRunner
 
-        return ReferenceRunner(weights)
+        return ReferenceRunner(source.weights(reading))
     from memserve.engine.runners.native import NativeRunner
 
-    return NativeRunner(weights, threads=threads, context=context)
+    weights = source.stored_weights(reading)
+    return NativeRunner(weights, threads=threads, context=context, keep=config.engine.weights)

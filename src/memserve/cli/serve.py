@@ -35,6 +35,7 @@ class ServeOptions:
     disk: str | None = None
     disk_memory: str | None = None
     threads: int | None = None
+    target_tpot: float | None = None
     host: str | None = None
     port: int | None = None
     api_key: str | None = None
@@ -55,6 +56,7 @@ def serve(
     disk: options.Disk = None,
     disk_memory: options.DiskMemory = None,
     threads: options.Threads = None,
+    target_tpot: options.TargetTpot = None,
     host: options.Host = None,
     port: options.Port = None,
     api_key: options.ApiKey = None,
@@ -76,6 +78,7 @@ def serve(
         disk=disk,
         disk_memory=disk_memory,
         threads=threads,
+        target_tpot=target_tpot,
         host=host,
         port=port,
         api_key=api_key or None,
@@ -99,7 +102,9 @@ def build_config(said: ServeOptions, file: Path | None) -> Config:
         runner=said.runner,
     )
     config = override_config(config, "pool", **_pool(said))
-    config = override_config(config, "engine", threads=said.threads, phases=said.phases)
+    config = override_config(
+        config, "engine", threads=said.threads, phases=said.phases, target_tpot=said.target_tpot
+    )
     config = override_config(config, "cluster", **_counts(said))
     config = override_config(
         config,

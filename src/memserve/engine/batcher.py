@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from memserve.core.types import RequestId
-from memserve.engine.pace import FLOOR_TOKENS, Budget, Pace, Work
+from memserve.engine.pace import Budget, Pace, Work
 from memserve.engine.sequence import Sequence
 
 
@@ -41,8 +41,7 @@ class Batcher:
     """Waiting and running sequences of one engine, both in order of arrival.
 
     ``step_tokens`` bounds the rows of a forward pass; ``pace`` bounds prefill further while streams run.
-    Prefill gets ``FLOOR_TOKENS`` per step even where the streams alone exceed the time, and one row even
-    where they alone fill the pass.
+    Prefill gets a little of each step even where the streams alone exceed these bounds.
     """
 
     def __init__(self, *, step_tokens: int, max_running: int, pace: Pace | None = None) -> None:
@@ -120,7 +119,8 @@ class Batcher:
         decoding = tuple(Chunk(sequence, 1) for sequence in self._running if sequence.pending == 1)
         prompts = [sequence for sequence in self._running if sequence.pending > 1]
         rows = max(self._step_tokens - len(decoding), 1)
-        budget = Budget(self.pace.times, rows, self.pace.seconds_left(work_of(decoding)))
+        behind = prompts[0].computed if prompts else 0
+        budget = Budget(self.pace.times, rows, self.pace.seconds_left(work_of(decoding), behind))
         return (*decoding, *_share_out(prompts, budget))
 
     def check(self) -> None:
@@ -138,8 +138,7 @@ def _share_out(prompts: list[Sequence], budget: Budget) -> Iterator[Chunk]:
     if not prompts:
         return
     oldest = prompts[0]
-    least = min(oldest.pending, FLOOR_TOKENS, budget.rows)
-    sure = max(least, budget.fit(oldest.computed, oldest.pending, 0.5))
+    sure = max(1, budget.fit(oldest.computed, oldest.pending, 0.5))
     budget.spend(oldest.computed, sure)
     counts = {oldest: sure}
     for sequence in sorted(prompts, key=lambda each: each.pending):

@@ -8,6 +8,8 @@ _RATE = 0.1
 """Weight of a new measurement against what is known; the first ones weigh more."""
 _SURPRISE = 0.5
 """A measurement counts as at most this much off, as a part of what was predicted: outliers move little."""
+_NO_TIME = 1e-9
+"""Less than a clock can tell from nothing."""
 
 
 class LinearCost:
@@ -40,7 +42,7 @@ class LinearCost:
         """``amounts``, none negative, have cost ``seconds``."""
         parts = [price * amount for price, amount in zip(self._prices, amounts, strict=True)]
         predicted = sum(parts)
-        if predicted <= 0 or seconds <= 0:
+        if predicted <= 0 or seconds < _NO_TIME:
             return
         self._seen += 1
         if self._seen == 1:

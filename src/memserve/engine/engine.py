@@ -243,8 +243,9 @@ class Engine:
         """
         if lead is None:
             return False
-        if lead.worth_waiting(sequence):
-            self._shared += sequence.leader_patience is None
+        waited = sequence.leader_patience is not None
+        if lead.coming and (waited or lead.worth_waiting(sequence)):
+            self._shared += not waited
             sequence.leader_patience = sequence.leader_patience or Patience(_FOLLOWING_SECONDS)
             if not sequence.leader_patience.spent(lead.leader.computed, self._clock.now()):
                 return True

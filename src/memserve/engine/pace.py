@@ -12,7 +12,6 @@ from memserve.engine.cost import LinearCost
 
 FLOOR_TOKENS = 16
 """Prefill goes on by at least this much per step, however slow the streams are without it."""
-_TILE_ROWS = 16
 
 # Seconds, of a 135 M parameter model on two slow cores; the first step corrects the scale.
 _PRIOR = (1e-2, 1e-3, 1e-6, 1e-3, 2e-7)
@@ -89,11 +88,15 @@ class Pace:
         self.target = target
         self.times = StepTimes()
 
-    def seconds_left(self, decoding: Work) -> float:
-        """What prefill may add to a step that decodes ``decoding``; may be negative."""
+    def seconds_left(self, decoding: Work, computed: int = 0) -> float:
+        """What prefill may add to a step that decodes ``decoding``: at least ``FLOOR_TOKENS``' time.
+
+        ``computed`` is what the prompt that gets them has behind it.
+        """
         if self.target is None or decoding.decode_rows == 0:
             return math.inf
-        return self.target - self.times.seconds_of(decoding)
+        floor = self.times.prefill_seconds(computed, FLOOR_TOKENS)
+        return max(floor, self.target - self.times.seconds_of(decoding))
 
 
 @dataclass(slots=True)
@@ -105,15 +108,11 @@ class Budget:
     seconds: float
 
     def fit(self, computed: int, wanted: int, share: float = 1.0) -> int:
-        """How many of ``wanted`` tokens, with ``computed`` behind them, fit into ``share`` of what is left.
-
-        Where time is short, tiles of rows in which kernels compute, unless it is all that is wanted.
-        """
+        """How many of ``wanted`` tokens, with ``computed`` behind them, fit into a ``share`` of the rest."""
         count = min(wanted, int(self.rows * share))
         if math.isinf(self.seconds):
             return count
-        timely = self.times.tokens_within(self.seconds * share, computed)
-        return count if count <= timely else timely // _TILE_ROWS * _TILE_ROWS
+        return min(count, self.times.tokens_within(self.seconds * share, computed))
 
     def spend(self, computed: int, count: int) -> None:
         """Take ``count`` tokens, with ``computed`` behind them, out of the budget."""

@@ -4,7 +4,10 @@ One engine in this process on the native runner, without HTTP. Every round measu
 prompts alone, then the streams alone (idle), then the streams with the prompts (mixed). Targets are multiples
 of the idle time between two tokens just measured; "none" is no pacing.
 
-    python benchmarks/mixed_load.py [--rounds N] [--threads N] [--targets none,1.5,2,3,5] [--model M]
+With --clock processor all times, the engine's own included, are this process's processor time divided by its
+threads: what a machine without other load would show, whoever else is busy on this one.
+
+    python benchmarks/mixed_load.py [--clock wall|processor] [--rounds N] [--threads N] [--targets none,1.5,2,3,5] [--model M]
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from memserve.core.clock import MonotonicClock
+from memserve.core.clock import Clock, MonotonicClock
 from memserve.core.messages import Message, RequestClosed, Submit, TokenChunk
 from memserve.core.types import FinishReason, InstanceId, Namespace, RequestId, SamplingParams, pack_tokens
 from memserve.engine.batcher import Batcher
@@ -41,12 +44,23 @@ STEP_TOKENS = 512
 PATIENCE = 300.0
 
 
+class ProcessorClock:
+    """Processor time of this process per thread of the model, in seconds."""
+
+    def __init__(self, threads: int) -> None:
+        self._threads = threads
+
+    def now(self) -> float:
+        return time.process_time() / self._threads
+
+
 @dataclass
 class Bench:
     """An engine, and when each of its requests got its tokens (seconds)."""
 
     engine: Engine
     pool: MemPool
+    clock: Clock
     vocabulary: int
     times: dict[str, list[float]] = field(default_factory=dict)
     closed: set[str] = field(default_factory=set)
@@ -55,7 +69,7 @@ class Bench:
 
     def emit(self, message: Message) -> None:
         if isinstance(message, TokenChunk):
-            self.times.setdefault(message.request, []).append(time.perf_counter())
+            self.times.setdefault(message.request, []).append(self.clock.now())
         elif isinstance(message, RequestClosed):
             self.closed.add(message.request)
         self.heard.set()
@@ -89,8 +103,7 @@ class Mixed:
     first_tokens: list[float]
 
 
-def make_bench(runner: NativeRunner, vocabulary: int) -> Bench:
-    clock = MonotonicClock()
+def make_bench(runner: NativeRunner, vocabulary: int, clock: Clock) -> Bench:
     pool = MemPool(runner.layout, BLOCKS, instance=InstanceId("bench"), incarnation=1, clock=clock)
     made: list[Bench] = []
     engine = Engine(
@@ -105,13 +118,13 @@ def make_bench(runner: NativeRunner, vocabulary: int) -> Bench:
         clock=clock,
         emit=lambda message: made[0].emit(message),
     )
-    made.append(Bench(engine, pool, vocabulary))
+    made.append(Bench(engine, pool, clock, vocabulary))
     return made[0]
 
 
 async def run_prompts(bench: Bench) -> tuple[float, list[float]]:
     """Tokens per second until the last prompt's first token, and each prompt's time to it."""
-    started = time.perf_counter()
+    started = bench.clock.now()
     names = [bench.ask(PROMPT_TOKENS, 1) for _ in range(PROMPTS)]
     await bench.until(lambda: bench.got(names, 1))
     firsts = [bench.times[name][0] - started for name in names]
@@ -125,7 +138,7 @@ async def run_mixed(bench: Bench, target: str) -> Mixed:
     await bench.until(lambda: bench.got(streams, 2))
     begun = {name: len(bench.times[name]) for name in streams}
     await bench.until(lambda: all(bench.got([name], begun[name] + IDLE_TOKENS) for name in streams))
-    now = time.perf_counter()
+    now = bench.clock.now()
     idle = [gap for name in streams for gap in gaps(bench.times[name][begun[name] :])]
     pace.target = None if target == "none" else float(target) * statistics.median(idle)
     rate, firsts = await run_prompts(bench)
@@ -141,9 +154,9 @@ def gaps(times: Sequence[float]) -> list[float]:
 
 
 async def measure(
-    runner: NativeRunner, vocabulary: int, targets: list[str], rounds: int
+    runner: NativeRunner, vocabulary: int, clock: Clock, targets: list[str], rounds: int
 ) -> dict[str, object]:
-    bench = make_bench(runner, vocabulary)
+    bench = make_bench(runner, vocabulary, clock)
     running = asyncio.create_task(bench.engine.run())
     await run_mixed(bench, "none")
     alone: list[float] = []
@@ -198,17 +211,22 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--targets", default="none,1.5,2,3,5")
+    parser.add_argument("--clock", choices=("wall", "processor"), default="wall")
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--output", type=Path)
     asked = parser.parse_args()
     source = open_model(asked.model)
     runner = NativeRunner(source.weights(lambda done: None), threads=asked.threads, context=2048)
+    clock = MonotonicClock() if asked.clock == "wall" else ProcessorClock(asked.threads)
     try:
-        figures = asyncio.run(measure(runner, source.spec.vocabulary, asked.targets.split(","), asked.rounds))
+        figures = asyncio.run(
+            measure(runner, source.spec.vocabulary, clock, asked.targets.split(","), asked.rounds)
+        )
     finally:
         isa = runner.isa
         runner.close()
-    path = write_result("mixed_load", {"isa": isa, "threads": asked.threads, **figures}, asked.output)
+    about = {"isa": isa, "threads": asked.threads, "clock": asked.clock}
+    path = write_result("mixed_load", about | figures, asked.output)
     print(path)
 
 

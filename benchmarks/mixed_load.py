@@ -7,7 +7,8 @@ of the idle time between two tokens just measured; "none" is no pacing.
 With --clock processor all times, the engine's own included, are this process's processor time divided by its
 threads: what a machine without other load would show, whoever else is busy on this one.
 
-    python benchmarks/mixed_load.py [--clock wall|processor] [--rounds N] [--threads N] [--targets none,1.5,2,3,5] [--model M]
+    python benchmarks/mixed_load.py [--clock wall|processor] [--rounds N] [--threads N]
+        [--targets none,1.5,2,3,5] [--model M]
 """
 
 from __future__ import annotations

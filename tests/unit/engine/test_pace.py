@@ -11,7 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from memserve.core.config import EngineConfig
 from memserve.core.types import Namespace, RequestId, SamplingParams
+from memserve.engine.assembly import build_batcher
 from memserve.engine.batcher import Batcher, work_of
 from memserve.engine.pace import FLOOR_TOKENS, Budget, Pace, StepTimes, Work
 from memserve.engine.sequence import Sequence, new_sequence
@@ -97,6 +99,11 @@ def test_no_target_means_whole_steps() -> None:
     enter(batcher, sequence("stream", 10, computed=9, answer=100), sequence("long", 1000))
     assert batcher.pace.seconds_left(Work().decode(9)) == math.inf
     assert [work.prefill_tokens for work, _ in play(batcher, Machine(0.01, 0.001, 0.01), 2)] == [255, 255]
+
+
+def test_the_configuration_sets_the_target_and_zero_none() -> None:
+    assert build_batcher(EngineConfig(target_tpot=0.05)).pace.target == 0.05
+    assert build_batcher(EngineConfig(target_tpot=0)).pace.target is None
 
 
 @given(st.floats(0, 10), st.integers(0, 100_000))

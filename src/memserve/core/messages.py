@@ -191,7 +191,10 @@ class Stored(msgspec.Struct, frozen=True, array_like=True, tag="stored"):
 
 
 class Removed(msgspec.Struct, frozen=True, array_like=True, tag="removed"):
-    """Of the path ``tokens`` only the first ``keep`` tokens are still there."""
+    """Of what begins with ``tokens`` only the first ``keep`` tokens are still there.
+
+    ``tokens`` goes from the root to the end of the first block that is gone.
+    """
 
     namespace: Namespace
     tokens: bytes
@@ -297,13 +300,14 @@ class Reserve(Message, frozen=True):
 class Reserved(Message, frozen=True):
     """Of the path, ``held`` blocks are already there; ``dst`` are packed addresses for the others.
 
-    ``ticket`` stands for the transfer in streams of blocks.
+    ``ticket`` stands for the transfer in streams of blocks. ``memory`` says how to write by ``nixl``.
     """
 
     transfer: str
     held: int
     dst: bytes
     ticket: int = 0
+    memory: bytes = b""
 
 
 class Copied(Message, frozen=True):

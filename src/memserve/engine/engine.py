@@ -13,7 +13,7 @@ from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 from memserve.core.clock import Clock
-from memserve.core.errors import InvalidRequest, MemServeError, Overloaded, RequestFailed
+from memserve.core.errors import ConfigError, InvalidRequest, MemServeError, Overloaded, RequestFailed
 from memserve.core.messages import (
     Message,
     RequestClosed,
@@ -39,6 +39,7 @@ from memserve.engine.sequence_blocks import SequenceBlocks
 from memserve.engine.sharing import Lead, Leaders
 from memserve.engine.step import compute_step
 from memserve.mempool.address import Addresses
+from memserve.mempool.layout import Arrangement
 from memserve.mempool.pool import MemPool
 
 log = logging.getLogger(__name__)
@@ -75,6 +76,11 @@ class Engine:
         clock: Clock,
         emit: Callable[[Message], None],
     ) -> None:
+        if pool.layout.arrangement is not Arrangement.AGGREGATED:
+            raise ConfigError(
+                f"the pool's layout.arrangement is {pool.layout.arrangement.value}, and kernels read whole "
+                f"blocks; make the pool with arrangement {Arrangement.AGGREGATED.value}"
+            )
         self._instance = instance
         self._pool = pool
         self._runner = runner

@@ -52,6 +52,11 @@ def numbers_of(packed: Packed) -> BlockNumbers:
     return ((packed >> _GENERATION_BITS) & _NUMBER_MASK).view(np.int64)
 
 
+def are_distinct(numbers: BlockNumbers) -> bool:
+    """Whether no block is named twice."""
+    return len(np.unique(numbers)) == len(numbers)
+
+
 def tiers_in(packed: Packed) -> NDArray[np.uint8]:
     """The :class:`Tier` of each packed address: uint8[n]."""
     return (packed >> np.uint64(_TIER_SHIFT)).astype(np.uint8)

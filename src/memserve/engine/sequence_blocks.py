@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
+from numpy.typing import NDArray
 
 from memserve.core.clock import Clock
 from memserve.core.errors import OutOfBlocks
@@ -22,8 +23,8 @@ from memserve.mempool.pool import MemPool
 
 _SWAP_PRIOR = (1e-4, 5e-4)
 """Seconds to bring one block up from host and from disk; the first blocks correct the scale."""
-_RETRY = 0.99
-"""A tier that is left alone because it was slow seems a little faster each time, and is tried again."""
+_RETRY = 0.9
+"""A tier that is left alone counts as having been this much quicker than expected: it is tried again."""
 
 
 class SequenceBlocks:
@@ -54,6 +55,9 @@ class SequenceBlocks:
                 cached, fresh = self._bring_up(wanted, pool.layout.blocks_for(sequence.length))
             except OutOfBlocks:
                 return False
+            if len(wanted) < len(match.addrs):
+                left = _in_tiers(match.tiers[len(wanted) :])
+                self._swaps.learn(left, self._swaps.predict(left) * _RETRY)
             if sequence.ledger is None:
                 tokens = pool.layout.block_tokens
                 sequence.ledger = _account(match, len(cached), tokens, sequence.prompt_length)
@@ -103,7 +107,8 @@ class SequenceBlocks:
         blocks = victim.computed // self._pool.layout.block_tokens
         swap = False
         if tiers and blocks and self._phases.reuses:
-            swap = self._pays_to_swap({tiers[0]: blocks}, 0, victim.computed)
+            below = np.full(blocks, tiers[0], np.uint8)
+            swap = self._pays_to_swap(below, 0)
         if swap or not tiers:
             self.publish(victim)
         self.release(victim)
@@ -116,20 +121,15 @@ class SequenceBlocks:
         """How many of the matched blocks to use: what lies below only if computing it takes longer."""
         tiers = match.tiers
         upper = int(np.count_nonzero(tiers == Tier.DEVICE))
-        below = {tier: int(np.count_nonzero(tiers == tier)) for tier in (Tier.HOST, Tier.DISK)}
-        step = self._pool.layout.block_tokens
-        if upper == len(tiers) or self._pays_to_swap(below, upper * step, (len(tiers) - upper) * step):
+        if upper == len(tiers) or self._pays_to_swap(tiers[upper:], upper):
             return len(tiers)
         return upper
 
-    def _pays_to_swap(self, below: Mapping[Tier, int], computed: int, tokens: int) -> bool:
-        """Whether ``below`` blocks come up sooner than their ``tokens``, after ``computed``, are computed."""
-        amounts = (below.get(Tier.HOST, 0), below.get(Tier.DISK, 0))
-        seconds = self._swaps.predict(amounts)
-        if seconds <= self._times.prefill_seconds(computed, tokens):
-            return True
-        self._swaps.learn(amounts, seconds * _RETRY)
-        return False
+    def _pays_to_swap(self, tiers: NDArray[np.uint8], behind: int) -> bool:
+        """Whether blocks in ``tiers`` come up sooner than they are computed, with ``behind`` before them."""
+        step = self._pool.layout.block_tokens
+        computing = self._times.prefill_seconds(behind * step, len(tiers) * step)
+        return self._swaps.predict(_in_tiers(tiers)) <= computing
 
     def _bring_up(self, wanted: Addresses, need: int) -> tuple[Addresses, Addresses]:
         """``wanted`` on the device, and new blocks up to ``need``. ``OutOfBlocks``: nothing is kept."""
@@ -150,10 +150,13 @@ class SequenceBlocks:
         tiers = wanted.tiers
         started = self._clock.now()
         cached = self._pool.swap_in(wanted)
-        came = tiers[: len(cached)]
-        amounts = (int(np.count_nonzero(came == Tier.HOST)), int(np.count_nonzero(came == Tier.DISK)))
-        self._swaps.learn(amounts, self._clock.now() - started)
+        self._swaps.learn(_in_tiers(tiers[: len(cached)]), self._clock.now() - started)
         return cached
+
+
+def _in_tiers(tiers: NDArray[np.uint8]) -> tuple[int, int]:
+    """How many blocks lie on host and on disk."""
+    return int(np.count_nonzero(tiers == Tier.HOST)), int(np.count_nonzero(tiers == Tier.DISK))
 
 
 def _account(match: Match, blocks: int, block_tokens: int, prompt: int) -> Ledger:

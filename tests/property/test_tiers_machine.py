@@ -17,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from memserve.core.clock import VirtualClock
 from memserve.core.errors import InvalidRequest, OutOfBlocks
-from memserve.core.messages import Stored
+from memserve.core.messages import Moved, Stored, TierName
 from memserve.core.types import InstanceId, Namespace, unpack_tokens
 from memserve.mempool import (
     AbortCause,
@@ -89,7 +89,8 @@ class TiersMachine(RuleBasedStateMachine):
         self.leases: list[tuple[Match, Key]] = []
         self.pins: dict[Key, float] = {}
         self.next_seq = 0
-        self.replica: set[Key] = set()
+        self.replica: dict[Key, TierName] = {}
+        """What a subscriber knows: where the last block of each path lies."""
 
     def teardown(self) -> None:
         self.pool.close()
@@ -107,6 +108,14 @@ class TiersMachine(RuleBasedStateMachine):
 
     def indexed(self) -> set[Key]:
         return {(space, path) for space, tokens in self.pool._index.paths() for path in all_prefixes(tokens)}
+
+    def places(self) -> dict[Key, TierName]:
+        """In which tier the last block of each indexed path lies."""
+        return {
+            (space, path): Tier(int(self.pool._table.tiers_of(blocks[-1:])[0])).label
+            for space, path in self.indexed()
+            for blocks in [self.pool._index.find(space, tokens_of(path)).blocks]
+        }
 
     # --- what an engine does ---
 
@@ -299,8 +308,10 @@ class TiersMachine(RuleBasedStateMachine):
         self.open_pool()
         snapshot = self.pool.snapshot()
         self.next_seq = snapshot.next_seq
-        self.replica = self.indexed()
-        assert self.replica <= self.may_be_there
+        self.replica = {}
+        for event in (*snapshot.paths, *snapshot.moved):
+            self.apply(event)
+        assert self.replica.keys() <= self.may_be_there
         assert self.disk or not self.replica
 
     # --- invariants ---
@@ -332,18 +343,24 @@ class TiersMachine(RuleBasedStateMachine):
             self.next_seq += len(batch.events)
             for event in batch.events:
                 self.apply(event)
-        assert self.replica == self.indexed()
+        assert self.replica == self.places()
 
     def apply(self, event) -> None:
         tokens = unpack_tokens(event.tokens)
         if isinstance(event, Stored):
-            self.replica |= {(event.namespace, path) for path in all_prefixes(tokens)}
+            known = {(event.namespace, path): "device" for path in all_prefixes(tokens)}
+            self.replica = known | self.replica
+            return
+        if isinstance(event, Moved):
+            beyond = all_prefixes(tokens)[event.start // PAGE :]
+            assert beyond
+            self.replica |= {(event.namespace, path): event.tier for path in beyond}
             return
         keep = event.keep // PAGE
         first = tuple(tokens[: event.keep + PAGE : PAGE].tolist())
         self.replica = {
-            (space, path)
-            for space, path in self.replica
+            (space, path): tier
+            for (space, path), tier in self.replica.items()
             if space != event.namespace or path[: len(first)] != first or len(path) <= keep
         }
 

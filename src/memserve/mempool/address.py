@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memserve.core.errors import StaleAddress
+from memserve.core.messages import TierName
 from memserve.core.types import InstanceId
 
 Packed = NDArray[np.uint64]
@@ -37,6 +38,14 @@ class Tier(enum.IntEnum):
     DEVICE = 0
     HOST = 1
     DISK = 2
+
+    @property
+    def label(self) -> TierName:
+        """Its name in messages."""
+        return _LABELS[self]
+
+
+_LABELS: tuple[TierName, ...] = ("device", "host", "disk")
 
 
 class Origin(enum.IntEnum):

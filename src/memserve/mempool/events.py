@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from memserve.core.messages import PoolEvent, PoolEvents, Removed, Stored
+from memserve.core.messages import Moved, PoolEvent, PoolEvents, Removed, Stored
 from memserve.core.types import InstanceId, Namespace, Tokens, pack_tokens
+from memserve.mempool.address import Tier
 
 
 class EventLog:
@@ -49,6 +50,13 @@ class EventLog:
         """Of what begins with the parts of ``path`` only the first ``keep`` tokens are left."""
         if self._followed:
             self._append(Removed(namespace, pack_tokens(*path), keep))
+        else:
+            self._first += 1
+
+    def moved(self, namespace: Namespace, tokens: Tokens, start: int, tier: Tier) -> None:
+        """Of the path ``tokens``, what begins with token ``start`` lies in ``tier`` now."""
+        if self._followed:
+            self._append(Moved(namespace, pack_tokens(tokens), start, tier.label))
         else:
             self._first += 1
 

@@ -224,6 +224,14 @@ class PromptIndex:
             for leaf in tree.leaves():
                 yield namespace, tree.path_tokens(leaf)
 
+    def lowered(self) -> Iterator[tuple[Namespace, Tokens, int, Tier]]:
+        """Every edge below the device: its path, and the token of it with which the edge begins."""
+        for namespace, tree in self._trees.items():
+            for node in tree.nodes():
+                if node.payload.tier is not Tier.DEVICE:
+                    tokens = tree.path_tokens(node)
+                    yield namespace, tokens, len(tokens) - len(node.key), node.payload.tier
+
     def all_blocks(self) -> BlockNumbers:
         """Every indexed block: int64[n], in no order."""
         return _join([node.payload.blocks for tree in self._trees.values() for node in tree.nodes()])

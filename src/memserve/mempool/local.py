@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from memserve._native import count_different
 from memserve.core.clock import Clock
 from memserve.core.errors import ConfigError, InvalidRequest, StaleAddress
-from memserve.core.messages import PoolEvents, Snapshot, Stored
+from memserve.core.messages import Moved, PoolEvents, Snapshot, Stored
 from memserve.core.types import InstanceId, Namespace, Tokens, pack_tokens
 from memserve.mempool.address import Addresses, BlockNumbers, Origin, Tier, are_distinct, numbers_of
 from memserve.mempool.arena import Arena, Extent
@@ -307,7 +307,11 @@ class LocalPool:
         """All that the index holds, one path per leaf. Supersedes the events that were not taken yet."""
         self._events.forget()
         paths = tuple(Stored(namespace, pack_tokens(tokens)) for namespace, tokens in self._index.paths())
-        return Snapshot(self.instance, self.incarnation, self._events.next_seq, paths)
+        moved = tuple(
+            Moved(namespace, pack_tokens(tokens), start, tier.label)
+            for namespace, tokens, start, tier in self._index.lowered()
+        )
+        return Snapshot(self.instance, self.incarnation, self._events.next_seq, paths, moved)
 
     def stats(self) -> PoolStats:
         """State and counters as a frozen value. Costs a pass over the block table."""
@@ -400,11 +404,15 @@ class LocalPool:
             raise InvalidRequest("a block that nobody holds cannot be inserted", field="addrs")
         raise InvalidRequest("a block can hold the KV of one place in one prompt only", field="addrs")
 
-    def _lease(self, tokens: Tokens, namespace: Namespace, deadline: float | None) -> Match:
+    def _lease(
+        self, tokens: Tokens, namespace: Namespace, deadline: float | None, *, use: bool = True
+    ) -> Match:
+        """Without ``use`` it does not count for eviction that somebody asked."""
         found = self._index.find(namespace, tokens)
         blocks = found.path.blocks
         packed, origins = self._table.lease(found.edges, blocks)
-        self._tiers.use(found.path)
+        if use:
+            self._tiers.use(found.path)
         addrs = Addresses(self.instance, self.incarnation, packed)
         lease = Match(addrs, origins, blocks * self.layout.block_tokens, deadline, self._end_lease)
         self._leases.add(lease)

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from memserve._native import common_prefix
 from memserve.core.clock import Clock
-from memserve.core.errors import ConfigError, InvalidRequest, MemServeError, TransferAborted
+from memserve.core.errors import ConfigError, InvalidRequest, MemServeError, PeerOutOfBlocks, TransferAborted
 from memserve.core.messages import Member
 from memserve.core.types import InstanceId, Namespace, Tokens
 from memserve.mempool.address import Addresses, Origin, Tier, numbers_of
@@ -131,6 +131,24 @@ class MemPool(LocalPool):
             ready=ready,
             dst=dst,
         )
+
+    async def offload(self, peer: InstanceId, n: int) -> int:
+        """Let ``peer`` have what the device would give up next: about ``n`` blocks, and what they continue.
+
+        For a pool that is about to shrink or to leave. The KV stays here too. Returns how many blocks went:
+        fewer where the peer has them, or has no room for more. Raises what :meth:`transfer_with_insert` does.
+        """
+        sent = 0
+        for namespace, tokens in self._tiers.coldest(n):
+            with self._lease(tokens, namespace, None, use=False) as lease:
+                on_disk = lease.tiers == Tier.DISK
+                src = lease.addrs[: int(on_disk.argmax())] if on_disk.any() else lease.addrs
+                whole = tokens[: len(src) * self.layout.block_tokens]
+                try:
+                    sent += (await self.transfer_with_insert(peer, whole, src, namespace)).sent
+                except PeerOutOfBlocks:
+                    break
+        return sent
 
     async def alloc_peer_mem(
         self, peer: InstanceId, n: int, tier: Tier = Tier.DEVICE, *, seconds: float = 60.0

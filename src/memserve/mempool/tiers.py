@@ -110,14 +110,14 @@ class Tiers:
     def swap_out(self, n: int) -> int:
         """Move up to ``n`` historical blocks of the device down. Returns how many were moved."""
         room = max((self._fit(n, tier) for tier in self.lower), default=0)
-        return self._move_coldest(min(room, self._table.historical_in(Tier.DEVICE)), Tier.DEVICE, self.lower)
+        return self._move_coldest(min(room, n), Tier.DEVICE, self.lower)
 
     def shed(self, n: int, tier: Tier) -> None:
         """Free up to ``n`` blocks of ``tier`` by giving up its coldest KV: as many as nobody holds."""
         lower = tuple(below for below in self.lower if below > tier)
         goal = self._table.free_in(tier) + n
         while (missing := goal - self._table.free_in(tier)) > 0:
-            self._move_coldest(min(missing, self._table.historical_in(tier)), tier, lower)
+            self._move_coldest(missing, tier, lower)
             if goal - self._table.free_in(tier) == missing and not self._drop_branch(tier):
                 return
 
@@ -143,6 +143,13 @@ class Tiers:
             waiting.extend(waiting.pop().children.values())
         return False
 
+    def coldest(self, n: int) -> list[tuple[Namespace, Tokens]]:
+        """Paths that end with what the device would give up next, ``n`` blocks of it or all that can go."""
+        victims = self._choose_coldest(n, Tier.DEVICE)
+        for victim in victims:
+            self.add_leaf(victim.node)
+        return [(victim.node.payload.namespace, self._index.path_tokens(victim.node)) for victim in victims]
+
     def persist(self) -> int:
         """Move all historical KV to the disk tier, which keeps the warmest. Returns how many blocks went."""
         moved = 0
@@ -152,12 +159,20 @@ class Tiers:
         return moved
 
     def _move_coldest(self, n: int, tier: Tier, lower: tuple[Tier, ...]) -> int:
-        victims = None
+        victims = self._choose_coldest(n, tier)
+        return sum(self._give_up(victim.node, victim.keep, lower) for victim in victims)
+
+    def _choose_coldest(self, n: int, tier: Tier) -> list[Victim]:
+        """Victims of ``n`` blocks, or of the half of it, or of a quarter, ..., if there are no more."""
         policy, now = self._policies[tier], self._clock.now()
-        while n > 0 and (victims := policy.choose(n, self._table.idle_tail, now)) is None:
+        n = min(n, self._table.historical_in(tier))
+        while n > 0:
+            victims = policy.choose(n, self._table.idle_tail, now)
+            if victims is not None:
+                return victims
             # Some of the historical blocks are continued by blocks in use.
             n //= 2
-        return sum(self._give_up(victim.node, victim.keep, lower) for victim in victims or ())
+        return []
 
     def drop(self, node: IndexNode, keep: int) -> int:
         """Forget all but ``keep`` blocks of ``node``'s edge and all that continues it. Returns how many."""
@@ -249,6 +264,8 @@ class Tiers:
         self._leave_disk(old)
         self._table.unindex([old.astype(np.int32)])
         self.add_leaf(fresh)
+        path = self._index.path_tokens(fresh)
+        self._events.moved(fresh.payload.namespace, path, len(path) - len(fresh.key), tier)
 
     # --- up ---
 
@@ -348,6 +365,8 @@ class Tiers:
                 leaf = self._index.add(namespace, path, found, new, usage, Tier.DISK)
                 self.add_leaf(leaf)
                 self._events.stored(namespace, path)
+                start = len(path) - count * self._index.block_tokens
+                self._events.moved(namespace, path, start, Tier.DISK)
 
     def reattach_all(self) -> None:
         """Index all that the disk holds from its beginning on; the rest waits for its prompts."""

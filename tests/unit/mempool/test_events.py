@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from memserve.core.messages import Removed, Stored
+from memserve.core.messages import Moved, Removed, Stored
 from memserve.core.types import InstanceId, Namespace, pack_tokens
+from memserve.mempool.address import Tier
 from memserve.mempool.events import EventLog
 
 NS = Namespace("m")
@@ -66,3 +67,11 @@ def test_a_snapshot_stands_for_what_was_before_it() -> None:
     batch = log.take()
     assert batch is not None
     assert batch.seq == 1
+
+
+def test_a_move_says_what_lies_where() -> None:
+    log = followed()
+    log.moved(NS, TOKENS, 1, Tier.DISK)
+    batch = log.take()
+    assert batch is not None
+    assert batch.events == (Moved(NS, pack_tokens(TOKENS), 1, "disk"),)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from memserve.core.radix import common_prefix
+from memserve._native import common_prefix
 from memserve.core.types import Namespace
 from memserve.engine.sequence import Sequence
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from memserve.engine.models.chat_template import ChatTemplate
 from memserve.engine.models.gguf_file import GGUFFile
@@ -19,12 +22,25 @@ from memserve.engine.models.llama import (
     TensorNames,
     check_spec,
     check_tensors,
+    read_stored_weights,
     read_weights,
 )
 from memserve.engine.models.rope import YarnScaling
-from memserve.engine.models.spec import Float, ModelSpec, ModelWeights
+from memserve.engine.models.spec import (
+    Float,
+    LayerWeights,
+    Matrix,
+    ModelSpec,
+    ModelWeights,
+    StoredLayer,
+    StoredMatrix,
+    StoredWeights,
+)
 from memserve.engine.models.tokenizer import Tokenizer
 from memserve.engine.models.vocabulary import CONTROL, Vocabulary, build_tokenizer
+
+Number = TypeVar("Number", np.float32, np.uint8)
+Layer = TypeVar("Layer", LayerWeights, StoredLayer)
 
 _NAMES = TensorNames(
     "token_embd.weight",
@@ -106,8 +122,16 @@ class GGUFModel:
         """All weights in float32; ``progress`` hears the fraction done."""
         weights = read_weights(self.spec, self._file, _NAMES, progress)
         if self._architecture.interleaved:
-            _undo_interleaving(weights)
+            weights.layers = [_in_rope_order(layer, self.spec) for layer in weights.layers]
         return weights
+
+    def stored_weights(self, progress: Progress | None = None) -> StoredWeights:
+        """All weights in the file's own blocks; ``progress`` hears the fraction of layers done."""
+        weights = read_stored_weights(self.spec, self._file, _NAMES, progress)
+        if not self._architecture.interleaved:
+            return weights
+        layers = (_in_rope_order(layer, self.spec) for layer in weights.layers)
+        return dataclasses.replace(weights, layers=layers)
 
     def _check_supported(self) -> _Architecture:
         metadata = self._metadata
@@ -207,16 +231,24 @@ class GGUFModel:
         return token
 
 
-def _undo_interleaving(weights: ModelWeights) -> None:
-    spec = weights.spec
-    for layer in weights.layers:
-        layer.q, layer.k = _split_halves(layer.q, spec.heads), _split_halves(layer.k, spec.kv_heads)
-        if layer.q_bias is not None and layer.k_bias is not None:
-            layer.q_bias = _split_halves(layer.q_bias, spec.heads)
-            layer.k_bias = _split_halves(layer.k_bias, spec.kv_heads)
+def _in_rope_order(layer: Layer, spec: ModelSpec) -> Layer:
+    order: dict[str, Any] = {
+        "q": _split_matrix(layer.q, spec.heads),
+        "k": _split_matrix(layer.k, spec.kv_heads),
+    }
+    if layer.q_bias is not None and layer.k_bias is not None:
+        order["q_bias"] = _split_halves(layer.q_bias, spec.heads)
+        order["k_bias"] = _split_halves(layer.k_bias, spec.kv_heads)
+    return dataclasses.replace(layer, **order)
 
 
-def _split_halves(rows: Float, heads: int) -> Float:
+def _split_matrix(matrix: Matrix, heads: int) -> Matrix:
+    if isinstance(matrix, StoredMatrix):
+        return dataclasses.replace(matrix, rows=_split_halves(matrix.rows, heads))
+    return _split_halves(matrix, heads)
+
+
+def _split_halves(rows: NDArray[Number], heads: int) -> NDArray[Number]:
     """Undo GGUF's row order for interleaved rope: pairs (i, i + d/2) lie next to each other there."""
     pairs = rows.reshape(heads, len(rows) // heads // 2, 2, -1)
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows.shape)

@@ -8,12 +8,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from memserve.core.errors import ModelError
-from memserve.engine.models.spec import Float, LayerWeights, ModelSpec, ModelWeights
+from memserve.engine.models.spec import (
+    Float,
+    LayerWeights,
+    Matrix,
+    ModelSpec,
+    ModelWeights,
+    StoredLayer,
+    StoredWeights,
+)
 
 Shape = tuple[int, ...]
 Progress = Callable[[float], None]
@@ -31,6 +39,10 @@ class TensorSource(Protocol):
 
     def read(self, name: str) -> Float:
         """The tensor as a fresh float32 array."""
+        ...
+
+    def read_stored(self, name: str) -> Matrix:
+        """A matrix in its own blocks where it has any, else as a fresh float32 array."""
         ...
 
 
@@ -179,3 +191,27 @@ def read_weights(
         weights.layers.append(LayerWeights(**read))
     report(1.0)
     return weights
+
+
+def read_stored_weights(
+    spec: ModelSpec, source: TensorSource, names: TensorNames, progress: Progress | None
+) -> StoredWeights:
+    """Read embedding and head, and each layer (checked before) when it is asked for."""
+    report = progress or (lambda _: None)
+
+    def layers() -> Iterator[StoredLayer]:
+        for index in range(spec.layers):
+            yield _read_stored_layer(spec, source, names, index)
+            report((index + 1) / spec.layers)
+
+    head = source.read_stored(names.head) if source.shape(names.head) is not None else None
+    norm = source.read(names.output_norm)
+    return StoredWeights(spec, source.read_stored(names.embedding), norm, head, layers())
+
+
+def _read_stored_layer(spec: ModelSpec, source: TensorSource, names: TensorNames, index: int) -> StoredLayer:
+    parts: dict[str, Any] = {}
+    for part, shape in layer_shapes(spec).items():
+        name = names.in_layer(index, part)
+        parts[part] = source.read_stored(name) if len(shape) == 2 else source.read(name)
+    return StoredLayer(**parts)

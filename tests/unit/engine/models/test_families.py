@@ -165,6 +165,7 @@ def test_yarn_stretches_the_context(tmp_path: Path) -> None:
     assert spec.context == 4 * 64
 
 
+Q8_0 = gguf.GGMLQuantizationType.Q8_0
 GGUF_FAMILIES = {
     "llama": gguf.MODEL_ARCH.LLAMA,
     "mistral": gguf.MODEL_ARCH.LLAMA,
@@ -173,7 +174,7 @@ GGUF_FAMILIES = {
 }
 
 
-def write_gguf(fixture: Fixture, spec: ModelSpec, path: Path) -> Path:
+def write_gguf(fixture: Fixture, spec: ModelSpec, path: Path, *, quantised: bool = False) -> Path:
     """The fixture as llama.cpp's converter writes it; keys and tensors named by the ``gguf`` package."""
     arch = GGUF_FAMILIES[spec.architecture]
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch])
@@ -198,7 +199,9 @@ def write_gguf(fixture: Fixture, spec: ModelSpec, path: Path) -> Path:
             values = interleaved(values, spec.heads)
         if arch is gguf.MODEL_ARCH.LLAMA and "k_proj" in name:
             values = interleaved(values, spec.kv_heads)
-        writer.add_tensor(names.get_name(name, (".weight", ".bias")), values)
+        kind = Q8_0 if quantised and values.ndim == 2 and values.shape[1] % 32 == 0 else None
+        raw = values if kind is None else gguf.quantize(values, kind)
+        writer.add_tensor(names.get_name(name, (".weight", ".bias")), raw, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -259,6 +262,18 @@ def test_gguf_gives_the_same_model(fixture: Fixture, source: ModelSource, tmp_pa
     assert file.spec.rope_amplitude() == pytest.approx(source.spec.rope_amplitude())
     errors = check_tokens(ReferenceRunner(found), fixture)
     assert errors.max() < REFERENCE_TOLERANCE
+
+
+def test_stored_weights_are_the_same_model(fixture: Fixture, source: ModelSource, tmp_path: Path) -> None:
+    """In the file's own blocks or expanded: the same bits, so order, biases and norms are right in both."""
+    file = open_model(str(write_gguf(fixture, source.spec, tmp_path / "model.gguf", quantised=True)))
+    runners = [NativeRunner(w, threads=1, context=128) for w in (file.stored_weights(), file.weights())]
+    stored, expanded = (Conversation(runner).extend(fixture.prompt) for runner in runners)
+    np.testing.assert_array_equal(stored, expanded)
+    # Eight bits cost accuracy: the bound only says that it is the right model.
+    assert mean_of(stored[fixture.rows] - fixture.logits) < 3 * NATIVE_TOLERANCE
+    for runner in runners:
+        runner.close()
 
 
 def test_llama3_scaling_is_the_same_in_both_forms(tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ class ServeOptions:
     disk: str | None = None
     disk_memory: str | None = None
     threads: int | None = None
+    target_tpot: float | None = None
     host: str | None = None
     port: int | None = None
     api_key: str | None = None
@@ -57,6 +58,7 @@ def serve(
     disk: options.Disk = None,
     disk_memory: options.DiskMemory = None,
     threads: options.Threads = None,
+    target_tpot: options.TargetTpot = None,
     host: options.Host = None,
     port: options.Port = None,
     api_key: options.ApiKey = None,
@@ -79,6 +81,7 @@ def serve(
         disk=disk,
         disk_memory=disk_memory,
         threads=threads,
+        target_tpot=target_tpot,
         host=host,
         port=port,
         api_key=api_key or None,
@@ -102,7 +105,14 @@ def build_config(said: ServeOptions, file: Path | None) -> Config:
         runner=said.runner,
     )
     config = override_config(config, "pool", **_pool(said))
-    config = override_config(config, "engine", threads=said.threads, phases=said.phases, weights=said.weights)
+    config = override_config(
+        config,
+        "engine",
+        threads=said.threads,
+        phases=said.phases,
+        weights=said.weights,
+        target_tpot=said.target_tpot,
+    )
     config = override_config(config, "cluster", **_counts(said))
     config = override_config(
         config,

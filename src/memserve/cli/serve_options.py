@@ -116,6 +116,15 @@ Threads = Annotated[
         rich_help_panel=_INSTANCES,
     ),
 ]
+TargetTpot = Annotated[
+    float | None,
+    typer.Option(
+        help="Seconds between two tokens of a running answer, kept while prompts are read. Default 0.1; "
+        "0: prompts first.",
+        metavar="SECONDS",
+        rich_help_panel=_INSTANCES,
+    ),
+]
 Host = Annotated[
     str | None, typer.Option(help="Address to listen on. Default 127.0.0.1.", rich_help_panel=_HTTP)
 ]

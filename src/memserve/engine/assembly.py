@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from memserve.core.clock import Clock
-from memserve.core.config import Config, ModelConfig, PoolConfig
+from memserve.core.config import Config, EngineConfig, ModelConfig, PoolConfig
 from memserve.core.errors import ConfigError
 from memserve.core.messages import LoadReport, Message, PoolResized, Ready, ResizePool, Stats
 from memserve.core.types import InstanceId
@@ -17,6 +17,7 @@ from memserve.engine.batcher import Batcher
 from memserve.engine.carrier import PoolCarrier
 from memserve.engine.engine import Engine
 from memserve.engine.models.loader import ModelSource, open_model
+from memserve.engine.pace import Pace
 from memserve.engine.phases import PHASES
 from memserve.engine.runners.base import Runner
 from memserve.engine.settings import InstanceSettings
@@ -57,7 +58,7 @@ class Assembled:
 
     def read_stats(self) -> Stats:
         counters = dict(self.pool.stats().counters())
-        counters["steps"] = float(self.engine.steps)
+        counters.update(self.engine.counters())
         return Stats(self.settings.instance, self.read_load(), counters)
 
     def warm_up(self, first: int = 0) -> None:
@@ -119,7 +120,7 @@ async def assemble(
         settings.instance,
         pool,
         runner,
-        Batcher(step_tokens=config.engine.step_tokens, max_running=config.engine.max_running),
+        build_batcher(config.engine),
         PHASES[config.engine.phases],
         carrier,
         context=context,
@@ -140,6 +141,12 @@ async def assemble(
         runner.isa,
     )
     return Assembled(settings, runner, pool, endpoint, carrier, engine, ready)
+
+
+def build_batcher(config: EngineConfig) -> Batcher:
+    """The batcher that the configuration asks for."""
+    pace = Pace(config.target_tpot or None)
+    return Batcher(step_tokens=config.step_tokens, max_running=config.max_running, pace=pace)
 
 
 def disk_tier(config: PoolConfig, instance: InstanceId, block_bytes: int) -> DiskTier | None:

@@ -63,6 +63,8 @@ def test_options_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) ->
         (["--kv-memory", "lots"], "--kv-memory"),
         (["--kv-memory", "10"], "pool.memory"),
         (["--threads", "-1"], "engine.threads"),
+        (["--target-tpot", "-1"], "engine.target_tpot"),
+        (["--target-tpot", "nan"], "engine.target_tpot"),
         (["--config", "/does/not/exist.toml"], "/does/not/exist.toml"),
         (["--port", "0", "--model", "/does/not/exist.gguf"], "/does/not/exist.gguf"),
     ],
@@ -90,6 +92,11 @@ def test_words_for_numbers_are_refused_by_name(runner: CliRunner) -> None:
     result = runner.invoke(app, ["serve", "--port", "http"])
     assert result.exit_code == 2
     assert "--port" in result.stderr
+
+
+def test_the_pace_is_an_option() -> None:
+    assert build_config(ServeOptions(), None).engine.target_tpot == 0.1
+    assert build_config(ServeOptions(target_tpot=0.0), None).engine.target_tpot == 0
 
 
 def test_the_api_key_comes_from_the_environment() -> None:

@@ -6,6 +6,7 @@ import enum
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 from memserve.bench.content import Content, Run
 
@@ -79,14 +80,17 @@ class Workload:
 
 
 def compose_prompt(workload: Workload, session: Session, answers: Sequence[Content]) -> tuple[Message, ...]:
-    """The prompt of turn number ``len(answers)``, given the answers of all turns before it."""
-    turn = session.turns[len(answers)]
-    if not workload.history:
-        return session.opening + turn.asked
-    said: list[Message] = list(session.opening)
-    for earlier, answer in zip(session.turns, answers, strict=False):
-        said += (*earlier.asked, Message("assistant", answer))
-    return (*said, *turn.asked)
+    """The prompt of turn number ``len(answers)``, given the answers of all turns before it.
+
+    Neighbours of the same role become one message: not every chat template takes two.
+    """
+    said = list(session.opening)
+    if workload.history:
+        for earlier, answer in zip(session.turns, answers, strict=False):
+            said += (*earlier.asked, Message("assistant", answer))
+    said += session.turns[len(answers)].asked
+    runs = (tuple(run) for _, run in groupby(said, lambda message: message.role))
+    return tuple(Message(run[0].role, sum((one.content for one in run), ())) for run in runs)
 
 
 def salt_workload(workload: Workload, salt: str) -> Workload:

@@ -6,7 +6,7 @@ import asyncio
 import secrets
 import signal
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 DEFAULT_URL = "http://127.0.0.1:8000"
 DEFAULT_CONCURRENCY = 4
 INTERRUPTED = 130
+SYNTHETIC, MOONCAKE = "synthetic", "mooncake"
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,18 +123,24 @@ def _choose_targets(url: str | None, compare: str | None, serve: str) -> tuple[T
 
 
 def _make_workload(choice: Choice, shape: Shape) -> Workload:
-    from dataclasses import replace
-
+    from memserve.bench.sources import Recorded, read_replay, read_workload
     from memserve.bench.synthetic import make_synthetic
 
-    if choice.think is not None:
-        shape = replace(shape, think=choice.think)
-    return make_synthetic(shape, choice.context, choice.seed)
+    if (choice.name == MOONCAKE) != (choice.trace is not None):
+        raise ConfigError(f"--workload {MOONCAKE} and --trace FILE go together")
+    if choice.trace is not None:
+        return read_replay(choice.trace, choice.sessions, choice.context)
+    if choice.name == SYNTHETIC:
+        think = shape.think if choice.think is None else choice.think
+        return make_synthetic(replace(shape, think=think), choice.context, choice.seed)
+    if choice.data is None:
+        raise ConfigError(f"--workload {choice.name} needs --data DIR, a folder with the data sets")
+    return read_workload(
+        Recorded(choice.name, choice.data, choice.sessions, choice.context, choice.seed, choice.think)
+    )
 
 
 def _choose_pace(asked: Pace, workload: Workload) -> Pace:
-    from dataclasses import replace
-
     from memserve.bench.timeline import check_pace
 
     recorded = all(session.arrival is not None for session in workload.sessions)

@@ -25,8 +25,8 @@ CHAT_THINK, DOCUMENT_THINK, TOOL_THINK = 2.0, 1.0, 0.2
 
 T = TypeVar("T")
 
-_LONGEST_TOKEN = 24
-"""Characters that a token of running text has at most."""
+_LONGEST_TOKEN = 8
+"""Characters that a token of running text has at most, on average."""
 
 _ORDER, _THINK = 4, 5
 """Streams of random numbers."""

@@ -175,6 +175,7 @@ def _run(targets: Sequence[Target], plan: Plan, slo: Slo, json: Path | None, htm
     import uvloop
     from rich.console import Console
 
+    from memserve.bench.page import render_page
     from memserve.bench.report import encode_report, make_report
     from memserve.cli.bench_screen import print_report
 
@@ -192,6 +193,8 @@ def _run(targets: Sequence[Target], plan: Plan, slo: Slo, json: Path | None, htm
     print_report(report, Console())
     if json is not None:
         _write(json, encode_report(report))
+    if html is not None:
+        _write(html, render_page(report).encode())
     if interrupted:
         raise typer.Exit(INTERRUPTED)
     if not any(entry.figures.turns for entry in report.entries):

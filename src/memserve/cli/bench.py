@@ -85,6 +85,10 @@ def bench(
     from memserve.bench.timeline import Pace
 
     try:
+        _check_numbers(
+            {"--rounds": rounds, "--timeout": timeout, "--duration": duration},
+            {"--seed": seed, "--think": think, "--slo-ttft": slo_ttft, "--slo-itl": slo_itl},
+        )
         targets = _choose_targets(url, compare, serve)
         shape = Shape(sessions, turns, prompt_tokens, shared, turn_tokens, output_tokens)
         made = _make_workload(Choice(workload, data, trace, context, seed, sessions, think), shape)
@@ -108,6 +112,16 @@ def bench(
     except ConfigError as error:
         fail(error, BAD_USAGE)
     _run(targets, plan, Slo(slo_ttft, slo_itl), json, html)
+
+
+def _check_numbers(positive: dict[str, float | None], others: dict[str, float | None]) -> None:
+    """Both by option. Raises ``ConfigError``."""
+    for option, value in positive.items():
+        if value is not None and not value > 0:
+            raise ConfigError(f"{option} is {value:g}; accepted: more than 0")
+    for option, value in others.items():
+        if value is not None and not value >= 0:
+            raise ConfigError(f"{option} is {value:g}; accepted: 0 or more")
 
 
 def _choose_targets(url: str | None, compare: str | None, serve: str) -> tuple[Target, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, product
 from typing import Protocol
 
 from memserve.bench.client import Asking, OpenAIClient
@@ -89,28 +89,30 @@ async def compare_targets(
 
     Raises ``NoInstance`` or ``ConfigError`` if a target cannot be benchmarked at all.
     """
-    rounds: list[list[Round]] = [[] for _ in targets]
-    models = ["" for _ in targets]
-    for number in range(plan.rounds):
-        for at, target in enumerate(targets):
-            if stop.is_set():
-                break
-            watcher.starting(target.name, number)
-            async with open_target(target, stop) as url:
-                if url is None:
-                    break
-                models[at], measured = await _run_round(url, target, plan, number, watcher, stop)
-                rounds[at].append(measured)
+    done: dict[Target, list[_Done]] = {target: [] for target in targets}
+    for number, target in product(range(plan.rounds), targets):
+        if stop.is_set():
+            break
+        watcher.starting(target.name, number)
+        async with open_target(target, stop) as url:
+            if url is not None:
+                done[target].append(await _run_round(url, target, plan, number, watcher, stop))
     return tuple(
-        Result(target, model, tuple(done))
-        for target, model, done in zip(targets, models, rounds, strict=True)
-        if done
+        Result(target, of_one[-1].model, tuple(one.measured for one in of_one))
+        for target, of_one in done.items()
+        if of_one
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Done:
+    model: str
+    measured: Round
 
 
 async def _run_round(
     url: str, target: Target, plan: Plan, number: int, watcher: Watcher, stop: asyncio.Event
-) -> tuple[str, Round]:
+) -> _Done:
     workload = salt_workload(plan.workload, f"{plan.salt}.{number}")
     fixed = workload.fixed if plan.fixed is None else plan.fixed
     async with OpenAIClient(url, plan.api_key) as client:
@@ -129,7 +131,7 @@ async def _run_round(
             duration=plan.duration,
             progress=watcher,
         )
-    return model, measured
+    return _Done(model, measured)
 
 
 async def _choose_model(client: OpenAIClient, plan: Plan, name: str) -> str:

@@ -6,7 +6,7 @@ import asyncio
 import secrets
 import signal
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from memserve.bench.comparison import Plan, Result
-    from memserve.bench.statistics import Slo
-    from memserve.bench.synthetic import Shape
     from memserve.bench.target import Target
     from memserve.bench.timeline import Pace
     from memserve.bench.workload import Endpoint, Workload
@@ -29,20 +27,69 @@ if TYPE_CHECKING:
 DEFAULT_URL = "http://127.0.0.1:8000"
 DEFAULT_CONCURRENCY = 4
 INTERRUPTED = 130
+SYNTHETIC_THINK = 1.0
 SYNTHETIC, MOONCAKE = "synthetic", "mooncake"
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
-    """Which workload, as the command line says it."""
+class Whom:
+    """Which servers, as the command line says it."""
+
+    url: str | None
+    compare: str | None
+    serve: str
+    rounds: int
+    model: str | None
+    api_key: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class What:
+    """Which workload, and how it is sent."""
 
     name: str
     data: Path | None
     trace: Path | None
+    sessions: int
     context: int
     seed: int
-    sessions: int
+    salt: str | None
+    endpoint: str | None
+    fixed: bool | None
+    recorded_answers: bool
     think: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Pacing:
+    """How fast, and how long."""
+
+    rate: float | None
+    concurrency: int | None
+    speed: float
+    duration: float | None
+    timeout: float
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """Sizes of synthetic sessions, tokens."""
+
+    turns: int
+    prompt: int
+    shared: float
+    follow_up: int
+    output: int
+
+
+@dataclass(frozen=True, slots=True)
+class Out:
+    """What is reported, and where to."""
+
+    slo_ttft: float | None
+    slo_itl: float | None
+    json: Path | None
+    html: Path | None
 
 
 def bench(
@@ -79,89 +126,112 @@ def bench(
     html: options.Html = None,
 ) -> None:
     """Measure servers under load; ``HELP`` says it to users."""
-    from memserve.bench.comparison import Plan
-    from memserve.bench.statistics import Slo
-    from memserve.bench.synthetic import Shape
-    from memserve.bench.timeline import Pace
-
+    whom = Whom(url, compare, serve, rounds, model, api_key or None)
+    what = What(
+        *(workload, data, trace, sessions, context, seed, salt, endpoint, fixed, recorded_answers, think)
+    )
+    pacing = Pacing(rate, concurrency, speed, duration, timeout)
+    lengths = Lengths(turns, prompt_tokens, shared, turn_tokens, output_tokens)
+    out = Out(slo_ttft, slo_itl, json, html)
     try:
-        _check_numbers(
-            {"--rounds": rounds, "--timeout": timeout, "--duration": duration},
-            {"--seed": seed, "--think": think, "--slo-ttft": slo_ttft, "--slo-itl": slo_itl},
-        )
-        targets = _choose_targets(url, compare, serve)
-        shape = Shape(sessions, turns, prompt_tokens, shared, turn_tokens, output_tokens)
-        made = _make_workload(Choice(workload, data, trace, context, seed, sessions, think), shape)
-        plan = Plan(
-            workload=made,
-            context=context,
-            pace=_choose_pace(Pace(rate, concurrency, speed), made),
-            seed=seed,
-            rounds=rounds,
-            salt=_choose_salt(salt, compare),
-            endpoint=_choose_endpoint(endpoint),
-            fixed=fixed,
-            real_answers=not recorded_answers,
-            timeout=timeout,
-            duration=duration,
-            model=model,
-            api_key=api_key or None,
-        )
-        for file in (json, html):
-            _require_writable(file)
+        _check(whom, what, pacing, out)
+        targets = _choose_targets(whom)
+        plan = _make_plan(whom, what, pacing, _make_workload(what, lengths))
     except ConfigError as error:
         fail(error, BAD_USAGE)
-    _run(targets, plan, Slo(slo_ttft, slo_itl), json, html)
+    _run(targets, plan, out)
 
 
-def _check_numbers(positive: dict[str, float | None], others: dict[str, float | None]) -> None:
-    """Both by option. Raises ``ConfigError``."""
-    for option, value in positive.items():
-        if value is not None and not value > 0:
-            raise ConfigError(f"{option} is {value:g}; accepted: more than 0")
-    for option, value in others.items():
-        if value is not None and not value >= 0:
-            raise ConfigError(f"{option} is {value:g}; accepted: 0 or more")
+def _make_plan(whom: Whom, what: What, pacing: Pacing, workload: Workload) -> Plan:
+    from memserve.bench.comparison import Plan
 
-
-def _choose_targets(url: str | None, compare: str | None, serve: str) -> tuple[Target, ...]:
-    from memserve.bench.target import parse_configurations, parse_urls
-
-    if url is not None and compare is not None:
-        raise ConfigError("--url and --compare exclude each other: servers that run, or servers to start")
-    if compare is not None:
-        return parse_configurations(compare, serve)
-    if serve:
-        raise ConfigError("--serve is for servers that are started here; give --compare as well")
-    return parse_urls(url or DEFAULT_URL)
-
-
-def _make_workload(choice: Choice, shape: Shape) -> Workload:
-    from memserve.bench.sources import Recorded, read_replay, read_workload
-    from memserve.bench.synthetic import make_synthetic
-
-    if (choice.name == MOONCAKE) != (choice.trace is not None):
-        raise ConfigError(f"--workload {MOONCAKE} and --trace FILE go together")
-    if choice.trace is not None:
-        return read_replay(choice.trace, choice.sessions, choice.context)
-    if choice.name == SYNTHETIC:
-        think = shape.think if choice.think is None else choice.think
-        return make_synthetic(replace(shape, think=think), choice.context, choice.seed)
-    if choice.data is None:
-        raise ConfigError(f"--workload {choice.name} needs --data DIR, a folder with the data sets")
-    return read_workload(
-        Recorded(choice.name, choice.data, choice.sessions, choice.context, choice.seed, choice.think)
+    return Plan(
+        workload=workload,
+        context=what.context,
+        pace=_choose_pace(pacing, workload),
+        seed=what.seed,
+        rounds=whom.rounds,
+        salt=_choose_salt(what.salt, whom.compare),
+        endpoint=_choose_endpoint(what.endpoint),
+        fixed=what.fixed,
+        real_answers=not what.recorded_answers,
+        timeout=pacing.timeout,
+        duration=pacing.duration,
+        model=whom.model,
+        api_key=whom.api_key,
     )
 
 
-def _choose_pace(asked: Pace, workload: Workload) -> Pace:
-    from memserve.bench.timeline import check_pace
+def _check(whom: Whom, what: What, pacing: Pacing, out: Out) -> None:
+    """What can be said before anything is read or started. Raises ``ConfigError``."""
+    for option, value in (
+        ("--rounds", whom.rounds),
+        ("--sessions", what.sessions),
+        ("--timeout", pacing.timeout),
+        ("--duration", pacing.duration),
+    ):
+        if value is not None and not value > 0:
+            raise ConfigError(f"{option} is {value:g}; accepted: more than 0")
+    for option, value in (
+        ("--seed", what.seed),
+        ("--think", what.think),
+        ("--slo-ttft", out.slo_ttft),
+        ("--slo-itl", out.slo_itl),
+    ):
+        if value is not None and not value >= 0:
+            raise ConfigError(f"{option} is {value:g}; accepted: 0 or more")
+    for file in (out.json, out.html):
+        # Better now than after the load has run.
+        if file is not None and (file.is_dir() or not file.parent.is_dir()):
+            raise ConfigError(f"{file} cannot be written; accepted: a file in a folder that exists")
+
+
+def _choose_targets(whom: Whom) -> tuple[Target, ...]:
+    from memserve.bench.target import parse_configurations, parse_urls
+
+    if whom.url is not None and whom.compare is not None:
+        raise ConfigError("--url and --compare exclude each other: servers that run, or servers to start")
+    if whom.compare is not None:
+        return parse_configurations(whom.compare, whom.serve)
+    if whom.serve:
+        raise ConfigError("--serve is for servers that are started here; give --compare as well")
+    return parse_urls(whom.url or DEFAULT_URL)
+
+
+def _make_workload(what: What, lengths: Lengths) -> Workload:
+    from memserve.bench.sources import Recorded, read_replay, read_workload
+    from memserve.bench.synthetic import Shape, make_synthetic
+
+    if (what.name == MOONCAKE) != (what.trace is not None):
+        raise ConfigError(f"--workload {MOONCAKE} and --trace FILE go together")
+    if what.trace is not None:
+        return read_replay(what.trace, what.sessions, what.context)
+    if what.name == SYNTHETIC:
+        shape = Shape(
+            what.sessions,
+            lengths.turns,
+            lengths.prompt,
+            lengths.shared,
+            lengths.follow_up,
+            lengths.output,
+            think=SYNTHETIC_THINK if what.think is None else what.think,
+        )
+        return make_synthetic(shape, what.context, what.seed)
+    if what.data is None:
+        raise ConfigError(f"--workload {what.name} needs --data DIR, a folder with the data sets")
+    asked = Recorded(what.name, what.data, what.sessions, what.context, what.seed, what.think)
+    return read_workload(asked)
+
+
+def _choose_pace(asked: Pacing, workload: Workload) -> Pace:
+    from memserve.bench.timeline import Pace, check_pace
 
     recorded = all(session.arrival is not None for session in workload.sessions)
-    if asked.rate is None and asked.concurrency is None and not recorded:
-        asked = replace(asked, concurrency=DEFAULT_CONCURRENCY)
-    check_pace(asked)
-    return asked
+    by_default = asked.rate is None and asked.concurrency is None and not recorded
+    concurrency = DEFAULT_CONCURRENCY if by_default else asked.concurrency
+    pace = Pace(asked.rate, concurrency, asked.speed)
+    check_pace(pace)
+    return pace
 
 
 def _choose_salt(asked: str | None, compare: str | None) -> str:
@@ -179,18 +249,13 @@ def _choose_endpoint(asked: str | None) -> Endpoint | None:
     raise ConfigError(f"--endpoint is {asked!r}; accepted: {', '.join(Endpoint)}")
 
 
-def _require_writable(file: Path | None) -> None:
-    """Better now than after the load has run."""
-    if file is not None and (file.is_dir() or not file.parent.is_dir()):
-        raise ConfigError(f"{file} cannot be written; accepted: a file in a folder that exists")
-
-
-def _run(targets: Sequence[Target], plan: Plan, slo: Slo, json: Path | None, html: Path | None) -> None:
+def _run(targets: Sequence[Target], plan: Plan, out: Out) -> None:
     import uvloop
     from rich.console import Console
 
     from memserve.bench.page import render_page
     from memserve.bench.report import encode_report, make_report
+    from memserve.bench.statistics import Slo
     from memserve.cli.bench_screen import print_report
 
     try:
@@ -203,12 +268,12 @@ def _run(targets: Sequence[Target], plan: Plan, slo: Slo, json: Path | None, htm
         raise typer.Exit(INTERRUPTED) from None
     if not results:
         fail("interrupted before anything was measured", INTERRUPTED)
-    report = make_report(results, plan, slo, interrupted=interrupted)
+    report = make_report(results, plan, Slo(out.slo_ttft, out.slo_itl), interrupted=interrupted)
     print_report(report, Console())
-    if json is not None:
-        _write(json, encode_report(report))
-    if html is not None:
-        _write(html, render_page(report).encode())
+    if out.json is not None:
+        _write(out.json, encode_report(report))
+    if out.html is not None:
+        _write(out.html, render_page(report).encode())
     if interrupted:
         raise typer.Exit(INTERRUPTED)
     if not any(entry.figures.turns for entry in report.entries):

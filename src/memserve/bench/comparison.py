@@ -15,7 +15,7 @@ from memserve.bench.records import Record, Round
 from memserve.bench.target import Target, open_target
 from memserve.bench.timeline import Pace, Timeline
 from memserve.bench.workload import Endpoint, Message, Workload, salt_workload
-from memserve.core.errors import ConfigError, NoInstance
+from memserve.core.errors import ConfigError, MemServeError, NoInstance
 
 _WARM_KEY = 7
 _WARM_TOKENS = 16
@@ -82,26 +82,36 @@ class Result:
     rounds: tuple[Round, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What was measured, and why it ended before its time, if it did."""
+
+    results: tuple[Result, ...]
+    failure: MemServeError | None = None
+
+
 async def compare_targets(
     targets: Sequence[Target], plan: Plan, watcher: Watcher, stop: asyncio.Event
-) -> tuple[Result, ...]:
-    """Run every round against every target; ends early, with what there is, when ``stop`` is set.
-
-    Raises ``NoInstance`` or ``ConfigError`` if a target cannot be benchmarked at all.
-    """
+) -> Comparison:
+    """Run every round against every target; ends early, with what there is, when ``stop`` is set or a target
+    cannot be benchmarked."""
     done: dict[Target, list[_Done]] = {target: [] for target in targets}
-    for number, target in product(range(plan.rounds), targets):
-        if stop.is_set():
-            break
-        watcher.starting(target.name, number)
-        async with open_target(target, stop) as url:
-            if url is not None:
+    failure: MemServeError | None = None
+    try:
+        for number, target in product(range(plan.rounds), targets):
+            watcher.starting(target.name, number)
+            async with open_target(target, stop) as url:
+                if url is None or stop.is_set():
+                    break
                 done[target].append(await _run_round(url, target, plan, number, watcher, stop))
-    return tuple(
+    except MemServeError as error:
+        failure = error
+    results = tuple(
         Result(target, of_one[-1].model, tuple(one.measured for one in of_one))
         for target, of_one in done.items()
         if of_one
     )
+    return Comparison(results, failure)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import typer
 
@@ -19,7 +19,7 @@ from memserve.core.errors import ConfigError, MemServeError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from memserve.bench.comparison import Plan, Result
+    from memserve.bench.comparison import Comparison, Plan
     from memserve.bench.target import Target
     from memserve.bench.timeline import Pace
     from memserve.bench.workload import Endpoint, Workload
@@ -259,30 +259,33 @@ def _run(targets: Sequence[Target], plan: Plan, out: Out) -> None:
     from memserve.cli.bench_screen import print_report
 
     try:
-        results, interrupted = uvloop.run(_measure(targets, plan, Console(stderr=True)))
-    except ConfigError as error:
-        fail(error, BAD_USAGE)
-    except MemServeError as error:
-        fail(error, CANNOT)
+        comparison, interrupted = uvloop.run(_measure(targets, plan, Console(stderr=True)))
     except KeyboardInterrupt:
         raise typer.Exit(INTERRUPTED) from None
-    if not results:
-        fail("interrupted before anything was measured", INTERRUPTED)
-    report = make_report(results, plan, Slo(out.slo_ttft, out.slo_itl), interrupted=interrupted)
+    if not comparison.results:
+        _give_up(comparison.failure)
+    report = make_report(comparison.results, plan, Slo(out.slo_ttft, out.slo_itl), interrupted=interrupted)
     print_report(report, Console())
     if out.json is not None:
         _write(out.json, encode_report(report))
     if out.html is not None:
         _write(out.html, render_page(report).encode())
+    if comparison.failure is not None:
+        _give_up(comparison.failure)
     if interrupted:
         raise typer.Exit(INTERRUPTED)
     if not any(entry.figures.turns for entry in report.entries):
         fail("no turn was answered", CANNOT)
 
 
-async def _measure(
-    targets: Sequence[Target], plan: Plan, console: Console
-) -> tuple[tuple[Result, ...], bool]:
+def _give_up(failure: MemServeError | None) -> NoReturn:
+    """End with what stood in the way; nothing did if the user had enough."""
+    if failure is None:
+        fail("interrupted before anything was measured", INTERRUPTED)
+    fail(failure, BAD_USAGE if isinstance(failure, ConfigError) else CANNOT)
+
+
+async def _measure(targets: Sequence[Target], plan: Plan, console: Console) -> tuple[Comparison, bool]:
     """Run the plan; the first Ctrl-C ends it and keeps what there is, a second one gives up."""
     from memserve.bench.comparison import compare_targets
     from memserve.cli.bench_screen import BenchScreen

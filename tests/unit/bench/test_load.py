@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 
 from memserve.bench.client import Asking, OpenAIClient
-from memserve.bench.comparison import Plan, Result, compare_targets
+from memserve.bench.comparison import Comparison, Plan, compare_targets
 from memserve.bench.load import run_load
 from memserve.bench.records import Record, Round
 from memserve.bench.target import Target
@@ -188,14 +188,14 @@ def plan(**more: object) -> Plan:
     return Plan(**given)  # type: ignore[arg-type]
 
 
-async def compare(targets: tuple[Target, ...], asked: Plan, watching: Watching) -> tuple[Result, ...]:
+async def compare(targets: tuple[Target, ...], asked: Plan, watching: Watching) -> Comparison:
     async with asyncio.timeout(2 * DEADLINE):
         return await compare_targets(targets, asked, watching, asyncio.Event())
 
 
 def test_targets_take_turns_and_rounds_differ_only_in_their_salt(server: Server) -> None:
     targets, watching = (Target("a", server.url), Target("b", f"{server.url}/v1/")), Watching()
-    results = asyncio.run(compare(targets, plan(), watching))
+    results = asyncio.run(compare(targets, plan(), watching)).results
     assert watching.begun == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
     assert [result.model for result in results] == ["tiny", "tiny"]
     assert [[one.number for one in result.rounds] for result in results] == [[0, 1], [0, 1]]
@@ -212,11 +212,22 @@ def test_targets_that_cannot_be_benchmarked_are_named(server: Server) -> None:
         (Target("a", server.url), plan(model="huge"), ConfigError, "--model huge"),
         (Target("a", server.url), plan(context=1 << 20), ConfigError, "--context is"),
     ):
-        with pytest.raises(kind, match=named):
-            asyncio.run(compare((target,), asked, Watching()))
-    server.backend.script = Script(failure=RequestFailed("broken"))
-    with pytest.raises(NoInstance, match="first small request"):
-        asyncio.run(compare((Target("a", server.url),), plan(), Watching()))
+        ended = asyncio.run(compare((target,), asked, Watching()))
+        assert ended.results == ()
+        assert isinstance(ended.failure, kind)
+        assert named in str(ended.failure)
+
+
+def test_what_was_measured_before_a_target_broke_is_kept(server: Server) -> None:
+    watching = Watching()
+
+    def fail_from_now_on() -> None:
+        server.backend.script = Script(failure=RequestFailed("broken"))
+
+    watching.on_end = fail_from_now_on
+    ended = asyncio.run(compare((Target("a", server.url),), plan(), watching))
+    assert [one.number for one in ended.results[0].rounds] == [0]
+    assert "a did not answer a first small request: status 500: broken" in str(ended.failure)
 
 
 def test_text_cannot_be_sent_as_token_ids() -> None:

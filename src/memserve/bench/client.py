@@ -46,7 +46,7 @@ class Asking:
     model: str
     temperature: float = 0.0
     timeout: float = 120.0
-    vocabulary: int = 32768
+    vocabulary: int = 32000
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,7 +44,7 @@ class Plan:
     timeout: float = 120.0
     duration: float | None = None
     model: str | None = None
-    vocabulary: int = 32768
+    vocabulary: int = 32000
     api_key: str | None = None
 
     def __post_init__(self) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from e2e.serving import wait_for
 
 pytestmark = [pytest.mark.processes, pytest.mark.model]
 
@@ -47,3 +50,33 @@ def test_configurations_are_compared(tmp_path: Path) -> None:
     # Only a configuration that sends answers back moves anything from decode to prefill.
     assert [sent["role"] for sent in cached["rounds"][0]["sent"] if sent["bytes"]] == ["decode", "prefill"]
     assert [sent["role"] for sent in plain["rounds"][0]["sent"] if sent["bytes"]] == ["prefill"]
+
+
+def test_a_killed_benchmark_leaves_no_server() -> None:
+    command = [sys.executable, "-m", "memserve.cli", "bench", "--compare", "colocated-cache", *LOAD]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        try:
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+            wait_for(lambda: bool(instances_of(children)), "no instance was started")
+            (server,) = pids(children)
+            everybody = [server, *instances_of(children)]
+        finally:
+            process.send_signal(signal.SIGKILL)
+    wait_for(lambda: not any(is_alive(pid) for pid in everybody), "a process was left behind")
+
+
+def instances_of(children: Path) -> list[int]:
+    """Pids of the instances that the one child in ``children`` has started."""
+    return [pid for server in pids(children) for pid in pids(Path(f"/proc/{server}/task/{server}/children"))]
+
+
+def pids(children: Path) -> list[int]:
+    return [int(pid) for pid in children.read_text().split()] if children.exists() else []
+
+
+def is_alive(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/status")
+    try:
+        return "State:\tZ" not in status.read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False

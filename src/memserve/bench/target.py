@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import shlex
 import signal
 import sys
@@ -15,6 +16,8 @@ from memserve.core.errors import ConfigError, NoInstance
 
 START_SECONDS = 300.0
 STOP_SECONDS = 20.0
+_LIBC = ctypes.CDLL(None)
+_PR_SET_PDEATHSIG = 1
 _READY = "Ready at "
 _SERVE = (sys.executable, "-m", "memserve.cli", "serve", "--port", "0")
 
@@ -91,12 +94,18 @@ async def open_target(target: Target, stop: asyncio.Event) -> AsyncIterator[str 
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
         start_new_session=True,
+        preexec_fn=_end_with_parent,
     )
     child = _Child(process, target.name)
     try:
         yield await child.wait_ready(stop)
     finally:
         await child.end()
+
+
+def _end_with_parent() -> None:
+    """In the child: be told to end when the benchmark is killed and cannot say so itself."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
 
 
 class _Child:

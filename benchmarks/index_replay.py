@@ -3,9 +3,9 @@
     python benchmarks/index_replay.py --traces DIR [--rounds N] [--out FILE]
 
 Every request of Mooncake's conversation trace is matched under a lease, gets what it lacks (which evicts),
-is published and lets go, with real token arrays, in a pool of 5 % of the trace's footprint. Seconds are
-processor time of this process; policies take turns. Bytes are those that Python traced at the end, by
-module, per cached block.
+is published and lets go, with real token arrays, in a pool of 5 % of the trace's footprint: alone, as the
+peers were measured, and followed by a reader of its events. Seconds are processor time of this process;
+policies take turns. Bytes are those that Python traced at the end, by module, per cached block.
 """
 
 from __future__ import annotations
@@ -44,11 +44,14 @@ def main() -> None:
     figures: dict[str, object] = {"pool_blocks": blocks, "requests": len(requests)}
     figures["touching_tokens_us_per_request"] = reading_time(prompts) * 1e6
     rates: dict[str, list[float]] = {name: [] for name in POLICIES}
+    followed: dict[str, list[float]] = {name: [] for name in POLICIES}
     for _ in range(options.rounds):
         for name in POLICIES:
-            rates[name].append(rate(name, requests, prompts, blocks))
+            rates[name].append(rate(name, requests, prompts, blocks, followed=False))
+            followed[name].append(rate(name, requests, prompts, blocks, followed=True))
     for name in POLICIES:
         figures[f"{name}_requests_per_s"] = summarise(rates[name])
+        figures[f"{name}_followed_requests_per_s"] = summarise(followed[name])
         figures[f"{name}_to_best_peer"] = statistics.median(rates[name]) / PEER
         figures[f"{name}_bytes_per_block"] = weigh(name, requests, prompts, blocks)
     write_result("index_replay", figures, options.out)
@@ -56,11 +59,11 @@ def main() -> None:
         print(f"{name:34s}", figure)
 
 
-def rate(name: str, requests: list[Request], prompts: list[Tokens], blocks: int) -> float:
+def rate(name: str, requests: list[Request], prompts: list[Tokens], blocks: int, *, followed: bool) -> float:
     """Requests per second of processor time."""
     clock = VirtualClock()
     pool = mooncake.new_pool(blocks, policy_by_name(name, blocks, PAGE), clock)
-    done = mooncake.replay(requests, prompts, pool, clock)
+    done = mooncake.replay(requests, prompts, pool, clock, followed=followed)
     pool.check([])
     pool.close()
     return done.requests / done.seconds

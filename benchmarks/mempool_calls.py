@@ -24,7 +24,7 @@ from memserve import _native
 from memserve.core.clock import MonotonicClock
 from memserve.core.messages import Member
 from memserve.core.types import InstanceId, Namespace, Role, Tokens
-from memserve.mempool import Addresses, KVLayout, MemPool, TransferEndpoint
+from memserve.mempool import Addresses, KVLayout, MemPool, Tier, TransferEndpoint
 from memserve.mempool.arena import Arena
 from recording import write_result
 
@@ -44,7 +44,7 @@ def main() -> None:
     if options.peer:
         asyncio.run(serve_peer(options.peer))
         return
-    figures = {**memory_calls(), **index_calls(), **copies(), **asyncio.run(transfers())}
+    figures = {**memory_calls(), **resizes(), **index_calls(), **copies(), **asyncio.run(transfers())}
     write_result("mempool_calls", {"isa": _native.isa(), "figures": figures}, options.out)
     for name, figure in figures.items():
         print(f"{name:44s}", "  ".join(f"{key} {value:.4g}" for key, value in figure.items()))
@@ -65,6 +65,24 @@ def memory_calls() -> dict[str, Figure]:
             [timed(turn_over(count), time.thread_time, 200) / 200 / count * 1e9 for _ in range(50)]
         )
         for count in (1, 64, 1024)
+    }
+
+
+def resizes(blocks: int = 512, step: int = 64) -> dict[str, Figure]:
+    """resize of touched memory, down in steps and up again, per block."""
+    pool = new_pool("resize", SMOLLM2, blocks)
+    shrinking, growing = [], []
+    for _ in range(5):
+        addrs = pool.alloc_mem(blocks)
+        for number in addrs.blocks.tolist():
+            pool.arena.block_memory(number)[::4096] = 1
+        pool.free_mem(addrs)
+        for size in range(blocks - step, 0, -step):
+            shrinking += clocked(lambda to=size: pool.resize(Tier.DEVICE, to), 1)
+        growing += clocked(lambda: pool.resize(Tier.DEVICE, blocks), 1)
+    return {
+        "resize_shrink_us_per_block": spread([seconds / step * 1e6 for seconds in shrinking]),
+        "resize_grow_us_per_block": spread([seconds / (blocks - step) * 1e6 for seconds in growing]),
     }
 
 

@@ -96,18 +96,30 @@ def new_pool(blocks: int, policy: EvictionPolicy | None, clock: VirtualClock) ->
     return MemPool(POINTS, blocks, instance=InstanceId("replay"), incarnation=1, clock=clock, eviction=policy)
 
 
-def replay(requests: list[Request], prompts: list[Tokens], pool: MemPool, clock: VirtualClock) -> Replay:
-    """Match, allocate what is missing, publish, let go: every request when its time has come."""
+def replay(
+    requests: list[Request],
+    prompts: list[Tokens],
+    pool: MemPool,
+    clock: VirtualClock,
+    *,
+    followed: bool = False,
+) -> Replay:
+    """Match, allocate what is missing, publish, let go: every request when its time has come.
+
+    A pool that is ``followed`` has a reader who takes its events after each.
+    """
     hits = total = 0
+    if followed:
+        pool.take_events()
     started = time.process_time()
     for request, prompt in zip(requests, prompts, strict=True):
         clock.advance(request.at - clock.now())
-        hits += serve(pool, prompt)
+        hits += serve(pool, prompt, followed)
         total += len(prompt)
     return Replay(hits, total, len(requests), time.process_time() - started)
 
 
-def serve(pool: MemPool, prompt: Tokens) -> int:
+def serve(pool: MemPool, prompt: Tokens, followed: bool) -> int:
     """What the pool sees of one request. Returns tokens found cached."""
     lease = pool.match(prompt, NS)
     hits = lease.tokens
@@ -115,5 +127,6 @@ def serve(pool: MemPool, prompt: Tokens) -> int:
     addrs = held.concat(pool.alloc_mem(len(prompt) // PAGE - len(held)))
     pool.insert(prompt, addrs, NS)
     pool.free_mem(addrs)
-    pool.take_events()
+    if followed:
+        pool.take_events()
     return hits

@@ -12,6 +12,7 @@
 #include "kernels.h"
 #include "limits.h"
 #include "model.h"
+#include "pool_module.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -230,4 +231,5 @@ NB_MODULE(_native, m) {
       .def("set_embedding", &set_embedding, "embedding"_a)
       .def("set_output", &set_output, "norm"_a, "head"_a = nb::none())
       .def("forward", &forward, "tokens"_a, "positions"_a, "starts"_a, "blocks"_a, "logit_rows"_a);
+  bind_pool_passes(m);
 }

@@ -88,3 +88,64 @@ class Model:
         logit_rows: NDArray[np.int32],
     ) -> NDArray[np.float32]:
         """Run a ForwardBatch; return float32[wanted, vocabulary]. Releases the GIL."""
+
+# --- the pool's index: see native/blocks.h and native/prefixes.h ---
+#
+# Raises IndexError for a block number that is not there, ValueError for an array that is too short.
+
+class BlockColumns:
+    """The columns of the block table, in place: three with a value per block, the last with one per tier."""
+
+    def __init__(
+        self,
+        addresses: NDArray[np.uint64],
+        uses: NDArray[np.int32],
+        origins: NDArray[np.uint8],
+        historical: NDArray[np.int64],
+    ) -> None: ...
+
+def resolve_addresses(table: BlockColumns, asked: NDArray[np.uint64], numbers: NDArray[np.int64]) -> int:
+    """How many of ``asked`` from the first on are present addresses; ``numbers`` gets their blocks."""
+
+def occupy_blocks(table: BlockColumns, stacked: NDArray[np.int64], occupied: NDArray[np.uint64]) -> None:
+    """Give free blocks one reference each, the last first; ``occupied`` gets their addresses."""
+
+def retain_blocks(table: BlockColumns, numbers: NDArray[np.int64]) -> int:
+    """Add one reference to each block. Returns how many were done before one that is free."""
+
+def lease_edges(
+    table: BlockColumns,
+    edges: list[NDArray[np.int32]],
+    leased: NDArray[np.uint64],
+    origins: NDArray[np.uint8],
+) -> int:
+    """The same for the blocks of ``edges``; the last two get their addresses and origins."""
+
+def release_addresses(
+    table: BlockColumns, asked: NDArray[np.uint64], freed: NDArray[np.int64]
+) -> tuple[int, int]:
+    """Drop one reference per address. Returns how many blocks that freed, which ``freed`` gets, and how many
+    addresses were stale."""
+
+def enter_index(table: BlockColumns, numbers: NDArray[np.int64], origin: int) -> bool:
+    """Mark blocks as indexed, and where they came from: all of them, or none and False if one may not be."""
+
+def leave_index(table: BlockColumns, edges: list[NDArray[np.int32]], freed: NDArray[np.int64]) -> int:
+    """Take blocks out of the index. Returns how many are free now, in ``freed``."""
+
+def idle_tail(table: BlockColumns, edge: NDArray[np.int32], end: int, most: int) -> int:
+    """How many of the ``most`` blocks of ``edge`` before ``end`` nobody holds, from the last back."""
+
+def count_different(edges: list[NDArray[np.int32]], numbers: NDArray[np.int64]) -> int:
+    """In how many places ``numbers`` differ from the blocks of ``edges``."""
+
+def common_prefix(a: NDArray[np.int32], b: NDArray[np.int32], start: int = 0) -> int:
+    """How many leading tokens of ``a`` agree with those of ``b`` from ``start`` on."""
+
+def recall_prefix(
+    table: NDArray[np.uint8], tokens: NDArray[np.int32], span: int, seed: int, follows: int, stamp: float
+) -> list[tuple[int, int, int, float]]:
+    """What ``table`` remembers of the chunks of a prompt, which it is told of; rows of alike chunks.
+
+    A row: how many chunks, their uses, what they followed, when they were used last.
+    """

@@ -35,6 +35,8 @@ ARGUMENTS: dict[str, Callable[[random.Random], Any]] = {
     "publish": lambda chance: chance.random() < 0.7,
     "clean": lambda chance: chance.random() < 0.5,
     "peer": lambda chance: chance.choice(PEERS),
+    "by": lambda chance: chance.choice(PEERS),
+    "count": lambda chance: chance.randint(1, 4),
     "taker": lambda chance: chance.choice(("none", "takes", "refuses")),
     "seconds": lambda chance: chance.choice((1.0, 3.0, 6.0)),
     "ttl": lambda chance: chance.choice((2.0, 10.0)),
@@ -55,6 +57,9 @@ POOL = {
     "complete": "pick taker incoming",
     "abort": "pick incoming",
     "drop_peer": "peer",
+    "lend": "peer n",
+    "begin_there": "pick space prefix lent",
+    "give_back": "pick by count lent",
     "pass_time": "seconds",
 }
 """Rules of the machine, each with its arguments and what it must have for them."""
@@ -77,6 +82,11 @@ TIERS = {
     "restart": "clean",
 }
 
+CROWD = 12
+ENDINGS = {"holdings": ("free", "finish"), "leases": ("release",), "incoming": ("abort",)}
+"""What ends one of those that the machine holds, when it holds more than ``CROWD``: a pool that is full of
+what is held does nothing else.
+"""
 INVARIANTS = ("pool_is_sound", "a_subscriber_knows_the_same")
 
 
@@ -88,6 +98,12 @@ def test_a_million_operations(
 ) -> None:
     running, chance = machine(), random.Random(2026)
     calls = [(getattr(running, name), words.split()) for name, words in rules.items()]
+    held = [
+        (getattr(running, ending), what)
+        for what, endings in ENDINGS.items()
+        for ending in endings
+        if ending in rules
+    ]
     done = 0
     try:
         while done < operations:
@@ -95,6 +111,9 @@ def test_a_million_operations(
             if all(getattr(running, word) for word in words if word not in ARGUMENTS):
                 call(**{word: ARGUMENTS[word](chance) for word in words if word in ARGUMENTS})
                 done += 1
+            for end, what in held:
+                if len(getattr(running, what)) > CROWD:
+                    end(chance)
             if done % LOOK_EVERY == 0:
                 for invariant in INVARIANTS:
                     getattr(running, invariant)()

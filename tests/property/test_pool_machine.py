@@ -15,12 +15,13 @@ from memserve.core.clock import VirtualClock
 from memserve.core.errors import InvalidRequest, LeaseExpired, MemServeError, OutOfBlocks, Overloaded
 from memserve.core.messages import Stored
 from memserve.core.types import InstanceId, Namespace, unpack_tokens
-from memserve.mempool import AbortCause, Addresses, Freed, KVLayout, Match, MemPool, Origin
+from memserve.mempool import AbortCause, Addresses, Freed, KVLayout, Match, MemPool, Origin, Tier
 
 PAGE = 2
 BLOCKS = 10
 LAYOUT = KVLayout("tiny", layers=1, kv_heads=1, head_dim=2, block_tokens=PAGE)
 NAMESPACES = (Namespace("m"), Namespace("m", salt="other"))
+LOAN_SECONDS = 1e6
 PEERS = (InstanceId("p"), InstanceId("q"))
 
 Prefix = tuple[int, ...]
@@ -39,10 +40,12 @@ class PoolMachine(RuleBasedStateMachine):
         super().__init__()
         self.clock = VirtualClock()
         self.pool = MemPool(LAYOUT, BLOCKS, instance=InstanceId("a"), incarnation=1, clock=self.clock)
+        self.pool.take_events()
         self.index: dict[Key, int] = {}
         self.holdings: list[Addresses] = []
         self.leases: list[Match] = []
         self.incoming: dict[str, tuple[InstanceId, Key, int]] = {}
+        self.lent: dict[str, tuple[InstanceId, Addresses]] = {}
         self.replica: set[Key] = set()
         self.next_seq = 0
         self.transfers = itertools.count()
@@ -56,8 +59,8 @@ class PoolMachine(RuleBasedStateMachine):
         """References per block, from what this test holds."""
         counted: Counter[int] = Counter()
         standing = [self.pool._reservations.find(transfer) for transfer in self.incoming]
-        own = [lease.addrs for lease in self.leases] + [x.addrs for x in standing if x is not None]
-        for addrs in [*self.holdings, *own]:
+        own = [lease.addrs for lease in self.leases] + [x.owned for x in standing if x is not None]
+        for addrs in [*self.holdings, *own, *(addrs for _, addrs in self.lent.values())]:
             counted.update(addrs.blocks.tolist())
         return counted
 
@@ -248,6 +251,63 @@ class PoolMachine(RuleBasedStateMachine):
         assert self.pool.drop_peer(peer, "dead") == len(lost)
         for transfer in lost:
             del self.incoming[transfer]
+        self.lent = {loan: lent for loan, lent in self.lent.items() if lent[0] != peer}
+
+    # --- blocks lent to peers ---
+
+    @rule(peer=st.sampled_from(PEERS), n=st.integers(1, 4))
+    def lend(self, peer: InstanceId, n: int) -> None:
+        n = max(n, 1)
+        loan, free, held = str(next(self.transfers)), self.free_blocks(), self.references()
+        if n > free + self.evictable():
+            with pytest.raises(OutOfBlocks):
+                self.pool.lend(loan, peer, n, Tier.DEVICE, LOAN_SECONDS)
+            return
+        addrs = self.pool.lend(loan, peer, n, Tier.DEVICE, LOAN_SECONDS)
+        self.note_evictions(max(0, n - free), held)
+        assert self.pool.lend(loan, peer, n, Tier.DEVICE, LOAN_SECONDS) == addrs
+        self.lent[loan] = (peer, addrs)
+
+    @precondition(lambda self: self.lent)
+    @rule(pick=picks, space=namespaces, prefix=prefixes)
+    def begin_there(self, pick, space: Namespace, prefix: Prefix) -> None:
+        peer, addrs = self.lent[pick.choice(sorted(self.lent))]
+        prefix, transfer = prefix[: len(addrs)], str(next(self.transfers))
+        dst, known, held = addrs[: len(prefix)], self.known(space, prefix), self.references()
+        ask = (transfer, peer, space, tokens_of(prefix), len(prefix), 5.0, dst)
+        standing = (self.pool._reservations.find(other) for other in self.incoming)
+        written = {block for x in standing if x is not None for block in x.fresh.blocks.tolist()}
+        wanted = set(dst.blocks.tolist()[len(known) :])
+        busy = wanted & (written | set(self.index.values())) or any(held[block] > 1 for block in wanted)
+        if busy:
+            with pytest.raises(InvalidRequest):
+                self.pool.begin_incoming(*ask)
+            return
+        reservation = self.pool.begin_incoming(*ask)
+        assert reservation.held.blocks.tolist() == known
+        assert set(reservation.fresh.blocks.tolist()) == wanted
+        assert self.pool.begin_incoming(*ask) is reservation
+        self.incoming[transfer] = (peer, (space, prefix), len(prefix))
+
+    @precondition(lambda self: self.lent)
+    @rule(pick=picks, by=st.sampled_from(PEERS), count=st.integers(1, 4))
+    def give_back(self, pick, by: InstanceId, count: int) -> None:
+        loan = pick.choice(sorted(self.lent))
+        peer, addrs = self.lent[loan]
+        part, rest = addrs[:count], addrs[count:]
+        if by != peer:
+            assert self.pool.take_back(by, part) == Freed(0, len(part))
+            return
+        standing = (self.pool._reservations.find(other) for other in self.incoming)
+        written = {block for x in standing if x is not None for block in x.fresh.blocks.tolist()}
+        if written & set(addrs.blocks.tolist()):
+            with pytest.raises(InvalidRequest):
+                self.pool.take_back(by, part)
+            return
+        assert self.pool.take_back(by, part) == Freed(len(part), 0)
+        del self.lent[loan]
+        if len(rest):
+            self.lent[loan] = (peer, rest)
 
     @rule(seconds=st.sampled_from([1.0, 3.0, 6.0]))
     def pass_time(self, seconds: float) -> None:
@@ -267,6 +327,7 @@ class PoolMachine(RuleBasedStateMachine):
     @invariant()
     def counts_agree(self) -> None:
         stats, held = self.pool.stats(), self.references()
+        assert stats.lent == sum(len(addrs) for _, addrs in self.lent.values())
         assert stats.free == self.free_blocks()
         assert stats.historical == sum(not held[block] for block in self.index.values())
         assert stats.free + stats.active + stats.historical + stats.incoming == BLOCKS

@@ -29,6 +29,9 @@ class Labels:
         del self.labels[at:]
         return tail
 
+    def shorten(self, at: int) -> None:
+        del self.labels[at:]
+
     def append(self, at: int, tail: Labels) -> None:
         assert at == len(self.labels)
         self.labels += tail.labels
@@ -72,12 +75,17 @@ class RadixMachine(RuleBasedStateMachine):
         keep = pick.randint(0, self.tree.blocks_of(node))
         path = self.prefix_of(node)
         cut = len(path) - self.tree.blocks_of(node) + keep
+        before = node.payload.labels.copy()
         dropped = self.tree.truncate(node, keep)
         gone = [p for p in self.model if len(p) > cut and p[:cut] == path[:cut]]
         if keep == 0:
             # Siblings share what lies above the node, not its first block.
             gone = [p for p in gone if p[cut] == path[cut]]
-        assert sorted(x for payload in dropped for x in payload.labels) == sorted(map(self.model.pop, gone))
+        labels = [label for lower in dropped for label in lower.payload.labels]
+        if keep:
+            labels += before[keep:]
+            assert node.payload.labels == before[:keep]
+        assert sorted(labels) == sorted(map(self.model.pop, gone))
 
     @precondition(lambda self: self.model)
     @rule(pick=st.randoms(use_true_random=False))

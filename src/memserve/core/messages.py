@@ -183,22 +183,37 @@ class Trace(Message, frozen=True):
 # --- control: pool events -----------------------------------------------------------------------------
 
 
+TierName = Literal["device", "host", "disk"]
+
+
 class Stored(msgspec.Struct, frozen=True, array_like=True, tag="stored"):
-    """``tokens`` (a whole path from the root, full blocks) can now be found in the pool."""
+    """``tokens``, full blocks from the root on, can be found in the pool: on the device, if not ``Moved``."""
 
     namespace: Namespace
     tokens: bytes
 
 
 class Removed(msgspec.Struct, frozen=True, array_like=True, tag="removed"):
-    """Of the path ``tokens`` only the first ``keep`` tokens are still there."""
+    """Of what begins with ``tokens`` only the first ``keep`` tokens are still there.
+
+    ``tokens`` goes from the root to the end of the first block that is gone.
+    """
 
     namespace: Namespace
     tokens: bytes
     keep: int
 
 
-PoolEvent = Stored | Removed
+class Moved(msgspec.Struct, frozen=True, array_like=True, tag="moved"):
+    """Of the path ``tokens``, what begins with token ``start`` lies in ``tier`` now."""
+
+    namespace: Namespace
+    tokens: bytes
+    start: int
+    tier: TierName
+
+
+PoolEvent = Stored | Removed | Moved
 
 
 class PoolEvents(Message, frozen=True):
@@ -215,15 +230,16 @@ class GetSnapshot(Message, frozen=True):
 
 
 class Snapshot(Message, frozen=True):
-    """The index as ``Stored`` paths (one per leaf); the next event will carry ``next_seq``."""
+    """The index as ``Stored`` paths (one per leaf); the next event will carry ``next_seq``.
+
+    ``moved`` says what of it lies below the device.
+    """
 
     instance: InstanceId
     incarnation: int
     next_seq: int
     paths: tuple[Stored, ...]
-
-
-TierName = Literal["device", "host", "disk"]
+    moved: tuple[Moved, ...] = ()
 
 
 class ResizePool(Message, frozen=True):
@@ -297,13 +313,14 @@ class Reserve(Message, frozen=True):
 class Reserved(Message, frozen=True):
     """Of the path, ``held`` blocks are already there; ``dst`` are packed addresses for the others.
 
-    ``ticket`` stands for the transfer in streams of blocks.
+    ``ticket`` stands for the transfer in streams of blocks. ``memory`` says how to write by ``nixl``.
     """
 
     transfer: str
     held: int
     dst: bytes
     ticket: int = 0
+    memory: bytes = b""
 
 
 class Copied(Message, frozen=True):

@@ -8,15 +8,12 @@ payloads. Token-exact, so it cannot confuse two prompts as hashes could.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Generic, Protocol, Self, TypeVar
+from typing import Generic, NamedTuple, Protocol, Self, TypeVar
 
 import numpy as np
 
+from memserve._native import common_prefix
 from memserve.core.types import Tokens
-
-_FIRST_STRIDE = 256
-_STRIDE_GROWTH = 16
 
 
 class Payload(Protocol):
@@ -24,6 +21,10 @@ class Payload(Protocol):
 
     def split(self, at: int) -> Self:
         """Keep what concerns the blocks before ``at`` and return what concerns those from ``at`` on."""
+        ...
+
+    def shorten(self, at: int) -> None:
+        """Keep only what concerns the blocks before ``at``."""
         ...
 
     def append(self, at: int, tail: Self) -> None:
@@ -74,8 +75,7 @@ class Node(Generic[P]):
             self.key = self._room[:size]
 
 
-@dataclass(frozen=True, slots=True)
-class Path(Generic[P]):
+class Path(NamedTuple, Generic[P]):
     """How far a walk came: ``blocks`` whole blocks. Valid until the tree changes.
 
     ``nodes`` lie on it from the top down; all matched in full but the last, of which ``tail`` blocks did.
@@ -109,7 +109,7 @@ class RadixTree(Generic[P]):
             child = children.get(tokens[at : at + page].tobytes())
             if child is None:
                 break
-            same = common_prefix(child.key, tokens[at:end]) // page * page
+            same = common_prefix(child.key, tokens, at) // page * page
             nodes.append(child)
             tail = same // page
             at += same
@@ -194,29 +194,32 @@ class RadixTree(Generic[P]):
         node.children, node.attached = {}, False
         return fresh
 
-    def truncate(self, node: Node[P], keep: int) -> list[P]:
+    def truncate(self, node: Node[P], keep: int) -> list[Node[P]]:
         """Keep the first ``keep`` blocks of ``node``'s edge; drop the rest and everything below.
 
-        Returns the payloads of what was dropped, upper ones first. With ``keep`` 0 the node goes too;
-        its parent stays, perhaps as a leaf now.
+        Returns the nodes that were dropped, upper ones first. With ``keep`` 0 that includes ``node``; its
+        parent stays, perhaps as a leaf now.
         """
         assert node.attached, "this node was dropped before"
-        assert 0 <= keep <= self.blocks_of(node), f"cannot keep {keep} of {self.blocks_of(node)} blocks"
-        below = list(_walk_down(node.children))
-        for lower in below:
-            lower.attached = False
-        dropped = [lower.payload for lower in below]
-        self.size -= len(below)
-        self.blocks -= sum(map(self.blocks_of, below)) + self.blocks_of(node) - keep
-        node.children.clear()
+        blocks = self.blocks_of(node)
+        assert 0 <= keep <= blocks, f"cannot keep {keep} of {blocks} blocks"
+        dropped: list[Node[P]] = []
+        if node.children:
+            dropped += _walk_down(node.children)
+            self.blocks -= sum(map(self.blocks_of, dropped))
+            node.children.clear()
+        self.blocks -= blocks - keep
         if keep == 0:
             del self._children(node.parent)[self._edge_name(node)]
-            node.attached = False
-            self.size -= 1
-            return [node.payload, *dropped]
-        if keep < self.blocks_of(node):
-            dropped.insert(0, node.payload.split(keep))
+            dropped.insert(0, node)
+        elif keep < blocks:
+            node.payload.shorten(keep)
             node._shorten(keep * self.block_tokens)
+        self.size -= len(dropped)
+        for lower in dropped:
+            lower.attached = False
+            # Without a cycle among them they, and their tokens, go at once.
+            lower.children.clear()
         return dropped
 
     def check(self) -> None:
@@ -240,24 +243,6 @@ class RadixTree(Generic[P]):
 
     def _edge_name(self, node: Node[P]) -> bytes:
         return node.key[: self.block_tokens].tobytes()
-
-
-def common_prefix(a: Tokens, b: Tokens) -> int:
-    """How many leading tokens of ``a`` and ``b`` (int32[n], int32[m]) agree.
-
-    Compares in growing strides, so that an early mismatch is cheap and a long match is few calls.
-    """
-    end = min(len(a), len(b))
-    at, stride = 0, _FIRST_STRIDE
-    while at < end:
-        upto = min(end, at + stride)
-        differs = a[at:upto] != b[at:upto]
-        first = int(differs.argmax())
-        if differs[first]:
-            return at + first
-        at = upto
-        stride *= _STRIDE_GROWTH
-    return end
 
 
 def _walk_down(top: dict[bytes, Node[P]]) -> Iterator[Node[P]]:

@@ -95,9 +95,9 @@ def as_tokens(values: object) -> Tokens:
     return np.ascontiguousarray(values, dtype=np.int32)
 
 
-def pack_tokens(tokens: Tokens) -> bytes:
-    """Token ids as little-endian int32 bytes, for messages."""
-    return tokens.astype("<i4", copy=False).tobytes()
+def pack_tokens(*parts: Tokens) -> bytes:
+    """Token ids, one part after the other, as little-endian int32 bytes, for messages."""
+    return b"".join([part.astype("<i4", copy=False).data for part in parts])
 
 
 def unpack_tokens(raw: bytes) -> Tokens:

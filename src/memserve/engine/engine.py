@@ -15,7 +15,14 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from memserve.core.clock import Clock
-from memserve.core.errors import InvalidRequest, MemServeError, OutOfBlocks, Overloaded, RequestFailed
+from memserve.core.errors import (
+    ConfigError,
+    InvalidRequest,
+    MemServeError,
+    OutOfBlocks,
+    Overloaded,
+    RequestFailed,
+)
 from memserve.core.messages import (
     Message,
     RequestClosed,
@@ -40,6 +47,7 @@ from memserve.engine.sampling import SampledToken
 from memserve.engine.sequence import Sequence, from_adoption, new_sequence
 from memserve.engine.step import compute_step
 from memserve.mempool.address import Addresses, Origin, Tier
+from memserve.mempool.layout import Arrangement
 from memserve.mempool.match import Match
 from memserve.mempool.pool import MemPool
 
@@ -75,6 +83,11 @@ class Engine:
         clock: Clock,
         emit: Callable[[Message], None],
     ) -> None:
+        if pool.layout.arrangement is not Arrangement.AGGREGATED:
+            raise ConfigError(
+                f"the pool's layout.arrangement is {pool.layout.arrangement.value}, and kernels read whole "
+                f"blocks; make the pool with arrangement {Arrangement.AGGREGATED.value}"
+            )
         self._instance = instance
         self._pool = pool
         self._runner = runner

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memserve.core.errors import StaleAddress
+from memserve.core.messages import TierName
 from memserve.core.types import InstanceId
 
 Packed = NDArray[np.uint64]
@@ -38,6 +39,14 @@ class Tier(enum.IntEnum):
     HOST = 1
     DISK = 2
 
+    @property
+    def label(self) -> TierName:
+        """Its name in messages."""
+        return _LABELS[self]
+
+
+_LABELS: tuple[TierName, ...] = ("device", "host", "disk")
+
 
 class Origin(enum.IntEnum):
     """Who computed a block's KV, for the ledger of the request that finds it cached."""
@@ -50,6 +59,11 @@ class Origin(enum.IntEnum):
 def numbers_of(packed: Packed) -> BlockNumbers:
     """Block numbers of packed addresses."""
     return ((packed >> _GENERATION_BITS) & _NUMBER_MASK).view(np.int64)
+
+
+def are_distinct(numbers: BlockNumbers) -> bool:
+    """Whether no block is named twice."""
+    return len(np.unique(numbers)) == len(numbers)
 
 
 def tiers_in(packed: Packed) -> NDArray[np.uint8]:

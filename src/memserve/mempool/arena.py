@@ -15,6 +15,7 @@ import mmap
 import os
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -80,6 +81,8 @@ class Arena:
         self.piece_bytes = block_bytes // pieces
         self.fds: list[int] = []
         """A descriptor per segment of own memory; empty when attached."""
+        self.reused = 0
+        """How many times blocks came into use again, with new pages: registered memory has the old ones."""
         self._segments: list[Segment] = []
         self.map = SegmentMap(_NOTHING, _NOTHING, _NOTHING, block_bytes, pieces)
         """Where blocks lie in this process's memory."""
@@ -182,19 +185,19 @@ class Arena:
             return memory[within * self.block_bytes : (within + 1) * self.block_bytes]
         return memory.reshape(self.pieces, -1, self.piece_bytes)[:, within]
 
-    def unit_memory(self, numbers: BlockNumbers, parts: Parts, unit_bytes: int) -> list[memoryview]:
-        """The bytes of units (see ``SegmentMap``) in their order, in place; neighbours come as one."""
-        if not len(numbers):
-            return []
-        starts, counts = runs_of(self.map.touching(numbers, parts, unit_bytes))
-        firsts = numbers[starts]
-        at = self.map.segments_of(firsts)
-        pointers = self.map.unit_pointers(firsts, parts[starts], unit_bytes).view(np.int64)
-        begins, sizes = pointers - self.map.bases[at], counts * unit_bytes
-        return [
-            self._segments[segment].memory[begin : begin + size].data
-            for segment, begin, size in zip(at.tolist(), begins.tolist(), sizes.tolist(), strict=True)
-        ]
+    def units(self, numbers: BlockNumbers, parts: Parts, unit_bytes: int) -> UnitMemory:
+        """The memory of units: parts ``parts`` of blocks ``numbers``, see ``SegmentMap``."""
+        where = self.map
+        at = where.segments_of(numbers)
+        pointers = where.unit_pointers(numbers, parts, unit_bytes)
+        return UnitMemory(
+            pointers,
+            unit_bytes,
+            [segment.memory for segment in self._segments],
+            at,
+            pointers.view(np.int64) - where.bases[at],
+            where.touching(numbers, parts, unit_bytes),
+        )
 
     def populate(self, stop: threading.Event, first: int = 0) -> None:
         """Touch memory ahead of its use: first use of a page costs as much as ten copies of it.
@@ -217,6 +220,29 @@ class Arena:
         bases = np.array([segment.base for segment in self._segments], np.int64)
         # Replaced as a whole, for other threads.
         self.map = SegmentMap(extents[:, 0], extents[:, 1], bases, self.block_bytes, self.pieces)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class UnitMemory:
+    """The memory of a sequence of units, in place; ``pointers``: uint64[n]. Keeps it mapped."""
+
+    pointers: NDArray[np.uint64]
+    unit_bytes: int
+    _segments: list[NDArray[np.uint8]]
+    _at: NDArray[np.int64]
+    _begins: NDArray[np.int64]
+    _touching: NDArray[np.bool_]
+
+    def views(self, first: int, units: int) -> list[memoryview]:
+        """The bytes of ``units`` units (at least one) from ``first`` on; neighbours come as one."""
+        starts = [first]
+        if units > 1:
+            starts += (np.flatnonzero(~self._touching[first : first + units - 1]) + first + 1).tolist()
+        found = []
+        for start, end in itertools.pairwise([*starts, first + units]):
+            begin, size = int(self._begins[start]), (end - start) * self.unit_bytes
+            found.append(self._segments[self._at[start]][begin : begin + size].data)
+        return found
 
 
 def _runs(numbers: BlockNumbers) -> Iterator[tuple[int, int]]:

@@ -1,4 +1,4 @@
-"""The block table: which blocks are free, who holds how many references, what is indexed. Pure numpy.
+"""The block table: which blocks are free, who holds how many references, what is indexed. Pure.
 
 Every block is in exactly one state, derived from two numbers:
 
@@ -8,7 +8,8 @@ historical  indexed, not referenced
 incoming    referenced by a reservation, being written by a peer; not readable, never indexed
 retired     free, but not to be handed out: the pool has shrunk by it
 
-Callers pass block numbers as int64[n] without repetitions unless a method says otherwise.
+Callers pass block numbers as int64[n] without repetitions unless a method says otherwise, and edges of the
+index as lists of int32[n]. What touches every block of a prompt is one native pass; see ``native/blocks.h``.
 """
 
 from __future__ import annotations
@@ -18,6 +19,17 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from memserve._native import (
+    BlockColumns,
+    enter_index,
+    idle_tail,
+    lease_edges,
+    leave_index,
+    occupy_blocks,
+    release_addresses,
+    resolve_addresses,
+    retain_blocks,
+)
 from memserve.mempool.address import (
     LOW_HALF,
     MAX_BLOCKS,
@@ -25,6 +37,7 @@ from memserve.mempool.address import (
     Origin,
     Packed,
     Tier,
+    are_distinct,
     numbers_of,
     pack_first,
 )
@@ -34,10 +47,9 @@ from memserve.mempool.address import (
 _FREE = 0
 _INDEXED = 1
 _REFERENCE = 2
-# Numpy combines zero-dimensional arrays with arrays faster than scalars.
-_INDEXED_BIT = np.array(_INDEXED, np.int32)
-_ONE_REFERENCE = np.array(_REFERENCE, np.int32)
-_ONE_GENERATION = np.array(1, np.uint32)
+
+Edges = list[NDArray[np.int32]]
+"""Block numbers of edges of the index, one after the other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +85,11 @@ class _FreeStack:
         self.count = left
         return numbers
 
+    def pop(self, count: int) -> BlockNumbers:
+        """The same, in reverse and in place: valid until the next change."""
+        self.count -= count
+        return self._stack[self.count : self.count + count]
+
     def give(self, numbers: BlockNumbers) -> None:
         upto = self.count + len(numbers)
         # Reversed, so that a run of neighbours is handed out as a run of neighbours again.
@@ -104,8 +121,9 @@ class BlockTable:
         """Blocks of each tier, whatever their state, but for the retired."""
         self.blocks = 0
         """All blocks that there are or have been, retired ones included."""
-        self._tiered = host + disk > 0
-        self._historical = [0, 0, 0]
+        self.tiered = host + disk > 0
+        """Whether there is, or has been, more than the device."""
+        self._historical = np.zeros(len(Tier), np.int64)
         self._packed = np.empty(0, np.uint64)
         self._generations = self._packed.view(np.uint32)[LOW_HALF::2]
         self._tier_of = np.empty(0, np.uint8)
@@ -113,8 +131,6 @@ class BlockTable:
         self._incoming = np.empty(0, np.bool_)
         self._retired = np.empty(0, np.bool_)
         self._origins = np.empty(0, np.uint8)
-        self._marks = np.empty(0, np.int64)
-        self._positions = np.empty(0, np.int64)
         for tier in Tier:
             self._append(self.capacity[tier], tier)
         firsts = (0, device, device + host)
@@ -128,7 +144,7 @@ class BlockTable:
 
     def historical_in(self, tier: Tier) -> int:
         """Blocks that are indexed and that nobody holds."""
-        return self._historical[tier]
+        return int(self._historical[tier])
 
     def tiers_of(self, numbers: BlockNumbers) -> NDArray[np.uint8]:
         """The :class:`Tier` of each block: uint8[n]."""
@@ -151,7 +167,7 @@ class BlockTable:
 
     def all_on_device(self, numbers: BlockNumbers) -> bool:
         """Whether no block lies in a lower tier."""
-        return not self._tiered or not self._tier_of[numbers].any()
+        return not self.tiered or not self._tier_of[numbers].any()
 
     def addresses_of(self, numbers: BlockNumbers) -> Packed:
         """Present addresses of blocks: uint64[n]."""
@@ -170,15 +186,10 @@ class BlockTable:
         indexed: NDArray[np.bool_] = (self._uses[numbers] & _INDEXED) != 0
         return indexed
 
-    def all_held_unindexed(self, numbers: BlockNumbers) -> bool:
-        """Whether each block is referenced and none is indexed: what may enter the index."""
-        uses = self._uses[numbers]
-        held, indexed = np.count_nonzero(uses), np.count_nonzero(uses & _INDEXED_BIT)
-        return bool(held == len(uses) and indexed == 0)
-
     def all_writable(self, numbers: BlockNumbers) -> bool:
-        """Whether each block has one holder and is neither indexed nor being written."""
-        return not (self._uses[numbers] != _REFERENCE).any() and not self._incoming[numbers].any()
+        """Whether each block is named once, has one holder, and is neither indexed nor being written."""
+        held_once = (self._uses[numbers] == _REFERENCE) & ~self._incoming[numbers]
+        return bool(held_once.all()) and are_distinct(numbers)
 
     def current(self, packed: Packed) -> NDArray[np.bool_]:
         """Whether each address names its block's present generation; any repetition, any numbers."""
@@ -188,20 +199,21 @@ class BlockTable:
         found[inside] = self._packed[numbers[inside]] == packed[inside]
         return found
 
-    def all_current(self, packed: Packed, numbers: BlockNumbers) -> bool:
-        """The same as one quick answer; ``numbers`` are those of ``packed``."""
-        try:
-            return self._packed[numbers].tobytes() == packed.tobytes()
-        except IndexError:
-            return False
+    def may_enter(self, numbers: BlockNumbers) -> bool:
+        """Whether :meth:`index` would take these."""
+        uses = self._uses[numbers]
+        fit = (uses >= _REFERENCE) & ((uses & _INDEXED) == 0)
+        return bool(fit.all()) and are_distinct(numbers)
 
-    def distinct(self, numbers: BlockNumbers) -> bool:
-        """Whether no number is repeated."""
-        positions = self._positions[: len(numbers)]
-        if len(positions) < len(numbers):
-            return False
-        self._marks[numbers] = positions
-        return self._marks[numbers].tobytes() == positions.tobytes()
+    def resolve(self, packed: Packed) -> BlockNumbers | None:
+        """Block numbers of addresses, any repetition; None if one of them is not current."""
+        numbers = np.empty(len(packed), np.int64)
+        found = resolve_addresses(self._columns, packed, numbers)
+        return numbers if found == len(packed) else None
+
+    def idle_tail(self, edge: NDArray[np.int32], end: int, most: int) -> int:
+        """Of the first ``end`` blocks of ``edge``, how many at the end nobody holds; looks at ``most``."""
+        return idle_tail(self._columns, edge, end, most)
 
     def counts(self, tier: Tier = Tier.DEVICE) -> BlockCounts:
         """Blocks of a tier per state. Costs a pass over the table."""
@@ -217,7 +229,7 @@ class BlockTable:
         self._free[tier].make_room(count)
         self._free[tier].give(numbers)
         self.capacity[tier] += count
-        self._tiered = self._tiered or tier is not Tier.DEVICE
+        self.tiered = self.tiered or tier is not Tier.DEVICE
 
     def retire(self, count: int, tier: Tier) -> BlockNumbers:
         """Take ``count`` free blocks, as many there must be, out of use; returns which."""
@@ -242,54 +254,67 @@ class BlockTable:
 
     def alloc(self, count: int, tier: Tier = Tier.DEVICE) -> BlockNumbers:
         """Take ``count`` free blocks, each with one reference; there must be as many."""
+        return numbers_of(self.alloc_at(count, tier))
+
+    def alloc_at(self, count: int, tier: Tier = Tier.DEVICE) -> Packed:
+        """The same; returns their addresses."""
         free = self._free[tier]
         assert count <= free.count, f"{count} blocks asked of {free.count} free"
-        numbers = free.take(count)
-        self._uses[numbers] = _REFERENCE
-        return numbers
+        packed = np.empty(count, np.uint64)
+        occupy_blocks(self._columns, free.pop(count), packed)
+        return packed
 
     def retain(self, numbers: BlockNumbers) -> None:
         """Add one reference to each; blocks must be indexed or referenced."""
-        uses = self._uses[numbers]
-        assert np.count_nonzero(uses) == len(uses), "a free block cannot be retained"
-        self._count_historical(numbers, uses == _INDEXED, -1)
-        self._uses[numbers] = uses + _ONE_REFERENCE
+        done = retain_blocks(self._columns, numbers)
+        assert done == len(numbers), "a free block cannot be retained"
 
-    def release(self, numbers: BlockNumbers) -> NDArray[np.bool_] | None:
-        """Drop one reference of each. A block with none left becomes historical if indexed, else free.
+    def lease(self, edges: Edges, blocks: int) -> tuple[Packed, NDArray[np.uint8]]:
+        """Add one reference to each of the ``blocks`` blocks of indexed ``edges``.
 
-        Returns None, or which of the blocks had no reference to drop (those are left alone).
+        Returns their present addresses, uint64[blocks], and where they came from: an :class:`Origin` each.
         """
-        uses = self._uses[numbers] - _ONE_REFERENCE
-        unheld = None
-        if not np.count_nonzero(uses):
-            self._uses[numbers] = _FREE
-            self._give_back(numbers)
-            return None
-        if int(uses.min()) < 0:
-            unheld = uses < 0
-            numbers, uses = numbers[~unheld], uses[~unheld]
-        self._uses[numbers] = uses
-        self._count_historical(numbers, uses == _INDEXED, 1)
-        self._give_back(numbers[uses == _FREE])
-        return unheld
+        packed, origins = np.empty(blocks, np.uint64), np.empty(blocks, np.uint8)
+        if blocks:
+            done = lease_edges(self._columns, edges, packed, origins)
+            assert done == blocks, "a free block cannot be retained"
+        return packed, origins
+
+    def release(self, numbers: BlockNumbers) -> int:
+        """Drop one reference of each; see :meth:`release_at`."""
+        return self.release_at(self._packed[numbers])
+
+    def release_at(self, packed: Packed) -> int:
+        """Drop one reference per address; any repetition, any addresses.
+
+        A block with none left becomes historical if indexed, else free. Returns how many addresses are stale:
+        of a generation that has passed, or of a block that nobody held.
+        """
+        freed = np.empty(len(packed), np.int64)
+        count, stale = release_addresses(self._columns, packed, freed)
+        self._give_back(freed[:count])
+        return stale
 
     # --- the index's and the reservations' marks ---
 
-    def index(self, numbers: BlockNumbers, origin: Origin | NDArray[np.uint8]) -> None:
-        """Mark referenced blocks as indexed; one origin for all, or uint8[n]."""
-        self._uses[numbers] |= _INDEXED_BIT
-        self._origins[numbers] = origin
+    def index(self, numbers: BlockNumbers, origin: Origin | NDArray[np.uint8]) -> bool:
+        """Mark blocks as indexed, with one origin for all or uint8[n].
 
-    def unindex(self, numbers: BlockNumbers) -> int:
-        """Take blocks out of the index; those without references become free. Returns how many did."""
-        uses = self._uses[numbers] & ~_INDEXED
-        self._uses[numbers] = uses
-        unused = uses == _FREE
-        self._count_historical(numbers, unused, -1)
-        freed = numbers[unused]
-        self._give_back(freed)
-        return len(freed)
+        Nothing happens, and False is returned, if one is not referenced, indexed already or named twice.
+        """
+        one = int(origin) if isinstance(origin, Origin) else 0
+        entered = enter_index(self._columns, numbers, one)
+        if entered and not isinstance(origin, Origin):
+            self._origins[numbers] = origin
+        return entered
+
+    def unindex(self, edges: Edges) -> int:
+        """Take blocks out of the index; those without references become free. Returns how many left it."""
+        blocks = sum([len(edge) for edge in edges])
+        freed = np.empty(blocks, np.int64)
+        count = leave_index(self._columns, edges, freed)
+        self._give_back(freed[:count])
+        return blocks
 
     def restore(self, numbers: BlockNumbers, origins: NDArray[np.uint8], tier: Tier) -> None:
         """Free blocks turn out to hold indexed KV: they are historical now. Costs a pass over the stack."""
@@ -324,17 +349,11 @@ class BlockTable:
         assert int(self._uses.min()) >= 0, "a block has negative uses"
         incoming = self._uses[self._incoming]
         assert bool(np.all(incoming == _REFERENCE)), "an incoming block is indexed or not held exactly once"
-        assert np.array_equal(numbers_of(self._packed), self._positions), "an address has a wrong number"
-
-    def _count_historical(self, numbers: BlockNumbers, which: NDArray[np.bool_], sign: int) -> None:
-        if self.all_on_device(numbers):
-            self._historical[Tier.DEVICE] += sign * int(np.count_nonzero(which))
-            return
-        for tier, count in enumerate(np.bincount(self.tiers_of(numbers[which]), minlength=len(Tier))):
-            self._historical[tier] += sign * int(count)
+        assert np.array_equal(numbers_of(self._packed), np.arange(self.blocks)), (
+            "an address has a wrong number"
+        )
 
     def _give_back(self, numbers: BlockNumbers) -> None:
-        self._generations[numbers] += _ONE_GENERATION
         if self.all_on_device(numbers):
             self._free[Tier.DEVICE].give(numbers)
             return
@@ -351,6 +370,5 @@ class BlockTable:
         self._incoming = np.concatenate((self._incoming, np.zeros(count, np.bool_)))
         self._retired = np.concatenate((self._retired, np.zeros(count, np.bool_)))
         self._origins = np.concatenate((self._origins, np.zeros(count, np.uint8)))
-        self._marks = np.empty(self.blocks, np.int64)
-        self._positions = np.arange(self.blocks, dtype=np.int64)
-        return self._positions[first:].copy()
+        self._columns = BlockColumns(self._packed, self._uses, self._origins, self._historical)
+        return np.arange(first, self.blocks, dtype=np.int64)

@@ -42,8 +42,8 @@ class Elastic:
 
     def settle(self) -> None:
         """Retire what is not held any more of the blocks that are too many."""
-        for tier in Tier:
-            if self.surplus[tier]:
+        if any(self.surplus):
+            for tier in Tier:
                 self._shrink(tier)
 
     def _grow(self, more: int, tier: Tier) -> None:
@@ -59,9 +59,13 @@ class Elastic:
             self._shelf.grow(added)
         if added.blocks:
             self._table.grow(added.blocks, tier)
+        if more > added.blocks and tier is not Tier.DISK:
+            self._arena.reused += 1
         self._table.bring_back(more - added.blocks, tier)
 
     def _shrink(self, tier: Tier) -> None:
+        if not self.surplus[tier]:
+            return
         missing = self.surplus[tier] - self._table.free_in(tier)
         if missing > 0 and self._table.historical_in(tier):
             self._tiers.shed(missing, tier)

@@ -7,7 +7,7 @@ table's business. An edge lies in one tier as a whole.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,10 +37,16 @@ class IndexEntry:
 
     def split(self, at: int) -> IndexEntry:
         """Part of the radix tree's payload contract: keep the blocks before ``at``, return the rest."""
-        lower = IndexEntry(self.namespace, self.blocks[at:].copy(), self.usage.split(at), self.tier)
+        lower = IndexEntry(self.namespace, _own(self.blocks[at:]), self.usage.split(at), self.tier)
         lower.lowered, self.lowered = self.lowered, 0
-        self.blocks = self.blocks[:at].copy()
+        self.blocks = _own(self.blocks[:at])
         return lower
+
+    def shorten(self, at: int) -> None:
+        """Part of the radix tree's payload contract: keep only the blocks before ``at``."""
+        self.blocks = _own(self.blocks[:at])
+        self.lowered = 0
+        self.usage.shorten(at)
 
     def append(self, at: int, tail: IndexEntry) -> None:
         """Part of the radix tree's payload contract: the edge of ``at`` blocks grows by ``tail``'s."""
@@ -53,27 +59,28 @@ class IndexEntry:
 IndexNode = Node[IndexEntry]
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
-    """The longest indexed prefix: ``blocks`` int64[n], and the path on which they lie."""
+class Found(NamedTuple):
+    """The longest indexed prefix: the ``path`` on which it lies, and block numbers per edge, int32[n]."""
 
-    blocks: BlockNumbers
+    edges: list[NDArray[np.int32]]
     path: Path[IndexEntry]
 
+    @property
+    def blocks(self) -> BlockNumbers:
+        """All block numbers in one: int64[n]."""
+        return _join(self.edges)
 
-@dataclass(frozen=True, slots=True)
-class Dropped:
+
+class Dropped(NamedTuple):
     """What a removal took out of the index.
 
-    ``tokens`` is a path of which only the first ``keep`` tokens are left; ``blocks`` int64[n].
-    ``new_leaf`` is the node that became a leaf by it.
+    ``path`` holds the tokens of edges from the root to the first block that is gone: what begins with them
+    has only its first ``keep`` tokens left. ``edges`` are the block numbers of what is gone: int32[n] each.
     """
 
-    namespace: Namespace
-    tokens: Tokens
+    path: list[Tokens]
     keep: int
-    blocks: BlockNumbers
-    new_leaf: IndexNode | None
+    edges: list[NDArray[np.int32]]
 
 
 class PromptIndex:
@@ -98,12 +105,12 @@ class PromptIndex:
         """The longest prefix of ``tokens`` (int32[n]), in whole blocks."""
         tree = self._trees.get(namespace)
         if tree is None:
-            return Found(np.empty(0, np.int64), Path([], 0, 0))
+            return Found([], Path([], 0, 0))
         path = tree.walk(tokens)
-        parts = [node.payload.blocks for node in path.nodes]
-        if parts:
-            parts[-1] = parts[-1][: path.tail]
-        return Found(_join(parts), path)
+        edges = [node.payload.blocks for node in path.nodes]
+        if edges:
+            edges[-1] = edges[-1][: path.tail]
+        return Found(edges, path)
 
     def holder_of(self, block: int) -> IndexNode | None:
         """The node whose edge lies in ``block``, a block below the device; None if it is not indexed."""
@@ -170,23 +177,28 @@ class PromptIndex:
 
     def drop(self, node: IndexNode, keep: int) -> Dropped:
         """Take all but the first ``keep`` blocks of ``node``'s edge, and all below it, out of the index."""
-        namespace = node.payload.namespace
-        tree = self._trees[namespace]
-        tokens = tree.path_tokens(node)
-        kept = len(tokens) - (tree.blocks_of(node) - keep) * self.block_tokens
-        parent = node.parent
-        payloads = tree.truncate(node, keep)
-        for entry in payloads:
-            self._forget_lower(entry)
+        entry, above = node.payload, node.parent
+        tree = self._trees[entry.namespace]
+        path = [node.key[: (keep + 1) * self.block_tokens]]
+        while above is not None:
+            path.append(above.key)
+            above = above.parent
+        path.reverse()
+        kept = sum([len(part) for part in path]) - self.block_tokens
+        gone = [entry.blocks[keep:]] if keep else []
+        if entry.tier is not Tier.DEVICE:
+            self._forget_lower(entry, keep)
+        for lower in tree.truncate(node, keep):
+            if lower is not node:
+                self._forget_lower(lower.payload)
+            gone.append(lower.payload.blocks)
         if keep:
-            node.payload.lowered = 0
-        elif parent is not None:
-            parent.payload.lowered -= int(node.payload.tier > parent.payload.tier)
-        new_leaf = node if keep else parent if parent is not None and open_children(parent) == 0 else None
+            entry.lowered = 0
+        elif node.parent is not None:
+            node.parent.payload.lowered -= int(entry.tier > node.parent.payload.tier)
         if tree.size == 0:
-            del self._trees[namespace]
-        gone = _join([entry.blocks for entry in payloads])
-        return Dropped(namespace, tokens, kept, gone, new_leaf)
+            del self._trees[entry.namespace]
+        return Dropped(path, kept, gone)
 
     def exclusive_end(self, namespace: Namespace, tokens: Tokens) -> tuple[IndexNode, int] | None:
         """Where to :meth:`drop` so that ``tokens`` is forgotten but nothing that does not begin with it.
@@ -211,6 +223,14 @@ class PromptIndex:
         for namespace, tree in self._trees.items():
             for leaf in tree.leaves():
                 yield namespace, tree.path_tokens(leaf)
+
+    def lowered(self) -> Iterator[tuple[Namespace, Tokens, int, Tier]]:
+        """Every edge below the device: its path, and the token of it with which the edge begins."""
+        for namespace, tree in self._trees.items():
+            for node in tree.nodes():
+                if node.payload.tier is not Tier.DEVICE:
+                    tokens = tree.path_tokens(node)
+                    yield namespace, tokens, len(tokens) - len(node.key), node.payload.tier
 
     def all_blocks(self) -> BlockNumbers:
         """Every indexed block: int64[n], in no order."""
@@ -243,9 +263,9 @@ class PromptIndex:
             for number in _numbers(node):
                 self._lower[number] = node
 
-    def _forget_lower(self, entry: IndexEntry) -> None:
+    def _forget_lower(self, entry: IndexEntry, keep: int = 0) -> None:
         if entry.tier is not Tier.DEVICE:
-            for number in entry.blocks.tolist():
+            for number in entry.blocks[keep:].tolist():
                 del self._lower[number]
 
 
@@ -258,6 +278,11 @@ def parent_in_tier(node: IndexNode) -> IndexNode | None:
     """The parent, if it lies in the same tier: the one that may become a leaf there when ``node`` goes."""
     parent = node.parent
     return parent if parent is not None and parent.payload.tier is node.payload.tier else None
+
+
+def _own(part: NDArray[np.int32]) -> NDArray[np.int32]:
+    # Evicting block by block must not copy the rest each time, nor a few blocks keep many more alive.
+    return part if part.base is not None and 2 * part.size >= part.base.size else part.copy()
 
 
 def _numbers(node: IndexNode) -> list[int]:

@@ -49,16 +49,18 @@ class LoanTable:
         assert loan.loan not in self._standing, "a loan's id is used once"
         self._standing[loan.loan] = loan
 
-    def begin_write(self, peer: InstanceId, packed: Packed, now: float) -> tuple[Loan, ...]:
-        """``peer`` writes to these blocks. Raises ``InvalidRequest`` unless all of them are lent to it."""
+    def covering(self, peer: InstanceId, packed: Packed) -> tuple[Loan, ...]:
+        """The loans of these blocks. Raises ``InvalidRequest`` unless all of them are lent to ``peer``."""
         found = [(loan, np.count_nonzero(np.isin(packed, loan.addrs.packed))) for loan in self._of_peer(peer)]
         if sum(count for _, count in found) != len(packed):
             raise InvalidRequest(f"some of {len(packed)} blocks are not lent to {peer}", field="dst")
-        used = tuple(loan for loan, count in found if count)
-        for loan in used:
+        return tuple(loan for loan, count in found if count)
+
+    def begin_write(self, loans: Sequence[Loan], now: float) -> None:
+        """A transfer writes to blocks of these loans."""
+        for loan in loans:
             loan.writers += 1
-        self.renew(used, now)
-        return used
+        self.renew(loans, now)
 
     def end_write(self, loans: Sequence[Loan], now: float) -> list[Addresses]:
         """A transfer to blocks of these loans is over. Returns what to free."""

@@ -6,15 +6,17 @@ Composed of an arena (bytes), a block table (states), an index (prompt trees) an
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from typing import NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
+from memserve._native import count_different
 from memserve.core.clock import Clock
 from memserve.core.errors import ConfigError, InvalidRequest, StaleAddress
-from memserve.core.messages import PoolEvents, Snapshot, Stored
+from memserve.core.messages import Moved, PoolEvents, Snapshot, Stored
 from memserve.core.types import InstanceId, Namespace, Tokens, pack_tokens
-from memserve.mempool.address import Addresses, BlockNumbers, Origin, Tier, numbers_of
+from memserve.mempool.address import Addresses, BlockNumbers, Origin, Tier, are_distinct, numbers_of
 from memserve.mempool.arena import Arena, Extent
 from memserve.mempool.blocks import BlockTable
 from memserve.mempool.disk import DiskStore, DiskTier
@@ -110,26 +112,14 @@ class LocalPool:
         if n < 0:
             raise InvalidRequest(f"{n} blocks cannot be allocated", field="n")
         self._tiers.make_room(n, tier)
-        return self._addresses(self._table.alloc(n, tier))
+        return Addresses(self.instance, self.incarnation, self._table.alloc_at(n, tier))
 
     def free_mem(self, addrs: Addresses) -> Freed:
         """Drop one reference of each block; one with none left becomes historical if indexed, else free.
 
         An address whose block was freed since, or which nobody holds, is counted as stale, not refused.
         """
-        packed = addrs.packed
-        stale = 0
-        if not self._owns(addrs):
-            stale, packed = len(packed), packed[:0]
-        numbers = numbers_of(packed)
-        if not self._table.all_current(packed, numbers):
-            numbers = numbers[self._table.current(packed)]
-            stale = len(packed) - len(numbers)
-        if self._table.distinct(numbers):
-            unheld = self._table.release(numbers)
-            stale += 0 if unheld is None else int(np.count_nonzero(unheld))
-        else:
-            stale += self._release_repeated(packed)
+        stale = self._table.release_at(addrs.packed) if self._owns(addrs) else len(addrs)
         self._counters.stale += stale
         self._elastic.settle()
         return Freed(len(addrs) - stale, stale)
@@ -161,7 +151,7 @@ class LocalPool:
         if self._table.all_on_device(numbers):
             self._table.retain(numbers)
             return addrs
-        if not self._table.distinct(numbers):
+        if not are_distinct(numbers):
             raise InvalidRequest("a block can be swapped in once at a time", field="addrs")
         return self._addresses(self._tiers.bring_up(numbers))
 
@@ -210,21 +200,21 @@ class LocalPool:
         full = len(tokens) // self.layout.block_tokens
         if len(addrs) < full:
             raise InvalidRequest(f"{len(addrs)} addresses for {full} blocks of tokens", field="addrs")
-        numbers = self._numbers(addrs[:full])
+        numbers = self._numbers(addrs[:full] if len(addrs) > full else addrs)
         found = self._index.find(namespace, tokens)
-        if not self._table.all_on_device(found.blocks):
+        if self._table.tiered and not self._table.all_on_device(found.blocks):
             found = self._raise_known(namespace, tokens, found, numbers, origin)
-        known = len(found.blocks)
-        duplicate = int(np.count_nonzero(found.blocks != numbers[:known]))
+        known = found.path.blocks
+        duplicate = count_different(found.edges, numbers)
         added = numbers[known:]
-        self._require_insertable(added)
+        if not (self._table.all_on_device(added) and self._table.index(added, origin)):
+            self._refuse_insert(added)
         usage = self._tiers.publish(namespace, tokens, found.path, len(added))
         if known == full:
             return Inserted(0, duplicate)
-        self._table.index(added, origin)
         self._tiers.add_leaf(self._index.add(namespace, tokens, found, added, usage))
         whole = tokens[: full * self.layout.block_tokens]
-        self._events.append(Stored(namespace, pack_tokens(whole)))
+        self._events.stored(namespace, whole)
         self._tiers.reattach(namespace, whole)
         return Inserted(full - known, duplicate)
 
@@ -246,7 +236,7 @@ class LocalPool:
         lease = self._lease(wanted, namespace, deadline)
         self._counters.hit_tokens += lease.tokens
         self._counters.miss_tokens += len(tokens) - lease.tokens
-        if self._tiers.lower:
+        if self._table.tiered:
             self._tiers.count_hits(numbers_of(lease.addrs.packed))
         return lease
 
@@ -257,7 +247,7 @@ class LocalPool:
         """
         end = self._index.exclusive_end(namespace, tokens)
         count = 0 if end is None else self._tiers.drop(*end)
-        self._tiers.forget_orphans(namespace, tokens)
+        self._tiers.forget_orphans(namespace)
         for pin in self._pins:
             if len(self._index.find(pin.namespace, pin.tokens).blocks) < len(pin.addrs):
                 self.unpin(pin.tokens, pin.namespace)
@@ -304,17 +294,24 @@ class LocalPool:
 
     def on_events(self, notify: Callable[[], None]) -> None:
         """Have ``notify`` called when the first event since the last :meth:`take_events` happens."""
-        self._events.notify = notify
+        self._events.follow(notify)
 
     def take_events(self) -> PoolEvents | None:
-        """Index events since the last call. A gap in the numbers means: ask for :meth:`snapshot`."""
+        """Index events since the last call. A gap in the numbers means: ask for :meth:`snapshot`.
+
+        They are kept from the first call on, or from :meth:`on_events` or :meth:`snapshot`.
+        """
         return self._events.take()
 
     def snapshot(self) -> Snapshot:
         """All that the index holds, one path per leaf. Supersedes the events that were not taken yet."""
         self._events.forget()
         paths = tuple(Stored(namespace, pack_tokens(tokens)) for namespace, tokens in self._index.paths())
-        return Snapshot(self.instance, self.incarnation, self._events.next_seq, paths)
+        moved = tuple(
+            Moved(namespace, pack_tokens(tokens), start, tier.label)
+            for namespace, tokens, start, tier in self._index.lowered()
+        )
+        return Snapshot(self.instance, self.incarnation, self._events.next_seq, paths, moved)
 
     def stats(self) -> PoolStats:
         """State and counters as a frozen value. Costs a pass over the block table."""
@@ -383,9 +380,9 @@ class LocalPool:
                 f"blocks of {addrs.owner_text} mean nothing to {self.instance} "
                 f"(incarnation {self.incarnation})"
             )
-        numbers = numbers_of(addrs.packed)
-        if not self._table.all_current(addrs.packed, numbers):
-            stale = numbers[~self._table.current(addrs.packed)]
+        numbers = self._table.resolve(addrs.packed)
+        if numbers is None:
+            stale = numbers_of(addrs.packed[~self._table.current(addrs.packed)])
             raise StaleAddress(f"blocks {stale[:8].tolist()} of {self.instance} were freed since")
         return numbers
 
@@ -395,45 +392,34 @@ class LocalPool:
         """Let the caller's device blocks stand for what the index knows in lower tiers."""
         lower = ~self._table.on_device(found.blocks)
         added = numbers[: len(found.blocks)][lower]
-        self._require_insertable(added)
+        if not (self._table.all_on_device(added) and self._table.may_enter(added)):
+            self._refuse_insert(added)
         self._tiers.replace(found.path.nodes, found.path.tail, numbers, origin)
         return self._index.find(namespace, tokens)
 
-    def _require_insertable(self, numbers: BlockNumbers) -> None:
+    def _refuse_insert(self, numbers: BlockNumbers) -> NoReturn:
         if not self._table.all_on_device(numbers):
             raise InvalidRequest("blocks that are published must lie on the device", field="addrs")
-        if self._table.distinct(numbers) and self._table.all_held_unindexed(numbers):
-            return
         if not self._table.references_of(numbers).all():
             raise InvalidRequest("a block that nobody holds cannot be inserted", field="addrs")
         raise InvalidRequest("a block can hold the KV of one place in one prompt only", field="addrs")
 
-    def _release_repeated(self, packed: NDArray[np.uint64]) -> int:
-        """Drop references block by block, for addresses that name a block more than once."""
-        stale = 0
-        for one in packed[self._table.current(packed)]:
-            alone = np.array([one], np.uint64)
-            current = bool(self._table.current(alone)[0])
-            stale += not current or self._table.release(numbers_of(alone)) is not None
-        return stale
-
-    def _lease(self, tokens: Tokens, namespace: Namespace, deadline: float | None) -> Match:
+    def _lease(
+        self, tokens: Tokens, namespace: Namespace, deadline: float | None, *, use: bool = True
+    ) -> Match:
+        """Without ``use`` it does not count for eviction that somebody asked."""
         found = self._index.find(namespace, tokens)
-        numbers = found.blocks
-        self._table.retain(numbers)
-        self._tiers.use(found.path)
-        lease = Match(
-            self._addresses(numbers),
-            self._table.origins_of(numbers),
-            len(numbers) * self.layout.block_tokens,
-            deadline,
-            self._end_lease,
-        )
+        blocks = found.path.blocks
+        packed, origins = self._table.lease(found.edges, blocks)
+        if use:
+            self._tiers.use(found.path)
+        addrs = Addresses(self.instance, self.incarnation, packed)
+        lease = Match(addrs, origins, blocks * self.layout.block_tokens, deadline, self._end_lease)
         self._leases.add(lease)
         return lease
 
     def _end_lease(self, lease: Match, release: bool) -> None:
         self._leases.discard(lease)
         if release:
-            self._table.release(numbers_of(lease._addrs.packed))
+            self._table.release_at(lease._addrs.packed)
             self._elastic.settle()

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from memserve.core.errors import InvalidRequest
 from memserve.mempool.layout import Arrangement, KVLayout
 
-HIDE_BYTES = 4 << 20
-"""From here on sending layers while others are computed saves more than its calls cost."""
+_HIDE_BYTES = {"shm": 16 << 20}
+_HIDE_BYTES_ELSE = 4 << 20
+"""From here on sending layers while others are computed saves more time than its calls cost processors:
+``benchmarks/transfer_modes.py``, exposed time against whole time."""
 
 
 class TransferMode(enum.StrEnum):
@@ -63,11 +65,9 @@ def cut_blocks(layout: KVLayout, mode: TransferMode) -> Cut:
 def choose_mode(layout: KVLayout, backend: str, size: int, *, gated: bool) -> TransferMode:
     """The mode for ``size`` bytes over ``backend`` where the caller leaves it open.
 
-    ``gated``: layers are still being computed. Over shared memory little is left to hide, so it takes twice
-    as much to go by layer.
+    ``gated``: layers are still being computed. The faster the link, the more it takes to be worth hiding.
     """
-    threshold = 2 * HIDE_BYTES if backend == "shm" else HIDE_BYTES
-    if gated and size >= threshold:
+    if gated and size >= _HIDE_BYTES.get(backend, _HIDE_BYTES_ELSE):
         return TransferMode.BY_LAYER
     if layout.arrangement is Arrangement.DISCRETE:
         return TransferMode.BY_REQUEST

@@ -39,6 +39,10 @@ class Orphans:
     def namespaces(self) -> set[Namespace]:
         return {orphan.record.namespace for orphan in self._at.values()}
 
+    def of(self, namespace: Namespace) -> list[int]:
+        """The places of a namespace's orphans."""
+        return [place for place, orphan in self._at.items() if orphan.record.namespace == namespace]
+
     def add(self, place: int, record: Record) -> int | None:
         """Remember a record; of two for the same tokens the last one. Returns the place of the other."""
         known = self.find(record.parent, record.tokens)

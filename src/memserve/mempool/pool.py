@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
+from memserve._native import common_prefix
 from memserve.core.clock import Clock
-from memserve.core.errors import ConfigError, InvalidRequest, MemServeError, TransferAborted
+from memserve.core.errors import ConfigError, InvalidRequest, MemServeError, PeerOutOfBlocks, TransferAborted
 from memserve.core.messages import Member
-from memserve.core.radix import common_prefix
 from memserve.core.types import InstanceId, Namespace, Tokens
 from memserve.mempool.address import Addresses, Origin, Tier, numbers_of
 from memserve.mempool.disk import DiskTier
@@ -131,6 +131,24 @@ class MemPool(LocalPool):
             ready=ready,
             dst=dst,
         )
+
+    async def offload(self, peer: InstanceId, n: int) -> int:
+        """Let ``peer`` have what the device would give up next: about ``n`` blocks, and what they continue.
+
+        For a pool that is about to shrink or to leave. The KV stays here too. Returns how many blocks went:
+        fewer where the peer has them, or has no room for more. Raises what :meth:`transfer_with_insert` does.
+        """
+        sent = 0
+        for namespace, tokens in self._tiers.coldest(n):
+            with self._lease(tokens, namespace, None, use=False) as lease:
+                on_disk = lease.tiers == Tier.DISK
+                src = lease.addrs[: int(on_disk.argmax())] if on_disk.any() else lease.addrs
+                whole = tokens[: len(src) * self.layout.block_tokens]
+                try:
+                    sent += (await self.transfer_with_insert(peer, whole, src, namespace)).sent
+                except PeerOutOfBlocks:
+                    break
+        return sent
 
     async def alloc_peer_mem(
         self, peer: InstanceId, n: int, tier: Tier = Tier.DEVICE, *, seconds: float = 60.0
@@ -364,11 +382,13 @@ class MemPool(LocalPool):
     def _begin_write(self, peer: InstanceId, dst: Addresses, *, indexed: bool) -> tuple[Loan, ...]:
         """Raises unless ``peer`` may write to these blocks now, and they may be indexed if that is wanted."""
         numbers = self._numbers(dst)
-        if not self._table.distinct(numbers) or not self._table.all_writable(numbers):
+        loans = self._loans.covering(peer, dst.packed)
+        if not self._table.all_writable(numbers):
             raise InvalidRequest("blocks to write to must be free of other KV and transfers", field="dst")
         if indexed and not self._table.all_on_device(numbers):
             raise InvalidRequest("blocks that are published must lie on the device", field="dst")
-        return self._loans.begin_write(peer, dst.packed, self._clock.now())
+        self._loans.begin_write(loans, self._clock.now())
+        return loans
 
     def _end_write(self, reservation: Reservation) -> None:
         self._free_all(self._loans.end_write(reservation.loans, self._clock.now()))

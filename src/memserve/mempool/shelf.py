@@ -94,18 +94,10 @@ class DiskShelf:
             for place in self._places(blocks):
                 self.orphans.forget(place)
 
-    def erase_orphans(self, namespace: Namespace, tokens: Tokens) -> None:
-        """Whatever is orphaned of ``tokens`` and what continues them must not come back."""
-        if not self.orphans:
-            return
-        step = self._layout.block_tokens
-        keys = chain_keys(self._layout.fingerprint, namespace, tokens, step)
-        doomed = {orphan.place for chain in self.orphans.chains(keys[-1]) for orphan in chain}
-        for depth, key in enumerate(keys[:-1]):
-            orphan = self.orphans.find(key, pack_tokens(tokens[depth * step : (depth + 1) * step]))
-            if orphan is not None:
-                doomed.add(orphan.place)
-        self._store.erase(sorted(doomed))
+    def erase_orphans(self, namespace: Namespace) -> None:
+        """No orphan of a namespace must come back: nobody can tell which prompt one of them continues."""
+        doomed = self.orphans.of(namespace)
+        self._store.erase(doomed)
         for place in doomed:
             self.orphans.forget(place)
 

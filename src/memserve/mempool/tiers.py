@@ -12,14 +12,13 @@ from numpy.typing import NDArray
 from memserve._native import copy_blocks
 from memserve.core.clock import Clock
 from memserve.core.errors import OutOfBlocks
-from memserve.core.messages import Removed, Stored
 from memserve.core.radix import Path
-from memserve.core.types import Namespace, Tokens, pack_tokens
+from memserve.core.types import Namespace, Tokens
 from memserve.mempool.address import BlockNumbers, Origin, Tier
 from memserve.mempool.arena import Arena
-from memserve.mempool.blocks import BlockTable
+from memserve.mempool.blocks import BlockTable, Edges
 from memserve.mempool.events import EventLog
-from memserve.mempool.eviction import EvictionPolicy, LeastRecentlyUsed
+from memserve.mempool.eviction import EvictionPolicy, LeastRecentlyUsed, Victim
 from memserve.mempool.index import IndexEntry, IndexNode, PromptIndex, open_children
 from memserve.mempool.shelf import DiskShelf
 from memserve.mempool.stats import Counters
@@ -56,6 +55,8 @@ class Tiers:
     @property
     def lower(self) -> tuple[Tier, ...]:
         """The tiers below the device that have blocks."""
+        if not self._table.tiered:
+            return ()
         return tuple(tier for tier in (Tier.HOST, Tier.DISK) if self._table.capacity[tier])
 
     # --- use ---
@@ -90,7 +91,7 @@ class Tiers:
             return
         victims = None
         if missing <= self._table.historical_in(tier):
-            victims = self._policies[tier].choose(missing, self._idle_tail, self._clock.now())
+            victims = self._policies[tier].choose(missing, self._table.idle_tail, self._clock.now())
         if victims is None:
             states = self._table.counts(tier)
             raise OutOfBlocks(
@@ -100,22 +101,54 @@ class Tiers:
                 pinned=states.active + states.incoming,
             )
         lower = tuple(below for below in self.lower if below > tier)
-        for victim in victims:
-            self._give_up(victim.node, victim.keep, lower)
+        if lower:
+            for victim in victims:
+                self._give_up(victim.node, victim.keep, lower)
+        else:
+            self._counters.evicted_blocks += self._drop_all(victims)
 
     def swap_out(self, n: int) -> int:
         """Move up to ``n`` historical blocks of the device down. Returns how many were moved."""
         room = max((self._fit(n, tier) for tier in self.lower), default=0)
-        return self._move_coldest(min(room, self._table.historical_in(Tier.DEVICE)), Tier.DEVICE, self.lower)
+        return self._move_coldest(min(room, n), Tier.DEVICE, self.lower)
 
     def shed(self, n: int, tier: Tier) -> None:
         """Free up to ``n`` blocks of ``tier`` by giving up its coldest KV: as many as nobody holds."""
         lower = tuple(below for below in self.lower if below > tier)
         goal = self._table.free_in(tier) + n
         while (missing := goal - self._table.free_in(tier)) > 0:
-            self._move_coldest(min(missing, self._table.historical_in(tier)), tier, lower)
-            if goal - self._table.free_in(tier) == missing:
+            self._move_coldest(missing, tier, lower)
+            if goal - self._table.free_in(tier) == missing and not self._drop_branch(tier):
                 return
+
+    def _drop_branch(self, tier: Tier) -> bool:
+        """Drop an edge in ``tier`` that only what lies above it continues. False if all are in use.
+
+        A block of the host may continue one on disk, which no policy gives up then.
+        """
+        for node in self._index.nodes_now():
+            idle = node.payload.tier is tier and node.children and not self._is_held(node)
+            if idle:
+                self._counters.evicted_blocks += self.drop(node, 0)
+                return True
+        return False
+
+    def _is_held(self, node: IndexNode) -> bool:
+        """Whether a block of ``node``'s edge or of what continues it is referenced."""
+        waiting = [node]
+        while waiting:
+            edge = waiting[-1].payload.blocks
+            if self._table.idle_tail(edge, len(edge), len(edge)) < len(edge):
+                return True
+            waiting.extend(waiting.pop().children.values())
+        return False
+
+    def coldest(self, n: int) -> list[tuple[Namespace, Tokens]]:
+        """Paths that end with what the device would give up next, ``n`` blocks of it or all that can go."""
+        victims = self._choose_coldest(n, Tier.DEVICE)
+        for victim in victims:
+            self.add_leaf(victim.node)
+        return [(victim.node.payload.namespace, self._index.path_tokens(victim.node)) for victim in victims]
 
     def persist(self) -> int:
         """Move all historical KV to the disk tier, which keeps the warmest. Returns how many blocks went."""
@@ -126,22 +159,42 @@ class Tiers:
         return moved
 
     def _move_coldest(self, n: int, tier: Tier, lower: tuple[Tier, ...]) -> int:
-        victims = None
+        victims = self._choose_coldest(n, tier)
+        return sum(self._give_up(victim.node, victim.keep, lower) for victim in victims)
+
+    def _choose_coldest(self, n: int, tier: Tier) -> list[Victim]:
+        """Victims of ``n`` blocks, or of the half of it, or of a quarter, ..., if there are no more."""
         policy, now = self._policies[tier], self._clock.now()
-        while n > 0 and (victims := policy.choose(n, self._idle_tail, now)) is None:
+        n = min(n, self._table.historical_in(tier))
+        while n > 0:
+            victims = policy.choose(n, self._table.idle_tail, now)
+            if victims is not None:
+                return victims
             # Some of the historical blocks are continued by blocks in use.
             n //= 2
-        return sum(self._give_up(victim.node, victim.keep, lower) for victim in victims or ())
+        return []
 
     def drop(self, node: IndexNode, keep: int) -> int:
         """Forget all but ``keep`` blocks of ``node``'s edge and all that continues it. Returns how many."""
-        dropped = self._index.drop(node, keep)
-        self._leave_disk(dropped.blocks)
-        self._table.unindex(dropped.blocks)
-        if dropped.new_leaf is not None:
-            self.add_leaf(dropped.new_leaf)
-        self._events.append(Removed(dropped.namespace, pack_tokens(dropped.tokens), dropped.keep))
-        return len(dropped.blocks)
+        parent = node.parent
+        count = self._drop_all([Victim(node, keep)])
+        if keep or parent is not None:
+            self.add_leaf(node if keep or parent is None else parent)
+        return count
+
+    def _drop_all(self, victims: list[Victim]) -> int:
+        """The same for many at once; what has become a leaf is not made known."""
+        edges: Edges = []
+        for victim in reversed(victims):
+            if not victim.node.attached:
+                # It went with what it continues, which is a victim too.
+                continue
+            dropped = self._index.drop(victim.node, victim.keep)
+            edges += dropped.edges
+            self._events.removed(victim.node.payload.namespace, dropped.path, dropped.keep)
+        if self._disk is not None:
+            self._leave_disk(np.concatenate(edges).astype(np.int64))
+        return self._table.unindex(edges)
 
     def _give_up(self, node: IndexNode, keep: int, lower: tuple[Tier, ...]) -> int:
         """Move what ``node`` has beyond ``keep`` blocks, all idle, to one of the tiers ``lower``.
@@ -205,11 +258,14 @@ class Tiers:
         origins: Origin | NDArray[np.uint8],
     ) -> None:
         """Let held blocks ``new`` of ``tier`` stand for ``node``'s whole edge in the place of ``old``."""
-        self._table.index(new, origins)
+        entered = self._table.index(new, origins)
+        assert entered, "a block that takes another's place must be held and new to the index"
         fresh = self._index.place(node, new, tier)
         self._leave_disk(old)
-        self._table.unindex(old)
+        self._table.unindex([old.astype(np.int32)])
         self.add_leaf(fresh)
+        path = self._index.path_tokens(fresh)
+        self._events.moved(fresh.payload.namespace, path, len(path) - len(fresh.key), tier)
 
     # --- up ---
 
@@ -308,7 +364,9 @@ class Tiers:
                 usage = self.publish(namespace, path, found.path, count)
                 leaf = self._index.add(namespace, path, found, new, usage, Tier.DISK)
                 self.add_leaf(leaf)
-                self._events.append(Stored(namespace, pack_tokens(path)))
+                self._events.stored(namespace, path)
+                start = len(path) - count * self._index.block_tokens
+                self._events.moved(namespace, path, start, Tier.DISK)
 
     def reattach_all(self) -> None:
         """Index all that the disk holds from its beginning on; the rest waits for its prompts."""
@@ -318,10 +376,10 @@ class Tiers:
             self.reattach(namespace, np.empty(0, np.int32))
         self._table.use_last(self._disk.orphaned, Tier.DISK)
 
-    def forget_orphans(self, namespace: Namespace, tokens: Tokens) -> None:
-        """``tokens`` and what continues it was deleted: it must not come back from the disk."""
+    def forget_orphans(self, namespace: Namespace) -> None:
+        """Something was deleted: what may continue it must not come back from the disk."""
         if self._disk is not None:
-            self._disk.erase_orphans(namespace, tokens)
+            self._disk.erase_orphans(namespace)
 
     # --- inside ---
 
@@ -332,10 +390,6 @@ class Tiers:
     def _require_disk(self) -> DiskShelf:
         assert self._disk is not None, "a pool without a disk tier has no blocks there"
         return self._disk
-
-    def _idle_tail(self, node: IndexNode) -> int:
-        held = np.flatnonzero(self._table.references_of(node.payload.blocks.astype(np.int64)))
-        return len(node.payload.blocks) - (int(held[-1]) + 1 if len(held) else 0)
 
 
 def _begins_on_device(node: IndexNode) -> bool:

@@ -27,7 +27,7 @@ class Run(NamedTuple):
 
     def at(self, start: int) -> Run:
         """The same run, beginning elsewhere."""
-        return Run(start, self.uses, self.stamp, self.follows)
+        return self if start == self.start else Run(start, self.uses, self.stamp, self.follows)
 
 
 class Usage:
@@ -43,7 +43,7 @@ class Usage:
         """The run of the last of the first ``end`` blocks."""
         runs = self.runs
         at = len(runs) - 1
-        while runs[at].start >= end:
+        while at and runs[at].start >= end:
             at -= 1
         return runs[at]
 
@@ -57,6 +57,10 @@ class Usage:
 
     def use(self, upto: int, stamp: float, times: int = 1) -> None:
         """The first ``upto`` blocks were used at ``stamp``; with ``times`` 0 that does not count."""
+        if len(self.runs) == 1 and upto == self.blocks:
+            _, uses, _, follows = self.runs[0]
+            self.runs = [Run(0, uses + times, stamp, follows)]
+            return
         runs: list[Run] = []
         end = self.blocks
         for run in reversed(self.runs):
@@ -70,12 +74,22 @@ class Usage:
 
     def split(self, at: int) -> Usage:
         """Keep the first ``at`` blocks and return the rest."""
+        if len(self.runs) == 1:
+            rest = Usage(self.blocks - at, self.runs)
+            self.blocks = at
+            return rest
         above = [run for run in self.runs if run.start < at]
         below = [run for run in self.runs if run.start > at]
         last = self.run_at(at + 1)
         rest = Usage(self.blocks - at, [last.at(0)] + [run.at(run.start - at) for run in below])
         self.blocks, self.runs = at, above
         return rest
+
+    def shorten(self, at: int) -> None:
+        """Keep the first ``at`` blocks only."""
+        self.blocks = at
+        if len(self.runs) > 1:
+            self.runs = [run for run in self.runs if run.start < at]
 
     def append(self, tail: Usage) -> None:
         """The edge grows by the blocks of ``tail``."""

@@ -31,6 +31,10 @@ class Holders:
         self.ends = upper_ends
         return lower
 
+    def shorten(self, at: int) -> None:
+        """Part of the radix tree's payload contract: keep only the blocks before ``at``."""
+        self.split(at)
+
     def append(self, at: int, tail: Holders) -> None:
         """Part of the radix tree's payload contract: the edge of ``at`` blocks grows by ``tail``'s."""
         stayed = self.full & ~tail.mask

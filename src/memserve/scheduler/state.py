@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from memserve.core.errors import LayoutMismatch
-from memserve.core.messages import Heartbeat, LoadReport, Member, PoolEvents, Ready, Snapshot, Stored
+from memserve.core.messages import Heartbeat, LoadReport, Member, PoolEvents, Ready, Removed, Snapshot, Stored
 from memserve.core.types import InstanceId, Namespace, RequestId, Role, Tokens, unpack_tokens
 from memserve.scheduler.tree import GlobalPromptTree, Holdings
 
@@ -257,7 +257,7 @@ class SchedulerState:
             tokens = unpack_tokens(event.tokens)
             if isinstance(event, Stored):
                 tree.store(state.instance, event.namespace, tokens)
-            else:
+            elif isinstance(event, Removed):
                 tree.remove(state.instance, event.namespace, tokens, event.keep)
         feed.next_seq = max(feed.next_seq, batch.seq + len(batch.events))
 

@@ -12,13 +12,28 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from memserve.core.clock import Clock, MonotonicClock
+from memserve.core.errors import ConfigError
 from memserve.core.types import InstanceId
 from memserve.mempool import Arrangement, KVLayout, MemPool, TransferEndpoint
+from memserve.mempool.transfer.nixl_agent import load_bindings
 
 SMALL = KVLayout("small", layers=2, kv_heads=1, head_dim=64)
 DEADLINE = 30.0
 _numbers = itertools.count()
+
+
+def _why_no_nixl() -> str:
+    try:
+        load_bindings()
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+needs_nixl = pytest.mark.skipif(bool(_why_no_nixl()), reason=_why_no_nixl())
 
 
 def fresh_address() -> str:

@@ -105,6 +105,7 @@ def matched(pool: MemPool, tokens: np.ndarray = TOKENS) -> int:
 def test_a_doubled_publication_gets_the_same_answer_and_inserts_once() -> None:
     async def scenario() -> None:
         async with serving("b") as (pool, _, address), raw_peer(address) as (peer, _):
+            pool.take_events()
             await peer.call(hello(), 5.0)
             reserved = await peer.call(reserve(), 5.0)
             again = await peer.call(reserve(), 5.0)
@@ -371,7 +372,7 @@ def test_a_flipped_byte_is_never_published(flips: int, works: bool) -> None:
             if works:
                 assert (await pool.transfer_with_insert(B, TOKENS, src, NS)).sent == 4
             else:
-                with pytest.raises(CorruptBlock, match="4 of 4 blocks"):
+                with pytest.raises(CorruptBlock, match="4 of 4 units"):
                     await pool.transfer_with_insert(B, TOKENS, src, NS)
             assert matched(there) == (len(TOKENS) if works else 0)
             assert there.stats().aborts[AbortCause.CORRUPT] == flips

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from memserve.core.types import InstanceId
-from memserve.mempool import Tier
+from memserve.mempool import MemPool, Tier
 
 from .conftest import peer_process, serving
 from .peer_process import BIG, NS, SECURITY, fill_blocks, holds_pattern, member, tokens_of
@@ -107,6 +107,38 @@ def test_a_sender_that_shrinks_keeps_what_it_sends_until_it_is_sent() -> None:
                 assert holds_pattern(receiver, match.addrs, 4)
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(("held", "sent"), [(8, 24), (32, 0)])
+def test_what_a_pool_would_lose_by_shrinking_can_go_to_a_peer_first(held: int, sent: int) -> None:
+    async def scenario() -> None:
+        async with (
+            serving("b", layout=BIG, blocks=32) as (receiver, _, address),
+            serving("a", layout=BIG, blocks=32) as (sender, endpoint, _),
+        ):
+            endpoint.set_peers((member("b", address),))
+            for seed in range(8):
+                src = sender.alloc_mem(4)
+                fill_blocks(sender, src, seed)
+                sender.insert(tokens_of(seed, 4), src, NS)
+                sender.free_mem(src)
+            others = receiver.alloc_mem(held)
+            assert await sender.offload(B, 24) == sent
+            sender.resize(Tier.DEVICE, 8)
+            found = [blocks_of(sender, seed) + blocks_of(receiver, seed) for seed in range(8)]
+            assert found[6:] == [4, 4]
+            assert sum(found) == 8 + sent
+            receiver.free_mem(others)
+            sender.check([])
+            receiver.check([])
+
+    asyncio.run(scenario())
+
+
+def blocks_of(pool: MemPool, seed: int) -> int:
+    with pool.match(tokens_of(seed, 4), NS) as match:
+        assert holds_pattern(pool, match.addrs, seed)
+        return len(match.addrs)
 
 
 def test_the_example_shrinks_and_grows() -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from memserve.core.radix import RadixTree, common_prefix
+from memserve._native import common_prefix
+from memserve.core.radix import RadixTree
 
 PAGE = 4
 
@@ -20,6 +21,9 @@ class Labels:
         tail = Labels(self.labels[at:])
         del self.labels[at:]
         return tail
+
+    def shorten(self, at: int) -> None:
+        del self.labels[at:]
 
     def append(self, at: int, tail: Labels) -> None:
         assert at == len(self.labels)
@@ -103,23 +107,24 @@ def test_extending_an_inner_node_adds_a_child(tree: RadixTree[Labels]) -> None:
 def test_truncate_trims_a_leaf(tree: RadixTree[Labels]) -> None:
     add(tree, 1, 2, 3)
     leaf = next(tree.leaves())
-    assert [payload.labels for payload in tree.truncate(leaf, 1)] == [[2, 3]]
+    assert tree.truncate(leaf, 1) == []
+    assert leaf.payload.labels == [1]
     tree.check()
     assert tree.walk(tokens_of(1, 2, 3)).blocks == 1
     add(tree, 1, 9, 9)
     assert leaf.payload.labels == [1, 9, 9]
 
 
-def test_truncate_drops_a_subtree_upper_payloads_first(tree: RadixTree[Labels]) -> None:
+def test_truncate_drops_a_subtree_upper_nodes_first(tree: RadixTree[Labels]) -> None:
     add(tree, 1, 2, 3)
     add(tree, 1, 2, 4)
     add(tree, 7)
     upper = tree.walk(tokens_of(1, 2)).nodes[0]
     dropped = tree.truncate(upper, 0)
     tree.check()
-    assert dropped[0].labels == [1, 2]
-    assert sorted(payload.labels for payload in dropped[1:]) == [[3], [4]]
-    assert not upper.attached
+    assert dropped[0] is upper
+    assert sorted(node.payload.labels for node in dropped[1:]) == [[3], [4]]
+    assert not any(node.attached or node.children for node in dropped)
     assert [leaf.payload.labels for leaf in tree.leaves()] == [[7]]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 from memserve.core.clock import MonotonicClock
+from memserve.core.errors import ConfigError
 from memserve.core.messages import Message, RequestClosed, RequestError, Submit, TokenChunk, Trace
 from memserve.core.types import (
     FinishReason,
@@ -33,6 +34,7 @@ from memserve.engine.runners.base import ForwardBatch
 from memserve.engine.runners.reference import ReferenceRunner
 from memserve.mempool.address import Addresses, Origin, Tier
 from memserve.mempool.disk import DiskTier
+from memserve.mempool.layout import Arrangement
 from memserve.mempool.pool import MemPool
 from memserve.mempool.stats import AbortCause
 
@@ -492,3 +494,24 @@ def test_a_sequence_that_outgrows_a_shrunk_pool_fails_and_the_others_go_on() -> 
             assert (at.pool.blocks, at.pool.stats().draining) == (4, 0)
 
     asyncio.run(scenario())
+
+
+def test_an_engine_refuses_blocks_in_pieces_and_says_what_to_do() -> None:
+    runner = ReferenceRunner(WEIGHTS)
+    pieces = replace(runner.layout, arrangement=Arrangement.DISCRETE)
+    clock = MonotonicClock()
+    pool = MemPool(pieces, 4, instance=HERE, incarnation=1, clock=clock)
+    with pytest.raises(ConfigError, match=r"layout.arrangement is discrete.*arrangement aggregated"):
+        Engine(
+            HERE,
+            pool,
+            runner,
+            Batcher(step_tokens=64, max_running=8),
+            PHASES["colocated"],
+            NoPeers(),
+            context=CONTEXT,
+            vocabulary=WEIGHTS.spec.vocabulary,
+            clock=clock,
+            emit=lambda message: None,
+        )
+    pool.close()

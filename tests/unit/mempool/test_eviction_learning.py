@@ -27,113 +27,116 @@ def tokens(count: int, seed: int = 1) -> np.ndarray:
 # --- history ---
 
 
-def test_a_fingerprint_depends_on_all_chunks_before_it() -> None:
+def recall(history: PrefixHistory, wanted: np.ndarray, follows: int = 0, now: float = 0.0) -> list[Past]:
+    return history.recall(NS, wanted, follows, now)
+
+
+def test_a_prompt_is_remembered_once_it_was_recalled() -> None:
+    history, wanted = PrefixHistory(1024, PAGE), tokens(3 * CHUNK)
+    assert recall(history, wanted[: 2 * CHUNK], follows=5, now=7.0) == []
+    assert recall(history, wanted, follows=1, now=8.0) == [(2, 1, 5, 7.0)]
+    assert recall(history, wanted, follows=9, now=9.0) == [(2, 2, 5, 8.0), (1, 1, 1, 8.0)]
+
+
+def test_a_prompt_that_differs_shares_what_lies_before_the_next_chunk() -> None:
     history = PrefixHistory(1024, PAGE)
     one, other = tokens(4 * CHUNK), tokens(4 * CHUNK)
     other[CHUNK + 64] += 1
-    same = history.fingerprints(NS, one) == history.fingerprints(NS, other)
-    assert same.tolist() == [True, True, False, False]
+    recall(history, one)
+    assert [chunks for chunks, *_ in recall(history, other)] == [2]
 
 
-def test_a_longer_prompt_has_the_same_fingerprints_and_more() -> None:
-    history = PrefixHistory(1024, PAGE)
-    long = tokens(100 * CHUNK)
-    whole = history.fingerprints(NS, long)
-    assert len(np.unique(whole)) == 100
+def test_chunks_of_every_length_of_a_prompt_are_the_same() -> None:
+    history, long = PrefixHistory(4096, PAGE), tokens(100 * CHUNK)
+    recall(history, long)
     for size in (PAGE, CHUNK - PAGE, CHUNK, CHUNK + PAGE, 99 * CHUNK + PAGE):
-        part = history.fingerprints(NS, long[:size])
-        assert np.array_equal(part, whole[: -(-size // CHUNK)])
+        assert sum(chunks for chunks, *_ in recall(history, long[:size])) == -(-size // CHUNK)
 
 
-def test_namespaces_have_different_fingerprints() -> None:
+def test_namespaces_do_not_share_a_past() -> None:
     history = PrefixHistory(1024, PAGE)
-    spaces = [NS, Namespace("n"), Namespace("m", adapter="a"), Namespace("m", salt="a")]
-    assert len({int(history.fingerprints(space, tokens(64))[0]) for space in spaces}) == len(spaces)
-
-
-def test_the_history_tells_what_it_was_told() -> None:
-    history = PrefixHistory(1024, PAGE)
-    prints = history.fingerprints(NS, tokens(3 * CHUNK))
-    assert len(history.find(prints).uses) == 0
-    history.put(
-        prints[:2], Past(np.array([5, 4], np.uint8), np.array([0, 1], np.uint8), np.array([7.0, 8.0]))
-    )
-    found = history.find(prints)
-    assert found.uses.tolist() == [5, 4]
-    assert found.follows.tolist() == [0, 1]
-    assert found.stamps.tolist() == [7.0, 8.0]
+    for space in (NS, Namespace("n"), Namespace("m", adapter="a"), Namespace("m", salt="a")):
+        assert history.recall(space, tokens(64), 0, 0.0) == []
 
 
 def test_an_overwritten_chunk_is_like_the_next() -> None:
-    history = PrefixHistory(1024, PAGE)
-    prints = history.fingerprints(NS, tokens(3 * CHUNK))
-    one = np.ones(1)
-    history.put(prints[2:], Past(np.array([3], np.uint8), np.array([2], np.uint8), 9.0 * one))
-    assert history.find(prints).uses.tolist() == [3, 3, 3]
+    history, wanted = PrefixHistory(1024, PAGE), tokens(3 * CHUNK)
+    recall(history, wanted, follows=2, now=9.0)
+    alone = PrefixHistory(1024, PAGE)
+    recall(alone, wanted[:CHUNK])
+    first = alone._table.reshape(-1, 16).any(axis=1)
+    history._table.reshape(-1, 16)[first] = 0
+    assert recall(history, wanted) == [(3, 1, 2, 9.0)]
 
 
 def test_the_history_is_bounded() -> None:
     history = PrefixHistory(64, PAGE)
     for seed in range(200):
-        prints = history.fingerprints(NS, tokens(4 * CHUNK, seed))
-        history.put(prints, Past(np.ones(4, np.uint8), np.zeros(4, np.uint8), np.zeros(4)))
-    assert len(history._prints) == 64
-    assert len(history.find(prints).uses) == 4
+        recall(history, tokens(4 * CHUNK, seed))
+    assert history._table.nbytes == 64 * 16
+    assert sum(chunks for chunks, *_ in recall(history, tokens(4 * CHUNK, 199))) == 4
+
+
+def test_uses_are_counted_up_to_a_limit() -> None:
+    history = PrefixHistory(64, PAGE)
+    for turn in range(300):
+        past = recall(history, tokens(CHUNK))
+        assert [uses for _, uses, *_ in past] == ([min(turn, 255)] if turn else [])
 
 
 # --- densities ---
 
 
 def test_density_is_hits_per_block_and_second_of_the_best_stay() -> None:
-    densities = HitDensities(1, fade=1.0)
+    densities = HitDensities(2, fade=1.0)
     densities.enter(0, 99)
-    densities.leave_used(0, 10.0, 50)
+    densities.use(0, 10.0, 50, 1)
     densities.evaluate()
     # Half of the class is used within 15 s of its last use; a stay costs 60 s more.
-    assert densities.of(0, 0.0) == pytest.approx(0.5 / (15 + 60))
-    assert densities.of(0, 6.0) == pytest.approx(0.5 / (15 - 5 + 60))
-    assert densities.of(0, 20.0) == 0.0
+    assert densities.of(0, 0.0)[0] == pytest.approx(0.5 / (15 + 60))
+    assert densities.of(0, 6.0)[0] == pytest.approx(0.5 / (15 - 5 + 60))
+    assert densities.of(0, 20.0)[0] == 0.0
 
 
 def test_those_that_were_used_do_not_wait_any_more() -> None:
-    densities = HitDensities(1, fade=1.0)
+    densities = HitDensities(2, fade=1.0)
     densities.enter(0, 99)
-    densities.leave_used(0, 1.0, 60)
-    densities.leave_used(0, 100.0, 20)
+    densities.use(0, 1.0, 60, 1)
+    densities.use(0, 100.0, 20, 1)
     densities.evaluate()
     # Of the 40 that reach 90 s half are used within the next 30 s.
-    assert densities.of(0, 95.0) == pytest.approx(0.5 / (30 + 60))
+    assert densities.of(0, 95.0)[0] == pytest.approx(0.5 / (30 + 60))
 
 
 def test_densities_agree_with_the_formula() -> None:
     rng = np.random.default_rng(5)
-    densities = HitDensities(3, fade=1.0)
+    densities = HitDensities(4, fade=1.0)
     for kind in range(3):
         densities.enter(kind, 1000)
         for age in rng.exponential(400, 40):
-            densities.leave_used(kind, float(age), int(rng.integers(1, 20)))
+            densities.use(kind, float(age), int(rng.integers(1, 20)), 3)
     densities.evaluate()
     limits = [5, 15, 30, 45, 60, 90, 120, 180, 240, 300, 420, 600, 900, 1200, 1800, 3600]
     for kind in range(3):
-        used = densities._used[kind]
+        used = np.array(densities._used[kind])
         for at, lowest in enumerate([0, *limits[:-1]]):
             left = 1001 - used[:at].sum()
             rates = [
                 used[at : upto + 1].sum() / left / (limits[upto] - lowest + 60)
                 for upto in range(at, len(limits))
             ]
-            assert densities.of(kind, limits[at]) == pytest.approx(max(rates))
+            assert densities.of(kind, limits[at])[0] == pytest.approx(max(rates))
 
 
 def test_old_experience_fades() -> None:
-    densities = HitDensities(1, fade=0.5)
+    densities = HitDensities(2, fade=0.5)
     densities.enter(0, 100)
-    densities.leave_used(0, 1.0, 100)
+    densities.use(0, 1.0, 100, 1)
     densities.evaluate()
-    before = densities.of(0, 0.0)
+    before = densities.of(0, 0.0)[0]
     densities.enter(0, 1000)
     densities.evaluate()
-    assert densities.of(0, 0.0) < before / 4
+    assert densities.of(0, 0.0)[0] < before / 4
 
 
 # --- the policy ---

@@ -8,7 +8,7 @@ import pytest
 
 from memserve.core.errors import InvalidRequest
 from memserve.mempool import Arrangement, KVLayout, TransferMode
-from memserve.mempool.modes import HIDE_BYTES, Cut, choose_mode, cut_blocks
+from memserve.mempool.modes import Cut, choose_mode, cut_blocks
 
 WHOLE = KVLayout("m", layers=3, kv_heads=2, head_dim=4, block_tokens=4)
 PIECES = dataclasses.replace(WHOLE, arrangement=Arrangement.DISCRETE)
@@ -44,11 +44,10 @@ def test_whole_blocks_of_a_discrete_layout_are_refused_with_a_remedy() -> None:
     assert caught.value.field == "mode"
 
 
-@pytest.mark.parametrize("backend", ["shm", "tcp"])
-def test_the_default_goes_by_layer_only_where_there_is_something_to_hide(backend: str) -> None:
-    much = 2 * HIDE_BYTES
+@pytest.mark.parametrize(("backend", "much"), [("shm", 16 << 20), ("tcp", 4 << 20), ("nixl", 4 << 20)])
+def test_the_default_goes_by_layer_only_where_there_is_something_to_hide(backend: str, much: int) -> None:
     assert choose_mode(WHOLE, backend, much, gated=True) is TransferMode.BY_LAYER
     assert choose_mode(WHOLE, backend, much, gated=False) is TransferMode.BY_REQUEST_AGGREGATED
-    assert choose_mode(WHOLE, backend, HIDE_BYTES - 1, gated=True) is TransferMode.BY_REQUEST_AGGREGATED
+    assert choose_mode(WHOLE, backend, much - 1, gated=True) is TransferMode.BY_REQUEST_AGGREGATED
     assert choose_mode(PIECES, backend, much, gated=True) is TransferMode.BY_LAYER
     assert choose_mode(PIECES, backend, much, gated=False) is TransferMode.BY_REQUEST

@@ -256,6 +256,7 @@ def test_delete_finds_what_eviction_left_of_an_entry(pool: MemPool) -> None:
 
 
 def test_events_tell_what_was_stored_and_removed(pool: MemPool) -> None:
+    assert pool.take_events() is None
     cache(pool, prompt(1, 2, extra=1))
     pool.free_mem(pool.alloc_mem(7))
     batch = pool.take_events()
@@ -269,6 +270,7 @@ def test_events_tell_what_was_stored_and_removed(pool: MemPool) -> None:
 
 
 def test_event_numbers_go_on_and_a_snapshot_says_where(pool: MemPool) -> None:
+    pool.take_events()
     cache(pool, prompt(1))
     first = pool.take_events()
     cache(pool, prompt(2))

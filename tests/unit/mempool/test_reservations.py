@@ -35,6 +35,7 @@ def matched(pool: MemPool, tokens: Tokens) -> int:
 
 
 def test_nothing_is_visible_before_publication(pool: MemPool) -> None:
+    pool.take_events()
     begin(pool, "t", prompt(1, 2))
     assert matched(pool, prompt(1, 2)) == 0
     assert pool.stats().incoming == 2

@@ -71,8 +71,12 @@ def test_joined_memory_holds_the_units_in_their_order(numbers: list[int], pieces
     cut = Cut(1, PARTS * UNIT, 2) if whole and pieces == 1 else Cut(PARTS, UNIT, 2)
     blocks, parts = spread_units(np.array(numbers), cut)
     pointers = arena.map.unit_pointers(blocks, parts, cut.unit_bytes)
-    joined = arena.unit_memory(blocks, parts, cut.unit_bytes)
-    raw = np.frombuffer(b"".join(bytes(view) for view in joined), np.uint8).reshape(len(blocks), -1)
+    units = arena.units(blocks, parts, cut.unit_bytes)
+    middle = len(blocks) // 2
+    joined = units.views(0, len(blocks))
+    halves = (units.views(0, middle) if middle else []) + units.views(middle, len(blocks) - middle)
+    assert b"".join(halves) == b"".join(joined)
+    raw = np.frombuffer(b"".join(joined), np.uint8).reshape(len(blocks), -1)
     copies = raw.ctypes.data + np.arange(len(blocks), dtype=np.uint64) * np.uint64(cut.unit_bytes)
     assert np.array_equal(
         checksum_blocks(copies.astype(np.uint64), cut.unit_bytes), checksum_blocks(pointers, cut.unit_bytes)

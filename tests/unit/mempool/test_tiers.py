@@ -10,8 +10,8 @@ import pytest
 
 from memserve.core.clock import VirtualClock
 from memserve.core.errors import ConfigError, InvalidRequest, OutOfBlocks, StaleAddress
-from memserve.core.messages import Removed
-from memserve.core.types import InstanceId, Namespace
+from memserve.core.messages import Moved, Removed
+from memserve.core.types import InstanceId, Namespace, pack_tokens
 from memserve.mempool import Addresses, DiskTier, MemPool, Origin, Tier
 
 from .conftest import LAYOUT, prompt
@@ -89,13 +89,20 @@ def test_tiers_cascade_and_the_lowest_drops(make: MakePool) -> None:
     assert pool.stats().evicted_blocks == 2
 
 
-def test_moving_is_no_news_to_the_scheduler(make: MakePool) -> None:
+def test_moving_is_told_and_so_is_what_lies_lower_later(make: MakePool) -> None:
     pool = make(2, host=2)
     store(pool, 1, 2)
     pool.take_events()
-    assert pool.swap_out(2) == 2
-    assert pool.take_events() is None
-    assert len(pool.snapshot().paths) == 1
+    assert pool.swap_out(1) == 1
+    events = pool.take_events()
+    assert events is not None
+    moved = (Moved(NS, pack_tokens(prompt(1, 2)), LAYOUT.block_tokens, "host"),)
+    assert events.events == moved
+    snapshot = pool.snapshot()
+    assert (len(snapshot.paths), snapshot.moved) == (1, moved)
+    with pool.match(prompt(1, 2), NS) as match:
+        pool.free_mem(pool.swap_in(match.addrs))
+    assert pool.snapshot().moved == ()
 
 
 @pytest.mark.parametrize("lower", ["host", "disk"])

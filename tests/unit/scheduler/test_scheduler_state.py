@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from memserve.core.errors import LayoutMismatch
+from memserve.core.messages import Moved
 from memserve.core.types import InstanceId, RequestId, Role
 from memserve.scheduler.state import Admission, EventOutcome, Leg, Work
 
@@ -19,6 +20,14 @@ def test_events_fill_the_tree_of_the_instances_role(cluster) -> None:
     assert cluster.held(Leg.PREFILL, 0, 5) == {"p0": 4, "c0": 1}
     assert cluster.held(Leg.DECODE, 0, 5) == {"d0": 3, "c0": 1}
     assert cluster.state.tree(Role.PREFILL).held_tokens(InstanceId("p0")) == 64
+
+
+def test_what_moved_to_another_tier_is_held_still(cluster) -> None:
+    cluster.add("p0")
+    stored = cluster.stored(0, 4)
+    cluster.apply("p0", 0, stored, Moved(stored.namespace, stored.tokens, 16, "disk"))
+    assert cluster.apply("p0", 2, cluster.stored(9, 1)) is APPLIED
+    assert cluster.held(Leg.PREFILL, 0, 5) == {"p0": 4}
 
 
 def test_gap_applies_nothing_until_the_snapshot_then_what_came_early(cluster) -> None:

@@ -15,7 +15,7 @@ class LeastRecentlyUsed(QueuedPolicy):
     """What was not used for longest goes first."""
 
     def rank(self, leaf: IndexNode, run: Run) -> Rank:
-        return Rank(0, run.stamp)
+        return 0, run.stamp
 
 
 class SegmentedLRU(QueuedPolicy):
@@ -25,7 +25,7 @@ class SegmentedLRU(QueuedPolicy):
         super().__init__(queues=2)
 
     def rank(self, leaf: IndexNode, run: Run) -> Rank:
-        return Rank(0 if run.uses < 2 else 1, run.stamp)
+        return 0 if run.uses < 2 else 1, run.stamp
 
 
 class LeastFrequentlyUsed(QueuedPolicy):
@@ -35,7 +35,7 @@ class LeastFrequentlyUsed(QueuedPolicy):
         super().__init__(queues=_FREQUENCIES)
 
     def rank(self, leaf: IndexNode, run: Run) -> Rank:
-        return Rank(min(run.uses, _FREQUENCIES) - 1, run.stamp)
+        return min(run.uses, _FREQUENCIES) - 1, run.stamp
 
 
 class GreedyDualSizeFrequency(QueuedPolicy):
@@ -58,11 +58,11 @@ class GreedyDualSizeFrequency(QueuedPolicy):
         while above is not None:
             depth += above.payload.usage.blocks
             above = above.parent
-        return Rank(0, run.stamp + run.uses * (1 + self._depth_cost * depth))
+        return 0, run.stamp + run.uses * (1 + self._depth_cost * depth)
 
     def choose(self, need: int, idle_tail: IdleTail, now: float) -> list[Victim] | None:
         victims = super().choose(need, idle_tail, now)
         for victim in victims or ():
             first = victim.node.payload.usage.run_at(victim.keep + 1)
-            self._inflation = max(self._inflation, self.rank(victim.node, first).key)
+            self._inflation = max(self._inflation, self.rank(victim.node, first)[1])
         return victims

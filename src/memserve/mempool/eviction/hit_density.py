@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from memserve.core.radix import Path
 from memserve.core.types import Namespace, Tokens
 from memserve.mempool.eviction.density import HitDensities
-from memserve.mempool.eviction.history import CHUNK_BLOCKS, Past, PrefixHistory
+from memserve.mempool.eviction.history import CHUNK_BLOCKS, MOST_USES, PrefixHistory
 from memserve.mempool.eviction.policy import IdleTail, Victim
 from memserve.mempool.eviction.queues import QueuedPolicy, Rank
 from memserve.mempool.index import IndexEntry, IndexNode
@@ -17,9 +15,8 @@ _FOLLOW_CLASSES = (0, 1, 1, 2, 3, 3, 3, 3, 4)
 """The class of blocks that were used once, by how often the block before them had been."""
 _USE_CLASSES = 5
 """Classes of blocks that were used twice, three times, ... or more often."""
-_CLASSES = _FOLLOW_CLASSES[-1] + 1 + _USE_CLASSES
-_MOST = 255
-"""Uses that can be remembered of evicted blocks."""
+_LAST_FOLLOW_CLASS = _FOLLOW_CLASSES[-1]
+_CLASSES = _LAST_FOLLOW_CLASS + 1 + _USE_CLASSES
 _EVALUATE_EVERY = 50
 """Uses between two evaluations of the densities."""
 _FADE = 0.99
@@ -44,16 +41,17 @@ class HitDensity(QueuedPolicy):
         self._evaluate_in = 0
 
     def rank(self, leaf: IndexNode, run: Run) -> Rank:
-        return Rank(_class_of(run.uses, run.follows), run.stamp)
+        return _class_of(run.uses, run.follows), run.stamp
 
-    def pick(self, keys: list[float | None], now: float) -> int:
-        of = self._densities.of
-        return min((of(queue, now - key), key, queue) for queue, key in enumerate(keys) if key is not None)[2]
+    def worth(self, queue: int, key: float, now: float) -> tuple[float, float]:
+        density, until = self._densities.of(queue, now - key)
+        return density, key + until
 
     def use(self, path: Path[IndexEntry], now: float) -> None:
         self._evaluate_in -= 1
         if self._evaluate_in < 0:
             self._densities.evaluate()
+            self.revalue()
             self._evaluate_in = _EVALUATE_EVERY
         last = path.nodes[-1] if path.nodes else None
         for node in path.nodes:
@@ -65,20 +63,22 @@ class HitDensity(QueuedPolicy):
     def publish(
         self, namespace: Namespace, tokens: Tokens, path: Path[IndexEntry], blocks: int, now: float
     ) -> Usage:
-        known = path.blocks
-        follows = min(path.nodes[-1].payload.usage.run_at(path.tail).uses, _MOST) if path.nodes else 0
-        past = self._recall(namespace, tokens[: (known + blocks) * self._page], follows, now)
+        known, page = path.blocks, self._page
+        follows = min(path.nodes[-1].payload.usage.run_at(path.tail).uses, MOST_USES) if path.nodes else 0
+        past = self._history.recall(namespace, tokens[: (known + blocks) * page], follows, now)
         self._mark(path, now, times=0)
         stamp = self.stamp(now)
         runs: list[Run] = []
-        start, first = 0, -(-known // CHUNK_BLOCKS)
-        columns = (past.uses[first:], past.follows[first:], past.stamps[first:])
-        rows = zip(*(column.tolist() for column in columns), strict=True)
-        for chunk, (uses, followed, last_use) in enumerate(rows, start=first + 1):
-            end = min(chunk * CHUNK_BLOCKS - known, blocks)
-            self._learn(uses, followed, now - last_use, end - start)
-            runs.append(Run(start, uses + 1, stamp, followed))
-            start = end
+        start = upto = 0
+        # A chunk that begins in what is known says nothing about where the prompt goes on from there.
+        known_chunks = -(-known // CHUNK_BLOCKS)
+        for chunks, uses, followed, last_use in past:
+            upto += chunks
+            if upto > known_chunks:
+                end = min(upto * CHUNK_BLOCKS - known, blocks)
+                self._learn(uses, followed, now - last_use, end - start)
+                runs.append(Run(start, uses + 1, stamp, followed))
+                start = end
         if start < blocks or not runs:
             runs.append(Run(start, 1, stamp, follows))
             self._densities.enter(_class_of(1, follows), blocks - start)
@@ -91,25 +91,12 @@ class HitDensity(QueuedPolicy):
             self._densities.evicted(now - usage.runs[-1].stamp, usage.blocks - victim.keep)
         return victims
 
-    def _recall(self, namespace: Namespace, tokens: Tokens, follows: int, now: float) -> Past:
-        """What is known of the chunks of ``tokens``; from now on that they were used once more."""
-        prints = self._history.fingerprints(namespace, tokens)
-        past = self._history.find(prints)
-        known = len(past.uses)
-        uses = np.ones(len(prints), np.uint8)
-        uses[:known] += np.minimum(past.uses, _MOST - 1)
-        followed = np.full(len(prints), follows, np.uint8)
-        followed[:known] = past.follows
-        self._history.put(prints, Past(uses, followed, np.full(len(prints), now)))
-        return past
-
     def _learn(self, uses: int, follows: int, age: float, blocks: int) -> None:
         """``blocks`` blocks were used once more after ``age`` seconds."""
-        self._densities.leave_used(_class_of(uses, follows), age, blocks)
-        self._densities.enter(_class_of(uses + 1, follows), blocks)
+        self._densities.use(_class_of(uses, follows), age, blocks, _class_of(uses + 1, follows))
 
 
 def _class_of(uses: int, follows: int) -> int:
     if uses > 1:
-        return _FOLLOW_CLASSES[-1] + min(uses - 1, _USE_CLASSES)
-    return _FOLLOW_CLASSES[min(follows, len(_FOLLOW_CLASSES) - 1)]
+        return _LAST_FOLLOW_CLASS + (uses - 1 if uses <= _USE_CLASSES else _USE_CLASSES)
+    return _FOLLOW_CLASSES[follows] if follows < len(_FOLLOW_CLASSES) else _LAST_FOLLOW_CLASS

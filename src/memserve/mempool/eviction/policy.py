@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from memserve.core.radix import Path
 from memserve.core.types import Namespace, Tokens
 from memserve.mempool.index import IndexEntry, IndexNode
 from memserve.mempool.usage import Usage
 
-IdleTail = Callable[[IndexNode], int]
-"""How many blocks at the end of a node's edge are held by nobody."""
+IdleTail = Callable[[NDArray[np.int32], int, int], int]
+"""Of the first so many blocks (second argument) of an edge, how many at the end are held by nobody.
+
+At most as many as the third argument says are looked at.
+"""
 
 
-@dataclass(frozen=True, slots=True)
-class Victim:
+class Victim(NamedTuple):
     """Give up all but the first ``keep`` blocks of a leaf (0: the leaf itself)."""
 
     node: IndexNode
@@ -50,6 +54,7 @@ class EvictionPolicy(Protocol):
     def choose(self, need: int, idle_tail: IdleTail, now: float) -> list[Victim] | None:
         """Victims that free exactly ``need`` blocks, in the order of their removal; None if there is less.
 
-        Every node named is a leaf when its turn comes. The caller removes all of them.
+        Every node named is a leaf when its turn comes. The caller removes all of them; the leaves that this
+        leaves behind are known already.
         """
         ...

@@ -5,8 +5,8 @@ A queue is a heap in which a leaf's place is corrected when it comes up, so most
 
 from __future__ import annotations
 
-import heapq
-from typing import NamedTuple
+import math
+from heapq import heapify, heappop, heappush
 
 from memserve.core.radix import Path
 from memserve.core.types import Namespace, Tokens
@@ -20,34 +20,22 @@ _TICK = 1e-6
 """Seconds between uses that the clock cannot tell apart, so that their order is kept."""
 
 
-class Rank(NamedTuple):
-    """Which queue a leaf waits in, and its key there; the lowest key goes first."""
-
-    queue: int
-    key: float
+Rank = tuple[int, float]
+"""Which queue a leaf waits in, and its key there; the lowest key goes first."""
 
 
 class _Plan:
     """What has been chosen so far: how many blocks are left of each victim, in the order of removal."""
 
-    def __init__(self, idle_tail: IdleTail) -> None:
-        self._idle_tail = idle_tail
-        self._idle: dict[IndexNode, int] = {}
+    def __init__(self) -> None:
         self._gone_children: dict[IndexNode, int] = {}
         self.left: dict[IndexNode, int] = {}
+        self.seen: set[int] = set()
+        """Queues whose front is certain; elsewhere a leaf that was deleted or continued may pass for it."""
 
     def left_of(self, leaf: IndexNode) -> int:
-        return self.left.get(leaf, leaf.payload.usage.blocks)
-
-    def idle(self, leaf: IndexNode) -> int:
-        """Blocks at the end of what is left of ``leaf`` that nobody holds."""
-        if leaf not in self._idle:
-            self._idle[leaf] = self._idle_tail(leaf)
-        return self._idle[leaf]
-
-    def give_up(self, leaf: IndexNode, blocks: int) -> None:
-        self.left[leaf] = self.left_of(leaf) - blocks
-        self._idle[leaf] -= blocks
+        left = self.left.get(leaf)
+        return leaf.payload.usage.blocks if left is None else left
 
     def give_up_last(self, leaf: IndexNode) -> IndexNode | None:
         """All of ``leaf`` was given up; returns its parent if that is a leaf now."""
@@ -59,6 +47,8 @@ class _Plan:
 
     def is_leaf(self, node: IndexNode) -> bool:
         """Whether nothing continues ``node`` in its tier once the plan so far is carried out."""
+        if not node.children:
+            return node.attached
         return node.attached and open_children(node) == self._gone_children.get(node, 0)
 
 
@@ -67,12 +57,14 @@ class QueuedPolicy:
 
     def __init__(self, queues: int = 1) -> None:
         self._queues: list[list[tuple[float, int, IndexNode]]] = [[] for _ in range(queues)]
-        self._places: dict[IndexNode, tuple[Rank, int]] = {}
-        """Of each leaf the rank it waits with, and the number of its one valid entry."""
+        self._places: dict[IndexNode, tuple[int, float, int]] = {}
+        """Of each leaf the queue and key it waits with, and the number of its one valid entry."""
         self._entries = 0
-        self._keys: list[float | None] = [None] * queues
-        """The key of each queue's front, unless the queue has ``_changed`` or its front was deleted."""
+        self._fronts: dict[int, tuple[float, float, int]] = {}
+        """What the front of each queue that is not empty is worth until ``_worth_until``, its key, the queue;
+        not of those queues that have ``_changed`` or whose front was deleted."""
         self._changed: set[int] = set()
+        self._worth_until = math.inf
         self._sweep_at = _SWEEP
         self._latest = float("-inf")
 
@@ -82,9 +74,16 @@ class QueuedPolicy:
         """Where a leaf belongs whose last blocks are ``run``. Within a queue, uses may only raise the key."""
         raise NotImplementedError
 
-    def pick(self, keys: list[float | None], now: float) -> int:
-        """The queue to evict from, given the lowest key in each that is not empty; there is at least one."""
-        return next(queue for queue, key in enumerate(keys) if key is not None)
+    def worth(self, queue: int, key: float, now: float) -> tuple[float, float]:
+        """What the front of a queue is worth, given its key, and until when (seconds of ``now``).
+
+        The lowest goes first, among equals the lowest key. By default a queue is worth its number.
+        """
+        return queue, math.inf
+
+    def revalue(self) -> None:
+        """What fronts are worth has changed."""
+        self._worth_until = -math.inf
 
     def stamp(self, now: float) -> float:
         """What is noted as the time of a use; it never goes back. By default every use gets its own."""
@@ -106,15 +105,20 @@ class QueuedPolicy:
         self._place(leaf, leaf.payload.usage.blocks)
 
     def choose(self, need: int, idle_tail: IdleTail, now: float) -> list[Victim] | None:
-        plan = _Plan(idle_tail)
+        plan = _Plan()
         stuck: list[IndexNode] = []
+        if now > self._worth_until:
+            self._worth_until = math.inf
+            for _, key, queue in list(self._fronts.values()):
+                self._set_front(queue, key, now)
         while need > 0 and (leaf := self._take(plan, now)) is not None:
-            left, idle = plan.left_of(leaf), plan.idle(leaf)
-            taken = min(idle, left - leaf.payload.usage.run_at(left).start, need)
+            left, entry = plan.left_of(leaf), leaf.payload
+            wanted = min(left - entry.usage.run_at(left).start, need)
+            taken = idle_tail(entry.blocks, left, wanted)
             need -= taken
             if taken:
-                plan.give_up(leaf, taken)
-            if taken == idle < left:
+                plan.left[leaf] = left - taken
+            if taken < wanted:
                 stuck.append(leaf)
             elif taken < left:
                 self._place(leaf, left - taken)
@@ -139,71 +143,85 @@ class QueuedPolicy:
 
     def _place(self, leaf: IndexNode, left: int) -> None:
         """Queue a leaf of which ``left`` blocks are left, if it does not wait in that queue already."""
-        rank = self.rank(leaf, leaf.payload.usage.run_at(left))
+        queue, key = self.rank(leaf, leaf.payload.usage.run_at(left))
         place = self._places.get(leaf)
         if place is not None:
-            if place[0] == rank:
+            waits_in, waits_with, _ = place
+            if waits_in == queue and waits_with == key:
                 return
-            self._changed.add(place[0].queue)
-            if place[0].queue == rank.queue and place[0].key <= rank.key:
+            self._note_change(waits_in, waits_with)
+            if waits_in == queue and waits_with <= key:
                 return
         self._entries += 1
-        self._places[leaf] = (rank, self._entries)
-        heapq.heappush(self._queues[rank.queue], (rank.key, self._entries, leaf))
-        self._changed.add(rank.queue)
+        self._places[leaf] = (queue, key, self._entries)
+        heappush(self._queues[queue], (key, self._entries, leaf))
+        self._note_change(queue, key)
         self._sweep_at -= 1
         if self._sweep_at <= 0:
             self._sweep()
 
     def _take(self, plan: _Plan, now: float) -> IndexNode | None:
         """The leaf to evict from next, taken out of its queue; parents of victims count as leaves."""
-        while (queue := self._next_queue(plan, now)) is not None:
-            key = self._keys[queue]
-            # A leaf that was deleted may have passed for the front until now.
-            self._keys[queue] = self._front(queue, plan)
-            if self._keys[queue] == key:
-                self._changed.add(queue)
-                leaf = heapq.heappop(self._queues[queue])[2]
+        while True:
+            while self._changed:
+                queue = self._changed.pop()
+                plan.seen.add(queue)
+                self._set_front(queue, self._front(queue, plan), now)
+            if not self._fronts:
+                return None
+            queue = min(self._fronts.values())[2]
+            self._changed.add(queue)
+            if queue in plan.seen:
+                leaf = heappop(self._queues[queue])[2]
                 del self._places[leaf]
                 return leaf
-        return None
 
-    def _next_queue(self, plan: _Plan, now: float) -> int | None:
-        while self._changed:
-            queue = self._changed.pop()
-            self._keys[queue] = self._front(queue, plan)
-        return None if all(key is None for key in self._keys) else self.pick(self._keys, now)
+    def _note_change(self, queue: int, key: float) -> None:
+        """A leaf with this key came to a queue or left it."""
+        front = self._fronts.get(queue)
+        if front is None or key <= front[1]:
+            self._changed.add(queue)
+
+    def _set_front(self, queue: int, key: float | None, now: float) -> None:
+        if key is None:
+            self._fronts.pop(queue, None)
+            return
+        worth, until = self.worth(queue, key, now)
+        self._fronts[queue] = (worth, key, queue)
+        if until < self._worth_until:
+            self._worth_until = until
 
     def _front(self, queue: int, plan: _Plan) -> float | None:
         """The lowest key of a queue, once outdated entries before it are gone."""
-        heap = self._queues[queue]
+        heap, places = self._queues[queue], self._places
         while heap:
             key, entry, leaf = heap[0]
-            if not self._is_valid(leaf, entry):
-                heapq.heappop(heap)
+            place = places.get(leaf)
+            if place is None or place[2] != entry:
+                heappop(heap)
                 continue
             if not plan.is_leaf(leaf):
-                heapq.heappop(heap)
-                del self._places[leaf]
+                heappop(heap)
+                del places[leaf]
                 continue
             left = plan.left_of(leaf)
-            rank = self.rank(leaf, leaf.payload.usage.run_at(left))
-            if rank.queue == queue and rank.key <= key:
+            now_in, now_with = self.rank(leaf, leaf.payload.usage.run_at(left))
+            if now_in == queue and now_with <= key:
                 return key
-            heapq.heappop(heap)
-            del self._places[leaf]
+            heappop(heap)
+            del places[leaf]
             self._place(leaf, left)
         return None
 
     def _is_valid(self, leaf: IndexNode, entry: int) -> bool:
         place = self._places.get(leaf)
-        return place is not None and place[1] == entry
+        return place is not None and place[2] == entry
 
     def _sweep(self) -> None:
         # Leaves that were dropped otherwise (delete) would stay queued for ever in a pool that never fills.
         self._places = {leaf: place for leaf, place in self._places.items() if leaf.attached}
         for heap in self._queues:
             heap[:] = [x for x in heap if self._is_valid(x[2], x[1])]
-            heapq.heapify(heap)
+            heapify(heap)
         self._changed.update(range(len(self._queues)))
         self._sweep_at = max(_SWEEP, len(self._places))

@@ -1,6 +1,7 @@
 """One transfer's bytes on their way in: which have arrived, their checksums, and who still writes.
 
-Two kinds, by who writes: ``Shared`` memory is written by the sender, a ``Streamed`` arrival by a thread here.
+Three kinds, by who writes: ``Shared`` memory is written by the sender, a ``Remote`` arrival by a network in
+its name, a ``Streamed`` one by a thread here.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memserve._native import checksum_blocks
-from memserve.core.errors import MemServeError, ProtocolError
+from memserve.core.errors import MemServeError, PeerLost, ProtocolError
+from memserve.mempool.arena import UnitMemory
 
 Checksums = NDArray[np.uint64]
 _AT_ONCE_BYTES = 1 << 20
@@ -86,24 +88,42 @@ class SharedArrival:
             then()
 
 
+class RemoteArrival(SharedArrival):
+    """Units that the sender has a network write. What a lost sender has begun may come after its end.
+
+    ``call_when_silent`` calls back once that cannot be any more.
+    """
+
+    def __init__(
+        self,
+        pointers: NDArray[np.uint64],
+        unit_bytes: int,
+        workers: Executor,
+        call_when_silent: Callable[[Callable[[], None]], None],
+    ) -> None:
+        super().__init__(pointers, unit_bytes, workers)
+        self._call_when_silent = call_when_silent
+
+    def stop(self, error: MemServeError, then: Callable[[], None]) -> None:
+        if isinstance(error, PeerLost) and not self._stopped:
+            self._stopped = True
+            self._call_when_silent(then)
+        else:
+            super().stop(error, then)
+
+
 class StreamedArrival:
-    """Units that a stream's thread writes into ``memory(first, units)``, and verifies at once.
+    """Units that a stream's thread writes into ``memory``, and verifies at once.
 
     The thread calls ``begin`` and ``finish``; between the two the blocks cannot be freed.
     """
 
     trusted = False
 
-    def __init__(
-        self,
-        memory: Callable[[int, int], list[memoryview]],
-        pointers: NDArray[np.uint64],
-        unit_bytes: int,
-    ) -> None:
+    def __init__(self, memory: UnitMemory) -> None:
         self._memory = memory
-        self._pointers = pointers
-        self._unit_bytes = unit_bytes
-        self._checksums = np.zeros(len(pointers), np.uint64)
+        self._units = len(memory.pointers)
+        self._checksums = np.zeros(self._units, np.uint64)
         self._arrived = 0
         self._seen = 0
         self._lock = threading.Lock()
@@ -112,7 +132,7 @@ class StreamedArrival:
         self._when_idle: Callable[[], None] | None = None
         self._loop = asyncio.get_running_loop()
         self._complete: asyncio.Future[None] = self._loop.create_future()
-        if not len(pointers):
+        if not self._units:
             self._complete.set_result(None)
 
     # --- the stream's thread ---
@@ -125,25 +145,25 @@ class StreamedArrival:
         with self._lock:
             if self._stopped:
                 return None
-            if unit_bytes != self._unit_bytes:
-                raise ProtocolError(f"units of {unit_bytes} bytes came instead of {self._unit_bytes}")
-            if first != self._arrived or not 0 < units <= len(self._pointers) - first:
+            if unit_bytes != self._memory.unit_bytes:
+                raise ProtocolError(f"units of {unit_bytes} bytes came instead of {self._memory.unit_bytes}")
+            if first != self._arrived or not 0 < units <= self._units - first:
                 raise ProtocolError(
-                    f"units {first} to {first + units} came when {self._arrived} of {len(self._pointers)} had"
+                    f"units {first} to {first + units} came when {self._arrived} of {self._units} had"
                 )
             self._writing = True
-        return self._memory(first, units)
+        return self._memory.views(first, units)
 
     def finish(self, units: int) -> None:
         """The next ``units`` units are in place; 0 when the stream broke off instead."""
         if units:
             first = self._arrived
-            part = self._pointers[first : first + units]
-            self._checksums[first : first + units] = checksum_blocks(part, self._unit_bytes)
+            part = self._memory.pointers[first : first + units]
+            self._checksums[first : first + units] = checksum_blocks(part, self._memory.unit_bytes)
         with self._lock:
             self._writing = False
             self._arrived += units
-            idle, complete = self._when_idle, self._arrived == len(self._pointers)
+            idle, complete = self._when_idle, self._arrived == self._units
         if idle is not None:
             self._loop.call_soon_threadsafe(idle)
         elif complete:

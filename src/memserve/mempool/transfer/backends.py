@@ -15,9 +15,12 @@ from memserve.core.messages import Hello
 from memserve.mempool.transfer.plan import Step
 
 SHM = "shm"
+NIXL = "nixl"
 TCP = "tcp"
-BACKENDS = (SHM, TCP)
-"""In the order in which they are preferred."""
+BACKENDS = (SHM, NIXL, TCP)
+"""All that there are, in the order in which they are worth preferring."""
+DEFAULT_BACKENDS = (SHM, TCP)
+"""Without ``nixl``, which needs a package of its own and a network that can be trusted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +40,8 @@ class Transmission:
     """Whether these are the transfer's last steps: the publication, which comes at once, tells of the end."""
     may_go_on: Callable[[], bool]
     written: Callable[[int, int], None]
+    memory: bytes = b""
+    """How to write to the receiver's memory, where the network does that: what its ``Reserved`` says."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,13 +28,16 @@ from memserve.mempool.modes import TransferMode, cut_blocks
 from memserve.mempool.pool import MemPool
 from memserve.mempool.results import Freed, Transferred
 from memserve.mempool.transfer.backends import (
-    BACKENDS,
+    DEFAULT_BACKENDS,
+    NIXL,
     SHM,
     TCP,
     TransferBackend,
     choose_backend,
     require_known,
 )
+from memserve.mempool.transfer.nixl import NixlSource, NixlTarget
+from memserve.mempool.transfer.nixl_agent import load_bindings
 from memserve.mempool.transfer.receiver import Adopt, Receiver, require_same_layout
 from memserve.mempool.transfer.sender import LinkState, OutboundLink, SendLimits, SendOrder
 from memserve.mempool.transfer.shm import DescriptorServer, SharedMemoryBackend, receive_arena
@@ -57,8 +60,9 @@ class TransferEndpoint:
     ``reserve_seconds`` is how long a receiver keeps blocks for a transfer without progress, ``call_seconds``
     how long a peer may take to answer and a stream may stand still. ``link_bytes`` bounds the bytes on their
     way to one peer. ``backends`` are the allowed ways of moving blocks, the preferred first; ``tcp`` (and
-    any TCP address) needs ``security``. ``observe`` is told each step of a sent transfer: ``reserved``,
-    ``copying`` (in a worker thread, once per few megabytes), ``copied``, ``published``.
+    any TCP address) needs ``security``; ``nixl`` needs its package (``ConfigError`` without) and a network
+    that can be trusted. ``observe`` is told each step of a sent transfer: ``reserved``, ``copying`` (in a
+    worker thread, once per few megabytes), ``copied``, ``published``.
     """
 
     def __init__(
@@ -69,13 +73,15 @@ class TransferEndpoint:
         reserve_seconds: float = 30.0,
         call_seconds: float = 10.0,
         link_bytes: int = 256 << 20,
-        backends: Sequence[str] = BACKENDS,
+        backends: Sequence[str] = DEFAULT_BACKENDS,
         security: Security | None = None,
         observe: Callable[[str], None] | None = None,
     ) -> None:
         self.on_adopt: Adopt | None = None
         """Takes over the blocks of transfers to here that come with an attachment."""
         require_known(backends)
+        if NIXL in backends:
+            load_bindings()
         self.address = ""
         """Where peers reach this pool, once it listens: what ``Member.peer_address`` says."""
         self._pool = pool
@@ -85,6 +91,7 @@ class TransferEndpoint:
         self._security = security
         self._observe = observe or (lambda step: None)
         self._workers = ThreadPoolExecutor(_WORKERS, thread_name_prefix="memserve-copy")
+        self._nixl = NixlSource(pool.instance, pool.arena, self._workers, call_seconds)
         self._members: dict[InstanceId, Member] = {}
         self._links: dict[InstanceId, OutboundLink] = {}
         self._connecting: dict[InstanceId, asyncio.Lock] = {}
@@ -108,6 +115,10 @@ class TransferEndpoint:
             place = parse_address(address)
             host = _LOOPBACK if isinstance(place, UnixAddress) else place.host
             self._receiver.streams = StreamListener(host, self._security, self._limits.call_seconds)
+        if NIXL in self._backends:
+            self._receiver.nixl = await asyncio.get_running_loop().run_in_executor(
+                self._workers, NixlTarget, self._pool.instance, self._pool.arena, self._workers
+            )
         self._hello = msgspec.structs.replace(
             self._hello,
             backends=self._backends,
@@ -127,6 +138,7 @@ class TransferEndpoint:
         if self._descriptors is not None:
             self._descriptors.close()
         await self._receiver.close()
+        await asyncio.get_running_loop().run_in_executor(None, self._nixl.close)
         await asyncio.get_running_loop().run_in_executor(None, self._workers.shutdown)
 
     # --- peers ---
@@ -271,8 +283,11 @@ class TransferEndpoint:
 
     def _open_backend(self, peer_address: str, hello: Hello) -> TransferBackend:
         own, timeout = self._pool.arena, self._limits.call_seconds
-        if choose_backend(self._backends, self._hello, hello) == TCP:
+        chosen = choose_backend(self._backends, self._hello, hello)
+        if chosen == TCP:
             return connect_stream(own, peer_address, hello, self._security, timeout)
+        if chosen == NIXL:
+            return self._nixl.connect(hello.instance)
         extend = functools.partial(receive_arena, hello, timeout=timeout)
         unmapped = Arena(own.block_bytes, own.pieces)
         return SharedMemoryBackend(own, extend(unmapped), self._workers, extend)

@@ -52,8 +52,16 @@ from memserve.mempool.modes import Cut, TransferMode, cut_blocks
 from memserve.mempool.pool import MemPool
 from memserve.mempool.reservations import Completed, Reservation
 from memserve.mempool.stats import AbortCause
-from memserve.mempool.transfer.arrivals import Arrival, Checksums, SharedArrival, StreamedArrival
-from memserve.mempool.transfer.backends import TCP
+from memserve.mempool.transfer.arrivals import (
+    Arrival,
+    Checksums,
+    RemoteArrival,
+    SharedArrival,
+    StreamedArrival,
+)
+from memserve.mempool.transfer.backends import NIXL, TCP
+from memserve.mempool.transfer.nixl import NixlTarget
+from memserve.mempool.transfer.nixl_agent import Agent
 from memserve.mempool.transfer.plan import spread_units
 from memserve.mempool.transfer.streams import StreamListener
 from memserve.wire import Connection
@@ -85,6 +93,8 @@ class _Incoming:
     arrival: Arrival
     ticket: int
     link: InboundLink
+    memory: bytes = b""
+    """How the sender can write to it by nixl."""
 
 
 class Receiver:
@@ -95,6 +105,8 @@ class Receiver:
         """What this side says in handshakes, once it listens."""
         self.streams: StreamListener | None = None
         """Where streams of blocks arrive, if they may."""
+        self.nixl: NixlTarget | None = None
+        """Through what networks write blocks, if they may."""
         self._pool = pool
         self._clock = clock
         self._workers = workers
@@ -133,6 +145,8 @@ class Receiver:
         await asyncio.gather(*tasks, return_exceptions=True)
         if self.streams is not None:
             await self.streams.close()
+        if self.nixl is not None:
+            await self.nixl.close()
 
     # --- what links ask for ---
 
@@ -149,12 +163,14 @@ class Receiver:
             self.drop_peer(hello.instance, f"{hello.instance} was restarted")
         self._incarnations[hello.instance] = hello.incarnation
         link.peer = hello
-        if self.streams is None:
-            return self.hello
-        link.stream_name = self.streams.expect(link)
-        return msgspec.structs.replace(self.hello, stream=link.stream_name)
+        answer = self.hello
+        if self.streams is not None:
+            link.stream_name = self.streams.expect(link)
+            answer = msgspec.structs.replace(answer, stream=link.stream_name)
+        self._end_earlier_links(link, hello)
+        return answer
 
-    def reserve(self, link: InboundLink, peer: Hello, asked: Reserve) -> Reserved:
+    async def reserve(self, link: InboundLink, peer: Hello, asked: Reserve) -> Reserved:
         """Hold and allocate what a transfer needs. Raises ``OutOfBlocks``."""
         assert self.hello is not None, "connections come only after the start"
         if asked.backend not in self.hello.backends:
@@ -166,6 +182,7 @@ class Receiver:
                 field="blocks",
             )
         cut = _cut_of(self._pool.layout, asked.mode)
+        agent = None if self.nixl is None or asked.backend != NIXL else await self.nixl.current()
         reservation = self._pool.begin_incoming(
             asked.transfer,
             peer.instance,
@@ -177,9 +194,11 @@ class Receiver:
         )
         incoming = self._incoming.get(asked.transfer)
         if incoming is None:
-            incoming = self._incoming[asked.transfer] = self._expect(link, asked.backend, cut, reservation)
+            incoming = self._expect(link, asked.backend, agent, cut, reservation)
+            self._incoming[asked.transfer] = incoming
             self._watch(link, asked.transfer, asked.seconds)
-        return Reserved(asked.transfer, len(reservation.held), reservation.fresh.to_bytes(), incoming.ticket)
+        dst = reservation.fresh.to_bytes()
+        return Reserved(asked.transfer, len(reservation.held), dst, incoming.ticket, incoming.memory)
 
     def lend(self, peer: Hello, asked: Allocate) -> Allocated:
         """Allocate blocks for a peer. Raises ``OutOfBlocks``, ``InvalidRequest``, ``ConfigError``."""
@@ -258,20 +277,22 @@ class Receiver:
             # Retrieved here as well, in case that the sender, who would be told, is gone.
             task.exception()
 
-    def _expect(self, link: InboundLink, backend: str, cut: Cut, reservation: Reservation) -> _Incoming:
+    def _expect(
+        self, link: InboundLink, backend: str, agent: Agent | None, cut: Cut, reservation: Reservation
+    ) -> _Incoming:
         arena, size = self._pool.arena, cut.unit_bytes
         blocks, parts = spread_units(numbers_of(reservation.fresh.packed), cut)
-        pointers = arena.map.unit_pointers(blocks, parts, size)
         ticket = next(self._tickets)
-        if backend != TCP:
-            return _Incoming(SharedArrival(pointers, size, self._workers), ticket, link)
-
-        def memory(first: int, units: int) -> list[memoryview]:
-            chunk = slice(first, first + units)
-            return arena.unit_memory(blocks[chunk], parts[chunk], size)
-
-        streamed = link.arrivals[ticket] = StreamedArrival(memory, pointers, size)
-        return _Incoming(streamed, ticket, link)
+        if backend == TCP:
+            streamed = link.arrivals[ticket] = StreamedArrival(arena.units(blocks, parts, size))
+            return _Incoming(streamed, ticket, link)
+        pointers = arena.map.unit_pointers(blocks, parts, size)
+        if self.nixl is not None and agent is not None:
+            link.writes_by_nixl = True
+            silence = functools.partial(self.nixl.call_when_silent, agent)
+            remote = RemoteArrival(pointers, size, self._workers, silence)
+            return _Incoming(remote, ticket, link, agent.offer())
+        return _Incoming(SharedArrival(pointers, size, self._workers), ticket, link)
 
     async def _verify_and_complete(self, incoming: _Incoming, asked: Publish) -> Completed:
         try:
@@ -298,7 +319,17 @@ class Receiver:
         if incoming is None:
             release()
         else:
-            incoming.arrival.stop(TransferAborted(f"transfer {transfer} was ended: {reason}"), release)
+            error = PeerLost if cause is AbortCause.SENDER_LOST else TransferAborted
+            incoming.arrival.stop(error(f"transfer {transfer} was ended: {reason}"), release)
+
+    def _end_earlier_links(self, link: InboundLink, hello: Hello) -> None:
+        """A peer connects again only after its last connection, whose end may not have been seen here yet.
+
+        By nixl it must be: the agent that the peer is told of next would be replaced upon it.
+        """
+        for earlier in [x for x in self._links if x is not link and x.writes_by_nixl]:
+            if earlier.peer is not None and earlier.peer.instance == hello.instance:
+                earlier.close(f"{hello.instance} has connected again")
 
     def _forget_incoming(self, transfer: str) -> None:
         incoming = self._incoming.pop(transfer, None)
@@ -368,7 +399,7 @@ def _require_equal(asked: Publish, found: Checksums) -> None:
     wrong = int(np.count_nonzero(found != told))
     if wrong:
         raise CorruptBlock(
-            f"transfer {asked.transfer}: {wrong} of {len(found)} blocks arrived with wrong bytes; "
+            f"transfer {asked.transfer}: {wrong} of {len(found)} units arrived with wrong bytes; "
             "all of them were thrown away"
         )
 
@@ -383,6 +414,7 @@ class InboundLink:
         self.arrivals: dict[int, StreamedArrival] = {}
         """Where the blocks of each ticket go, for the stream's thread."""
         self.stream_name = b""
+        self.writes_by_nixl = False
         self._receiver = receiver
         self._connection: Connection | None = None
         self._channel: Channel | None = None
@@ -401,7 +433,7 @@ class InboundLink:
         if self.peer is None:
             raise ProtocolError(f"{type(message).__name__} before Hello")
         if isinstance(message, Reserve):
-            return self._receiver.reserve(self, self.peer, message)
+            return await self._receiver.reserve(self, self.peer, message)
         if isinstance(message, Publish):
             return await self._receiver.publish(self, message)
         if isinstance(message, Allocate):

@@ -110,8 +110,8 @@ class _Job:
         finally:
             for one in waiting:
                 one.cancel()
-        why = "told to stop" if self.stopped else f"not computed within {seconds} s"
-        raise TransferAborted(f"transfer {self.transfer} waited for {layers} layers: {why}")
+        why = "it was told to stop" if self.stopped else f"they took longer than {seconds} s"
+        raise TransferAborted(f"transfer {self.transfer} has waited for {layers} layers: {why}")
 
     @property
     def writing(self) -> bool:
@@ -181,7 +181,7 @@ class OutboundLink:
             self._observe("reserved")
             layerwise = mode is TransferMode.BY_LAYER and order.ready is not None
             steps = plan_steps(order.src[answer.held :], dst, cut, layerwise=layerwise)
-            moved = await self._move(job, steps, cut.unit_bytes, answer.ticket, order.ready)
+            moved = await self._move(job, steps, cut.unit_bytes, answer, order.ready)
             self._observe("copied")
             sums = moved.checksums.astype("<u8").tobytes()
             await self._call(Publish(transfer, sums, int(order.origin), order.attachment))
@@ -244,6 +244,8 @@ class OutboundLink:
             job.stop()
             if job.copying is not None:
                 await asyncio.wait([job.copying])
+                if (lost := _lost_while_copying(job)) is not None:
+                    raise lost
         return Ok()
 
     def on_close(self, connection: Connection, reason: str) -> None:
@@ -285,11 +287,11 @@ class OutboundLink:
         return dst, answer
 
     async def _move(
-        self, job: _Job, steps: list[Step], unit_bytes: int, ticket: int, ready: LayerGate | None
+        self, job: _Job, steps: list[Step], unit_bytes: int, reserved: Reserved, ready: LayerGate | None
     ) -> Moved:
         """Move all steps: at once, or as their layers become ready."""
         if ready is None:
-            return await self._transmit(job, steps, unit_bytes, ticket, 0, last=True)
+            return await self._transmit(job, steps, unit_bytes, reserved, 0, last=True)
         checksums, calls, first, at = [np.empty(0, np.uint64)], 0, 0, 0
         while at < len(steps):
             await job.wait_for(ready, steps[at].layers, self._limits.reserve_seconds)
@@ -298,14 +300,14 @@ class OutboundLink:
             group = [step for step in steps[at:] if step.layers <= ready.layers]
             at += len(group)
             last = at == len(steps)
-            moved = await self._transmit(job, group, unit_bytes, ticket, first, last=last)
+            moved = await self._transmit(job, group, unit_bytes, reserved, first, last=last)
             checksums.append(moved.checksums)
             calls += moved.calls
             first += len(moved.checksums)
         return Moved(np.concatenate(checksums), calls)
 
     async def _transmit(
-        self, job: _Job, steps: list[Step], unit_bytes: int, ticket: int, first: int, *, last: bool
+        self, job: _Job, steps: list[Step], unit_bytes: int, reserved: Reserved, first: int, *, last: bool
     ) -> Moved:
         _, backend = self._require_open()
         loop = asyncio.get_running_loop()
@@ -314,7 +316,7 @@ class OutboundLink:
             loop.call_soon_threadsafe(self._tell_written, job, first, units)
 
         go_on = functools.partial(self._may_go_on, job)
-        order = Transmission(ticket, steps, unit_bytes, first, last, go_on, written)
+        order = Transmission(reserved.ticket, steps, unit_bytes, first, last, go_on, written, reserved.memory)
         job.copying = loop.run_in_executor(backend.workers, backend.transmit, order)
         try:
             # Shielded: a cancelled future would say "done" while the thread still writes.
@@ -343,9 +345,9 @@ class OutboundLink:
             job.copying.add_done_callback(lambda _: self._abort(job, reason))
             return
         self._jobs.pop(job.transfer, None)
-        if job.copying is not None and not job.copying.cancelled():
-            # Retrieved, so that a failure nobody waits for any more is not reported as forgotten.
-            job.copying.exception()
+        if (lost := _lost_while_copying(job)) is not None:
+            # Not even that is known of what was under way; the end of the connection says so.
+            self.close(str(lost))
         if self._connection is not None and not self._connection.closed:
             self._connection.notify(AbortTransfer(job.transfer, reason))
 
@@ -358,6 +360,14 @@ class OutboundLink:
         if self._connection is None:
             raise PeerLost("the connection was never opened")
         return await self._connection.call(message, self._limits.call_seconds)
+
+
+def _lost_while_copying(job: _Job) -> PeerLost | None:
+    """How the way to the peer was cut, once the copying has ended. Counts as looking at its failure."""
+    if job.copying is None or job.copying.cancelled():
+        return None
+    error = job.copying.exception()
+    return error if isinstance(error, PeerLost) else None
 
 
 def _require_life(addrs: Addresses, peer: Hello) -> None:

@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 
 _MOST_BYTES = 1 << 14
 """More than the description of ``MOST_SEGMENTS`` segments takes."""
+_ANNOUNCE_BYTES = 1 << 20
+"""Of steps that may all go, so much is announced at once: each announcement wakes a thread over there."""
 
 
 class _Segments(msgspec.Struct, frozen=True, array_like=True):
@@ -111,16 +113,18 @@ class SharedMemoryBackend:
 
     def transmit(self, order: Transmission) -> Moved:
         checksums = [np.empty(0, np.uint64)]
-        first, calls, size = order.first, 0, order.unit_bytes
+        first, told, calls, size = order.first, order.first, 0, order.unit_bytes
         for at, step in enumerate(order.steps):
             if not order.may_go_on():
                 raise TransferAborted("the copy was stopped half-way; nothing was published")
             targets = self._map(step.dst).map.unit_pointers(step.dst, step.parts, size)
             sources = self._own.map.unit_pointers(step.src, step.parts, size)
             checksums.append(copy_blocks(targets, sources, size))
-            if not order.last or at + 1 < len(order.steps):
-                order.written(first, len(step.src))
             first += len(step.src)
+            ends = at + 1 == len(order.steps)
+            if not order.last if ends else (first - told) * size >= _ANNOUNCE_BYTES:
+                order.written(told, first - told)
+                told = first
             calls += len(step.src) - self._joined(step, size)
         return Moved(np.concatenate(checksums), calls)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -21,7 +20,6 @@ from memserve.core.messages import Hello
 from memserve.core.types import InstanceId
 from memserve.mempool.arena import Arena
 from memserve.mempool.transfer.backends import TCP, Moved, Transmission
-from memserve.mempool.transfer.plan import Step
 from memserve.wire import Security
 from memserve.wire.address import TcpAddress, UnixAddress, parse_address
 from memserve.wire.channel import Channel, open_channel, widen_buffers
@@ -75,15 +73,17 @@ class TcpBackend:
     def transmit(self, order: Transmission) -> Moved:
         checksums = [np.empty(0, np.uint64)]
         first, calls, size = order.first, 0, order.unit_bytes
+        most = max(1, CHUNK_BYTES // size)
         for step in order.steps:
             if not order.may_go_on():
                 raise TransferAborted("the stream was stopped half-way; nothing was published")
-            for chunk in _chunks(step, size):
-                pointers = self._own.map.unit_pointers(chunk.src, chunk.parts, size)
+            units = self._own.units(step.src, step.parts, size)
+            for at in range(0, len(step.src), most):
+                pointers = units.pointers[at : at + most]
                 checksums.append(checksum_blocks(pointers, size))
-                memory = self._own.unit_memory(chunk.src, chunk.parts, size)
-                self._send(ChunkHeader(order.ticket, first, len(chunk.src), size), memory)
-                first += len(chunk.src)
+                memory = units.views(at, len(pointers))
+                self._send(ChunkHeader(order.ticket, first, len(pointers), size), memory)
+                first += len(pointers)
                 calls += len(memory)
         return Moved(np.concatenate(checksums), calls)
 
@@ -123,10 +123,3 @@ def connect_stream(
     except OSError as error:
         raise PeerLost(f"cannot open a stream of blocks to {hello.instance} at {where}: {error}") from error
     return TcpBackend(own, hello.instance, channel)
-
-
-def _chunks(step: Step, unit_bytes: int) -> Iterator[Step]:
-    units = max(1, CHUNK_BYTES // unit_bytes)
-    for at in range(0, len(step.src), units):
-        part = slice(at, at + units)
-        yield Step(step.src[part], step.dst[part], step.parts[part], step.layers)

@@ -14,6 +14,7 @@ from memserve.mempool.arena import Arena
 from memserve.mempool.transfer.arrivals import SharedArrival, StreamedArrival
 
 BYTES, BLOCKS = 512, 6
+NOTHING = np.empty(0, np.int64)
 
 
 def new_arena() -> Arena:
@@ -108,18 +109,10 @@ def test_an_idle_arrival_stops_at_once() -> None:
 
 def test_nothing_to_send_has_arrived() -> None:
     async def scenario() -> None:
-        assert (
-            len(await StreamedArrival(lambda first, units: [], np.empty(0, np.uint64), BYTES).checksums())
-            == 0
-        )
+        assert len(await StreamedArrival(new_arena().units(NOTHING, NOTHING, BYTES)).checksums()) == 0
 
     asyncio.run(scenario())
 
 
 def streamed(arena: Arena) -> StreamedArrival:
-    blocks, parts = np.arange(BLOCKS), np.zeros(BLOCKS, np.int64)
-
-    def memory(first: int, units: int) -> list[memoryview]:
-        return arena.unit_memory(blocks[first : first + units], parts[first : first + units], BYTES)
-
-    return StreamedArrival(memory, arena.pointers(blocks), BYTES)
+    return StreamedArrival(arena.units(np.arange(BLOCKS), np.zeros(BLOCKS, np.int64), BYTES))

@@ -22,6 +22,10 @@ def hello(host: str, *backends: str) -> Hello:
         (("shm", "tcp"), "here", ("tcp",), "tcp"),
         (("tcp", "shm"), "here", ("shm", "tcp"), "tcp"),
         (("shm", "nixl"), "here", ("shm", "tcp"), "shm"),
+        (("shm", "nixl", "tcp"), "here", ("shm", "nixl", "tcp"), "shm"),
+        (("shm", "nixl", "tcp"), "there", ("shm", "nixl", "tcp"), "nixl"),
+        (("shm", "nixl", "tcp"), "there", ("shm", "tcp"), "tcp"),
+        (("shm", "tcp"), "there", ("shm", "nixl", "tcp"), "tcp"),
     ],
 )
 def test_the_first_that_both_can(
@@ -45,5 +49,5 @@ def test_no_way_says_why(wanted: tuple[str, ...], host: str, offered: tuple[str,
 
 @pytest.mark.parametrize("names", [(), ("shm", "carrier pigeon")])
 def test_unknown_names_are_refused_at_the_door(names: tuple[str, ...]) -> None:
-    with pytest.raises(ConfigError, match="choose from shm, tcp"):
+    with pytest.raises(ConfigError, match="choose from shm, nixl, tcp"):
         require_known(names)

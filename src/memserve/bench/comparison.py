@@ -99,11 +99,10 @@ async def compare_targets(
     failure: MemServeError | None = None
     try:
         for number, target in product(range(plan.rounds), targets):
-            watcher.starting(target.name, number)
-            async with open_target(target, stop) as url:
-                if url is None or stop.is_set():
-                    break
-                done[target].append(await _run_round(url, target, plan, number, watcher, stop))
+            if stop.is_set():
+                break
+            if (one := await _run_target(target, plan, number, watcher, stop)) is not None:
+                done[target].append(one)
     except MemServeError as error:
         failure = error
     results = tuple(
@@ -118,6 +117,17 @@ async def compare_targets(
 class _Done:
     model: str
     measured: Round
+
+
+async def _run_target(
+    target: Target, plan: Plan, number: int, watcher: Watcher, stop: asyncio.Event
+) -> _Done | None:
+    """One round; None if ``stop`` was set before the load began."""
+    watcher.starting(target.name, number)
+    async with open_target(target, stop) as url:
+        if url is None or stop.is_set():
+            return None
+        return await _run_round(url, target, plan, number, watcher, stop)
 
 
 async def _run_round(

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+from memserve.bench.configurations import CONFIGURATIONS
 from memserve.core.errors import ConfigError, NoInstance
 
 START_SECONDS = 300.0
@@ -31,20 +32,6 @@ class Target:
     options: tuple[str, ...] = ()
 
 
-_TWO_COLOCATED = ("--prefill", "0", "--decode", "0", "--colocated", "2")
-_ONE_EACH = ("--prefill", "1", "--decode", "1")
-
-CONFIGURATIONS = {
-    "colocated": (*_TWO_COLOCATED, "--phases", "pd-basic"),
-    "colocated-cache": (*_TWO_COLOCATED, "--phases", "colocated"),
-    "disagg": (*_ONE_EACH, "--phases", "pd-basic"),
-    "disagg-cache-1": (*_ONE_EACH, "--phases", "pd-caching-1"),
-    "disagg-cache-2": (*_ONE_EACH, "--phases", "pd-caching-2"),
-    "disagg-cache": (*_ONE_EACH, "--phases", "pd-caching-3"),
-}
-"""Two instances each, so that all have the same memory and cores."""
-
-
 def parse_urls(text: str) -> tuple[Target, ...]:
     """``URL`` or ``name=URL,name2=URL2``. Raises ``ConfigError``."""
     targets = []
@@ -59,7 +46,7 @@ def parse_urls(text: str) -> tuple[Target, ...]:
 
 
 def parse_configurations(text: str, common: str) -> tuple[Target, ...]:
-    """Names of :data:`CONFIGURATIONS`, or ``name=options of serve``; ``common`` is added to each."""
+    """Names of ``CONFIGURATIONS``, or ``name=options of serve``; ``common`` is added to each."""
     more = _split_options(common, "--serve")
     targets = []
     for part in _split(text, "--compare"):

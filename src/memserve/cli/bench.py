@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import secrets
-import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -287,6 +285,9 @@ def _give_up(failure: MemServeError | None) -> NoReturn:
 
 async def _measure(targets: Sequence[Target], plan: Plan, console: Console) -> tuple[Comparison, bool]:
     """Run the plan; the first Ctrl-C ends it and keeps what there is, a second one gives up."""
+    import asyncio
+    import signal
+
     from memserve.bench.comparison import compare_targets
     from memserve.cli.bench_screen import BenchScreen
 

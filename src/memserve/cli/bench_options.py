@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from memserve.bench.target import CONFIGURATIONS
+from memserve.bench.configurations import CONFIGURATIONS
 
 _WHOM, _WHAT, _PACE, _SYNTHETIC, _OUT = "Whom", "Workload", "Pace", "Synthetic workload", "Report"
 

@@ -6,7 +6,8 @@ import asyncio
 
 import pytest
 
-from memserve.bench.target import CONFIGURATIONS, Target, open_target, parse_configurations, parse_urls
+from memserve.bench.configurations import CONFIGURATIONS
+from memserve.bench.target import Target, open_target, parse_configurations, parse_urls
 from memserve.cli.serve import ServeOptions, build_config
 from memserve.core.errors import ConfigError, NoInstance
 

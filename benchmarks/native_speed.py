@@ -1,7 +1,8 @@
 """Speed of the native CPU engine on SmolLM2-135M's shape, beside what the machine can do at most.
 
 Every round measures the limits (read bandwidth, register-fed bf16 dot products) and then each workload once,
-so that a busy neighbour slows both. Weights are random unless --model is given: values do not change speed.
+so that a busy neighbour slows both. Engines: ``bf16`` weights, and ``stored``: 4 and 8 bits as SmolLM2's GGUF
+file has them (Q4_1, embedding Q8_0). Weights are random unless --model is given: values do not change speed.
 
     python benchmarks/native_speed.py [--rounds N] [--threads 1,2] [--isa NAME] [--model M] [--prototype DIR]
 """
@@ -12,14 +13,21 @@ import argparse
 import json
 import statistics
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from memserve import _native
 from memserve.engine.models.loader import open_model
-from memserve.engine.models.spec import LayerWeights, ModelSpec, ModelWeights
+from memserve.engine.models.spec import (
+    LayerWeights,
+    ModelSpec,
+    ModelWeights,
+    StoredLayer,
+    StoredMatrix,
+    StoredWeights,
+)
 from memserve.engine.runners.base import ForwardBatch
 from memserve.engine.runners.native import NativeRunner
 from native_prototype import Prototype, why_not_here
@@ -28,6 +36,8 @@ from recording import describe_commit, describe_machine
 RESULTS = Path(__file__).parent / "results" / "native_speed.json"
 DECODE_CONTEXT = 128  # tokens that each decoding conversation has behind it
 BLOCK = 16
+KEPT = ("bf16", "stored")
+MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 
 SMOLLM2 = ModelSpec(
     identity="random-smollm2-135m",
@@ -74,7 +84,11 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One workload at one number of threads. ``of_floor`` pairs times with limits of the same round."""
+    """One workload at one number of threads.
+
+    ``of_floor`` pairs times with limits of the same round, ``to_bf16`` with the bf16 engine's time: above 1
+    is faster. ``weight_bytes`` are read once per pass.
+    """
 
     engine: str
     threads: int
@@ -85,6 +99,9 @@ class Figure:
     of_floor: float
     of_floor_quartiles: tuple[float, float]
     best_of_best_floor: float
+    to_bf16: float
+    to_bf16_quartiles: tuple[float, float]
+    weight_bytes: int
 
 
 def random_weights(spec: ModelSpec) -> ModelWeights:
@@ -112,10 +129,39 @@ def random_weights(spec: ModelSpec) -> ModelWeights:
     return ModelWeights(spec, embedding, np.ones(spec.hidden, np.float32), embedding, layers)
 
 
-def load_weights(model: str | None) -> ModelWeights:
+def random_stored(weights: ModelWeights) -> StoredWeights:
+    """Blocks as in SmolLM2's GGUF file, of the shapes of ``weights``."""
+    rng = np.random.default_rng(0)
+
+    def blocks(kind: str, size: int, like: np.ndarray) -> StoredMatrix:
+        outputs, inputs = like.shape
+        raw = rng.integers(0, 256, (outputs, inputs // 32, size), dtype=np.uint8)
+        raw[..., :2] = np.full(1, 1e-3, np.float16).view(np.uint8)
+        if kind == "Q4_1":
+            raw[..., 2:4] = np.full(1, -8e-3, np.float16).view(np.uint8)
+        return StoredMatrix(kind, raw.reshape(outputs, -1), inputs)
+
+    layers = [
+        StoredLayer(
+            attention_norm=layer.attention_norm,
+            ffn_norm=layer.ffn_norm,
+            **{part: blocks("Q4_1", 20, getattr(layer, part)) for part in MATRICES},
+        )
+        for layer in weights.layers
+    ]
+    return StoredWeights(
+        weights.spec, blocks("Q8_0", 34, weights.embedding), weights.output_norm, None, layers
+    )
+
+
+def load_weights(model: str | None) -> tuple[ModelWeights, StoredWeights]:
+    """In float32 for bf16, and as stored."""
     if model is None:
-        return random_weights(SMOLLM2)
-    return open_model(model).weights()
+        weights = random_weights(SMOLLM2)
+        return weights, random_stored(weights)
+    source = open_model(model)
+    stored = source.stored_weights()
+    return source.weights(), replace(stored, layers=list(stored.layers))
 
 
 def blocks_of(workload: Workload) -> int:
@@ -138,7 +184,7 @@ def make_batch(workload: Workload, blocks: np.ndarray, vocabulary: int) -> Forwa
     return ForwardBatch(tokens, positions, np.arange(rows + 1, dtype=np.int32), used.reshape(rows, -1), each)
 
 
-def floor_seconds(workload: Workload, spec: ModelSpec, limits: Limits) -> float:
+def floor_seconds(workload: Workload, spec: ModelSpec, weight_bytes: int, limits: Limits) -> float:
     """No pass is faster: all weights (and a decode's KV) are read once, every multiply-add runs at peak."""
     kv = spec.kv_heads * spec.head_dim
     per_layer = spec.hidden * (2 * spec.hidden + 2 * kv + 3 * spec.feed_forward)
@@ -148,7 +194,7 @@ def floor_seconds(workload: Workload, spec: ModelSpec, limits: Limits) -> float:
     attention = 4 * seen * spec.heads * spec.head_dim * spec.layers
     flop = 2 * (per_layer * spec.layers * rows + head * logits) + attention
     kv_bytes = 4 * kv * spec.layers * (seen if workload.kind == "decode" else rows)
-    read = 2 * (per_layer * spec.layers + head) + kv_bytes
+    read = weight_bytes + kv_bytes
     return max(read / limits.bandwidth, flop / limits.peak)
 
 
@@ -163,37 +209,63 @@ def quartiles(values: list[float]) -> tuple[float, float]:
     return low, high
 
 
-def figure_of(
-    engine: str, threads: int, workload: Workload, spec: ModelSpec, times: list[float], limits: list[Limits]
-) -> Figure:
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Seconds of each round of a workload, and of the bf16 engine in the same rounds."""
+
+    engine: str
+    threads: int
+    workload: Workload
+    weight_bytes: int
+    times: list[float]
+    bf16_times: list[float]
+
+
+def figure_of(measured: Measured, spec: ModelSpec, limits: list[Limits]) -> Figure:
+    workload, times, size = measured.workload, measured.times, measured.weight_bytes
     rates = [workload.size / t for t in times]
-    fractions = [floor_seconds(workload, spec, limit) / t for limit, t in zip(limits, times, strict=True)]
+    fractions = [
+        floor_seconds(workload, spec, size, limit) / t for limit, t in zip(limits, times, strict=True)
+    ]
+    ratios = [bf16 / t for bf16, t in zip(measured.bf16_times, times, strict=True)]
     best = Limits(max(limit.bandwidth for limit in limits), max(limit.peak for limit in limits))
     return Figure(
-        engine=engine,
-        threads=threads,
+        engine=measured.engine,
+        threads=measured.threads,
         workload=workload.name,
         tokens_per_second=statistics.median(rates),
         tokens_per_second_quartiles=quartiles(rates),
         best_tokens_per_second=max(rates),
         of_floor=statistics.median(fractions),
         of_floor_quartiles=quartiles(fractions),
-        best_of_best_floor=floor_seconds(workload, spec, best) / min(times),
+        best_of_best_floor=floor_seconds(workload, spec, size, best) / min(times),
+        to_bf16=statistics.median(ratios),
+        to_bf16_quartiles=quartiles(ratios),
+        weight_bytes=size,
     )
 
 
 def measure(
-    weights: ModelWeights, threads: int, isa: str | None, rounds: int, prototype: Path | None
+    weights: tuple[ModelWeights, StoredWeights],
+    threads: int,
+    isa: str | None,
+    rounds: int,
+    prototype: Path | None,
 ) -> tuple[list[Limits], list[Figure]]:
-    runner = NativeRunner(weights, threads=threads, context=4096, isa=isa)
-    engines: dict[str, NativeRunner | Prototype] = {"memserve": runner}
+    floats, _ = weights
+    runners = {
+        keep: NativeRunner(kept, threads=threads, context=4096, isa=isa, keep=keep)
+        for keep, kept in zip(KEPT, weights, strict=True)
+    }
+    engines: dict[str, NativeRunner | Prototype] = dict(runners)
     if prototype is not None:
-        engines["prototype"] = Prototype(weights, prototype, threads)
+        engines["prototype"] = Prototype(floats, prototype, threads)
+    layout = runners["bf16"].layout
     count = max(blocks_of(w) for w in WORKLOADS)
-    memory = np.zeros(count * runner.layout.block_bytes + 64, np.uint8)
+    memory = np.zeros(count * layout.block_bytes + 64, np.uint8)
     first = np.uint64(-(-memory.ctypes.data // 64) * 64)
-    blocks = first + np.arange(count, dtype=np.uint64) * np.uint64(runner.layout.block_bytes)
-    batches = {w: make_batch(w, blocks, weights.spec.vocabulary) for w in WORKLOADS}
+    blocks = first + np.arange(count, dtype=np.uint64) * np.uint64(layout.block_bytes)
+    batches = {w: make_batch(w, blocks, floats.spec.vocabulary) for w in WORKLOADS}
     limits: list[Limits] = []
     times: dict[tuple[str, Workload], list[float]] = {(e, w): [] for w in WORKLOADS for e in engines}
     for engine in engines.values():
@@ -203,9 +275,14 @@ def measure(
         limits.append(Limits(_native.read_bandwidth(threads, isa=isa), _native.dot_peak(threads, isa=isa)))
         for (name, workload), taken in times.items():
             taken.append(seconds_of(engines[name], batches[workload]))
-    runner.close()
-    figures = [figure_of(e, threads, w, weights.spec, taken, limits) for (e, w), taken in times.items()]
-    return limits, figures
+    sizes = {name: runners.get(name, runners["bf16"]).weight_bytes for name in engines}
+    for runner in runners.values():
+        runner.close()
+    measured = [
+        Measured(name, threads, workload, sizes[name], taken, times["bf16", workload])
+        for (name, workload), taken in times.items()
+    ]
+    return limits, [figure_of(each, floats.spec, limits) for each in measured]
 
 
 def show(limits: list[Limits], figures: list[Figure]) -> None:
@@ -216,12 +293,13 @@ def show(limits: list[Limits], figures: list[Figure]) -> None:
     )
     print(
         f"{'engine':<10} {'workload':<13} {'tokens/s':>9} {'quartiles':>17} {'best':>7} {'of floor':>9}  best"
+        "  to bf16"
     )
     for f in figures:
         low, high = f.tokens_per_second_quartiles
         print(
             f"{f.engine:<10} {f.workload:<13} {f.tokens_per_second:9.1f} {low:8.1f}-{high:<8.1f} "
-            f"{f.best_tokens_per_second:7.0f} {f.of_floor:9.2f} {f.best_of_best_floor:5.2f}"
+            f"{f.best_tokens_per_second:7.0f} {f.of_floor:9.2f} {f.best_of_best_floor:5.2f} {f.to_bf16:8.2f}"
         )
 
 
@@ -250,7 +328,7 @@ def main() -> None:
         "machine": describe_machine(),
         "commit": describe_commit(),
         "isa": arguments.isa or _native.isa(),
-        "model": weights.spec.identity,
+        "model": weights[0].spec.identity,
         "rounds": arguments.rounds,
         "prototype": reason or (str(arguments.prototype.name) if arguments.prototype else "not asked for"),
     }

@@ -2,6 +2,7 @@
 // work is split over outputs and rows, never over inputs, so one row and five hundred round alike.
 #pragma once
 
+#include "expand.h"
 #include "kernels.h"
 #include "simd.h"
 
@@ -17,7 +18,7 @@ struct Prefetch {
   const char* next;
   int lines_per_chunk;
 
-  Prefetch(const Bf16* from, int lines, int chunks)
+  Prefetch(const unsigned char* from, int lines, int chunks)
       : next(reinterpret_cast<const char*>(from)), lines_per_chunk(from == nullptr ? 0 : ceil_divide(lines, chunks)) {}
 
   inline void take_chunk() {
@@ -110,15 +111,56 @@ inline __attribute__((always_inline)) void emit_block(const Matmul& job, int row
     for (int c = 0; c < kColumns; ++c) emit_floats(job, row + r, group + c, sums[r][c]);
 }
 
+// Column groups in bf16, `stride` elements apart.
+struct Panel {
+  const Bf16* values;
+  size_t stride;
+};
+
+inline Panel panel_of(const PackedMatrix& matrix, int group) {
+  return {reinterpret_cast<const Bf16*>(matrix.group(group)), matrix.group_bytes() / sizeof(Bf16)};
+}
+
+inline Panel expanded_panel(const PackedMatrix& matrix, Range groups, void* scratch) {
+  auto* values = static_cast<Bf16*>(scratch);
+  const size_t stride = static_cast<size_t>(matrix.depth) * kGroupColumns;
+  expand_steps(matrix, groups, {0, matrix.steps()}, values, stride);
+  return {values, stride};
+}
+
 template <int kRows, int kColumns>
-__attribute__((noinline)) void multiply_rows(const Matmul& job, int row, int group, Prefetch& prefetch) {
+__attribute__((noinline)) void multiply_rows(const Matmul& job, int row, int group, const Panel& panel,
+                                             Prefetch& prefetch) {
   const Bf16* columns[kColumns];
-  for (int c = 0; c < kColumns; ++c) columns[c] = job.weights.group(group + c);
+  for (int c = 0; c < kColumns; ++c) columns[c] = panel.values + static_cast<size_t>(c) * panel.stride;
   Sums<kRows, kColumns> sums;
   clear<kRows, kColumns>(sums);
   const Bf16* rows = job.input + static_cast<size_t>(row) * job.input_stride;
   multiply_block<kRows, kColumns>(sums, rows, job.input_stride, columns, job.weights.depth / 2, prefetch);
   emit_block<kRows, kColumns>(job, row, group, sums);
+}
+
+// The same when a panel is used once: weights are expanded step by step and never leave the first-level cache.
+template <int kRows, int kColumns>
+__attribute__((noinline)) void multiply_stepwise(const Matmul& job, int row, int group) {
+  alignas(64) Bf16 expanded[kColumns * kStepValues];
+  const Bf16* columns[kColumns];
+  for (int c = 0; c < kColumns; ++c) columns[c] = expanded + c * kStepValues;
+  Sums<kRows, kColumns> sums;
+  clear<kRows, kColumns>(sums);
+  Prefetch nothing(nullptr, 0, 1);
+  const Bf16* rows = job.input + static_cast<size_t>(row) * job.input_stride;
+  for (int step = 0; step < job.weights.steps(); ++step) {
+    expand_steps(job.weights, {group, group + kColumns}, {step, step + 1}, expanded, kStepValues);
+    multiply_block<kRows, kColumns>(sums, rows + step * kDepthMultiple, job.input_stride, columns, kStepPairs, nothing);
+  }
+  emit_block<kRows, kColumns>(job, row, group, sums);
+}
+
+template <int kRows, int kColumns>
+inline void multiply_either(const Matmul& job, int row, int group, const Panel& panel, Prefetch& prefetch) {
+  if (panel.values == nullptr) return multiply_stepwise<kRows, kColumns>(job, row, group);
+  multiply_rows<kRows, kColumns>(job, row, group, panel, prefetch);
 }
 
 constexpr int kMostRows = kMaxSums >= 24 ? 6 : kMaxSums >= 6 ? 3 : 1;
@@ -132,25 +174,26 @@ inline int panel_width(int rows) {
 }
 
 template <int kRows, int kColumns>
-inline void choose_columns(const Matmul& job, int row, int group, int columns, Prefetch& prefetch) {
+inline void choose_columns(const Matmul& job, int row, int group, int columns, const Panel& panel, Prefetch& prefetch) {
   if constexpr (kColumns == 1) {
-    multiply_rows<kRows, 1>(job, row, group, prefetch);
+    multiply_either<kRows, 1>(job, row, group, panel, prefetch);
   } else {
     constexpr int kNarrower = kColumns > 4 ? kColumns - 2 : kColumns / 2;
     if constexpr (kRows * kColumns <= kMaxSums) {
-      if (columns == kColumns) return multiply_rows<kRows, kColumns>(job, row, group, prefetch);
+      if (columns == kColumns) return multiply_either<kRows, kColumns>(job, row, group, panel, prefetch);
     }
-    choose_columns<kRows, kNarrower>(job, row, group, columns, prefetch);
+    choose_columns<kRows, kNarrower>(job, row, group, columns, panel, prefetch);
   }
 }
 
 template <int kRows>
-inline void choose_rows(const Matmul& job, int row, int rows, int group, int columns, Prefetch& prefetch) {
+inline void choose_rows(const Matmul& job, int row, int rows, int group, int columns, const Panel& panel,
+                        Prefetch& prefetch) {
   if constexpr (kRows == 1) {
-    choose_columns<1, kMostColumns>(job, row, group, columns, prefetch);
+    choose_columns<1, kMostColumns>(job, row, group, columns, panel, prefetch);
   } else {
-    if (rows == kRows) return choose_columns<kRows, kMostColumns>(job, row, group, columns, prefetch);
-    choose_rows<kRows - 1>(job, row, rows, group, columns, prefetch);
+    if (rows == kRows) return choose_columns<kRows, kMostColumns>(job, row, group, columns, panel, prefetch);
+    choose_rows<kRows - 1>(job, row, rows, group, columns, panel, prefetch);
   }
 }
 
@@ -160,14 +203,14 @@ inline int allowed_width(int wanted, int widest) {
   return width <= 2 ? width : width - width % 2;
 }
 
-void matmul(const Matmul& job, Range rows, Range groups) {
+void matmul(const Matmul& job, Range rows, Range groups, void* scratch) {
   const int tiles = ceil_divide(rows.size(), kMostRows);
   const int tallest = ceil_divide(rows.size(), tiles);
   const int widest = panel_width(tallest);
   const int panels = ceil_divide(groups.size(), widest);
   const int even = ceil_divide(groups.size(), panels);
   const int wanted = even + (even > 1 ? even % 2 : 0);
-  const int lines_per_group = job.weights.depth * kGroupColumns * 2 / 64;
+  const int lines_per_group = static_cast<int>(job.weights.group_bytes() / 64);
   const int steps = tiles * (job.weights.depth / 2 / kChunkPairs);
   for (int group = groups.begin; group < groups.end;) {
     const int width = allowed_width(smaller(wanted, groups.end - group), widest);
@@ -175,10 +218,15 @@ void matmul(const Matmul& job, Range rows, Range groups) {
     // there is nothing to overlap, and the hardware's own prefetching of the sequential weights is faster.
     const bool fetches = tiles > 1 && group + width < groups.end;
     Prefetch prefetch(fetches ? job.weights.group(group + width) : nullptr, lines_per_group * width, steps);
+    Panel panel{nullptr, 0};
+    if (job.weights.format == Format::kBf16)
+      panel = panel_of(job.weights, group);
+    else if (tiles > 1)
+      panel = expanded_panel(job.weights, {group, group + width}, scratch);
     for (int tile = 0; tile < tiles; ++tile) {
       const int begin = rows.begin + rows.size() * tile / tiles;
       const int end = rows.begin + rows.size() * (tile + 1) / tiles;
-      choose_rows<kMostRows>(job, begin, end - begin, group, width, prefetch);
+      choose_rows<kMostRows>(job, begin, end - begin, group, width, panel, prefetch);
     }
     group += width;
   }

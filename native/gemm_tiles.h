@@ -20,9 +20,9 @@ struct TileSums {
 
 // Tile r * kWide + c holds the sums of row tile r and column group c.
 template <int kTall, int kWide>
-inline void take_tile_step(const Matmul& job, const Bf16* input, int group, int step) {
-  const Bf16* weights = job.weights.group(group) + static_cast<size_t>(step) * kTileDepth * kGroupColumns;
-  const size_t group_size = job.weights.group_size();
+inline void take_tile_step(const Matmul& job, const Bf16* input, const Panel& panel, int step) {
+  const Bf16* weights = panel.values + static_cast<size_t>(step) * kStepValues;
+  const size_t group_size = panel.stride;
   const size_t row_bytes = job.input_stride * sizeof(Bf16);
   load_tile<kInputTile>(input, row_bytes);
   load_tile<kWeightTile>(weights, 64);
@@ -67,7 +67,7 @@ inline void emit_tile_row(const Matmul& job, int row, int group, int width, cons
 }
 
 template <int kTall, int kWide>
-void multiply_tiles(const Matmul& job, int row, int rows, int group, Prefetch& prefetch) {
+void multiply_tiles(const Matmul& job, int row, int rows, int group, const Panel& panel, Prefetch& prefetch) {
   zero_tile<0>();
   zero_tile<1>();
   zero_tile<2>();
@@ -75,39 +75,44 @@ void multiply_tiles(const Matmul& job, int row, int rows, int group, Prefetch& p
   const Bf16* input = job.input + static_cast<size_t>(row) * job.input_stride;
   for (int step = 0; step < job.weights.depth / kTileDepth; ++step) {
     prefetch.take_chunk();
-    take_tile_step<kTall, kWide>(job, input + step * kTileDepth, group, step);
+    take_tile_step<kTall, kWide>(job, input + step * kTileDepth, panel, step);
   }
   TileSums sums;
   store_sums<kTall, kWide, 0>(sums);
   for (int r = 0; r < rows; ++r) emit_tile_row(job, row + r, group, kWide, sums.rows[r]);
 }
 
-inline void multiply_few_rows(const Matmul& job, int row, int rows, int group, int width, Prefetch& prefetch) {
-  if (width == 4) return multiply_tiles<1, 4>(job, row, rows, group, prefetch);
-  if (width == 2) return multiply_tiles<1, 2>(job, row, rows, group, prefetch);
-  multiply_tiles<1, 1>(job, row, rows, group, prefetch);
+inline void multiply_few_rows(const Matmul& job, int row, int rows, int group, int width, const Panel& panel,
+                              Prefetch& prefetch) {
+  if (width == 4) return multiply_tiles<1, 4>(job, row, rows, group, panel, prefetch);
+  if (width == 2) return multiply_tiles<1, 2>(job, row, rows, group, panel, prefetch);
+  multiply_tiles<1, 1>(job, row, rows, group, panel, prefetch);
 }
 
-inline void multiply_row_tiles(const Matmul& job, int row, int rows, int group, int width, Prefetch& prefetch) {
-  if (rows <= kTileRows) return multiply_few_rows(job, row, rows, group, width, prefetch);
-  if (width == 2) return multiply_tiles<2, 2>(job, row, rows, group, prefetch);
-  multiply_tiles<2, 1>(job, row, rows, group, prefetch);
+inline void multiply_row_tiles(const Matmul& job, int row, int rows, int group, int width, const Panel& panel,
+                              Prefetch& prefetch) {
+  if (rows <= kTileRows) return multiply_few_rows(job, row, rows, group, width, panel, prefetch);
+  if (width == 2) return multiply_tiles<2, 2>(job, row, rows, group, panel, prefetch);
+  multiply_tiles<2, 1>(job, row, rows, group, panel, prefetch);
 }
 
-void matmul_in_tiles(const Matmul& job, Range rows, Range groups) {
+void matmul_in_tiles(const Matmul& job, Range rows, Range groups, void* scratch) {
   const int tall = rows.size() <= kTileRows ? kTileRows : 2 * kTileRows;
   const int widest = tall == kTileRows ? 4 : 2;
   const int tiles = ceil_divide(rows.size(), tall);
   const int steps = tiles * (job.weights.depth / kTileDepth);
-  const int lines_per_group = job.weights.depth * kGroupColumns * 2 / 64;
+  const int lines_per_group = static_cast<int>(job.weights.group_bytes() / 64);
   begin_tiles();
   for (int group = groups.begin; group < groups.end;) {
     const int left = groups.end - group;
     const int width = left >= widest ? widest : left >= 2 ? 2 : 1;
     const bool fetches = tiles > 1 && left > width;
     Prefetch prefetch(fetches ? job.weights.group(group + width) : nullptr, lines_per_group * width, steps);
+    const Panel panel = job.weights.format == Format::kBf16
+                            ? panel_of(job.weights, group)
+                            : expanded_panel(job.weights, {group, group + width}, scratch);
     for (int row = rows.begin; row < rows.end; row += tall)
-      multiply_row_tiles(job, row, smaller(tall, rows.end - row), group, width, prefetch);
+      multiply_row_tiles(job, row, smaller(tall, rows.end - row), group, width, panel, prefetch);
     group += width;
   }
   end_tiles();

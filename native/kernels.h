@@ -24,16 +24,78 @@ struct Range {
   int size() const { return end - begin; }
 };
 
-// Weights [columns / 16][depth / 2][16][2] in bf16: for 16 outputs, pair after pair of inputs.
+// How a packed matrix holds its weights. All formats keep 16 outputs together (a column group) and cut the inputs into
+// steps of 32; a step of bf16 is one AMX tile. Every other format stands for exactly one bf16 number per weight,
+// bf16(value * scale + minimum), and is multiplied as that: a format changes the bytes that are read, never a result.
+//
+//   kBf16         [16 pairs][16 outputs][2]
+//   kFour         scales f16[16], minima f16[16], nibbles [4][16 words]: see nibble_of
+//   kEight        scales f16[16], bytes [16 pairs][16 outputs][2]
+//   kFourNested   like kFour, but uint8[16] scales and minima, to be multiplied by those in f16 of 8 steps before them
+//   kEightNested  like kEight, but int8[2][16] scales, one per 16 inputs, to be multiplied by one in f16 per 8 steps
+enum class Format { kBf16, kFour, kEight, kFourNested, kEightNested };
+
+constexpr int kStepPairs = kDepthMultiple / 2;
+constexpr int kStepValues = kDepthMultiple * kGroupColumns;
+constexpr int kNestedSteps = 8;
+
+constexpr size_t step_bytes(Format format) {
+  constexpr size_t kScales = kGroupColumns * sizeof(uint16_t);
+  switch (format) {
+    case Format::kBf16: return kStepValues * sizeof(Bf16);
+    case Format::kFour: return 2 * kScales + kStepValues / 2;
+    case Format::kFourNested: return kScales + kStepValues / 2;
+    default: return kScales + kStepValues;
+  }
+}
+
+// Bytes in front of every kNestedSteps steps.
+constexpr size_t header_bytes(Format format) {
+  constexpr size_t kScales = kGroupColumns * sizeof(uint16_t);
+  return format == Format::kFourNested ? 2 * kScales : format == Format::kEightNested ? kScales : 0;
+}
+
+// Where kFour keeps a weight: nibble `nibble` (0 lowest) of the 32-bit word `word`. Within a word lie weights that
+// a shift brings, eight outputs of both inputs of a pair at a time, to the lanes in which products need them.
+struct NibblePlace {
+  int word;
+  int nibble;
+};
+constexpr NibblePlace nibble_of(int input, int output) {
+  return {input / 8 * 16 + output % 8 * 2 + input % 2, input % 8 / 2 * 2 + output / 8};
+}
+
 struct PackedMatrix {
-  const Bf16* values;
+  const unsigned char* values;
+  Format format;
   int columns;  // outputs, unpadded
   int depth;    // inputs, padded to kDepthMultiple
 
   int groups() const { return (columns + kGroupColumns - 1) / kGroupColumns; }
-  size_t group_size() const { return static_cast<size_t>(depth) * kGroupColumns; }
-  const Bf16* group(int index) const { return values + static_cast<size_t>(index) * group_size(); }
+  int steps() const { return depth / kDepthMultiple; }
+  size_t group_bytes() const {
+    return static_cast<size_t>(steps()) * step_bytes(format) +
+           static_cast<size_t>(steps()) / kNestedSteps * header_bytes(format);
+  }
+  size_t bytes() const { return group_bytes() * static_cast<size_t>(groups()); }
+  const unsigned char* group(int index) const { return values + static_cast<size_t>(index) * group_bytes(); }
+  // The scales and minima that eight steps share, of a nested format.
+  const unsigned char* header(int index, int step) const {
+    return group(index) +
+           static_cast<size_t>(step / kNestedSteps) * (header_bytes(format) + kNestedSteps * step_bytes(format));
+  }
+  const unsigned char* step(int index, int step) const {
+    if (header_bytes(format) == 0) return group(index) + static_cast<size_t>(step) * step_bytes(format);
+    return header(index, step) + header_bytes(format) + static_cast<size_t>(step % kNestedSteps) * step_bytes(format);
+  }
 };
+
+constexpr int kWidestPanel = 8;  // column groups that a matrix product takes at a time, at most
+
+// Scratch memory that a matrix product needs to expand a panel of weights to bf16.
+constexpr size_t panel_bytes(int depth) {
+  return static_cast<size_t>(depth) * kGroupColumns * kWidestPanel * sizeof(Bf16);
+}
 
 enum class Output {
   kStore,  // float: out = in * weights
@@ -121,7 +183,8 @@ struct CopyJob {
 
 struct Kernels {
   const char* name;
-  void (*matmul)(const Matmul&, Range rows, Range groups);
+  void (*matmul)(const Matmul&, Range rows, Range groups, void* scratch);  // of panel_bytes; untouched for kBf16
+  void (*expand)(const PackedMatrix&, int group, Bf16* to);  // a column group in kBf16
   void (*normalise)(const Normalise&);
   void (*place_row)(const PlaceRow&);
   size_t (*attention_scratch)(const Heads&);  // bytes that `attend` needs per thread

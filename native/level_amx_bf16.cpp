@@ -9,7 +9,7 @@
 namespace memserve::amx_bf16 {
 
 const Kernels kernels = {
-    "amx-bf16", matmul_in_tiles, normalise,   place_row,       attention_scratch,
+    "amx-bf16", matmul_in_tiles, expand_group, normalise,   place_row,       attention_scratch,
     attend_in_tiles,  merge_partials,  copy_pieces, checksum_pieces, read_memory,
     run_tile_dots,
 };

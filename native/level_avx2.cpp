@@ -8,7 +8,7 @@
 namespace memserve::avx2 {
 
 const Kernels kernels = {
-    "avx2",     matmul,         normalise,   place_row,       attention_scratch,
+    "avx2",     matmul, expand_group, normalise,   place_row,       attention_scratch,
     attend<VectorProducts>,
     merge_partials, copy_pieces, checksum_pieces, read_memory,
     run_dots,

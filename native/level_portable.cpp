@@ -8,7 +8,7 @@
 namespace memserve::portable {
 
 const Kernels kernels = {
-    "portable",     matmul,         normalise,   place_row,       attention_scratch,
+    "portable",     matmul, expand_group, normalise,   place_row,       attention_scratch,
     attend<VectorProducts>,
     merge_partials, copy_pieces, checksum_pieces, read_memory,
     run_dots,

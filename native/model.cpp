@@ -1,8 +1,10 @@
 #include "model.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
+#include <initializer_list>
 #include <stdexcept>
 #include <string>
 
@@ -10,7 +12,7 @@ namespace memserve {
 namespace {
 
 constexpr int kRowsPerTile = 512;      // rows that go through all layers together: bounds the scratch memory
-constexpr int kRowsPerItem = 192;      // rows whose inputs fit a core's cache beside a panel of weights
+constexpr int kRowsPerItem = 256;      // rows whose inputs fit a core's cache beside a panel of weights
 constexpr int kFewRows = 24;           // up to here a product is bound by reading weights: one even share per thread
 constexpr int kItemsPerThread = 6;     // enough work items to even out threads of unequal speed
 constexpr int kRowsPerSmallItem = 8;   // row-by-row steps: fewer rows are not worth waking a thread for
@@ -27,13 +29,6 @@ Range part_of(int total, int part, int parts) {
 // An odd number of cache lines, so that the same column of many rows does not fall into one cache set.
 size_t row_stride(int depth) { return static_cast<size_t>(depth) + (depth / 32 % 2 == 0 ? 32 : 0); }
 
-Bf16 round_to_bf16(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<Bf16>((bits >> 16) | 0x40u);
-  return static_cast<Bf16>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-}
-
 float float_of(Bf16 x) {
   const uint32_t bits = static_cast<uint32_t>(x) << 16;
   float value;
@@ -41,24 +36,24 @@ float float_of(Bf16 x) {
   return value;
 }
 
-void pack_group(Bf16* to, const float* const* rows, int count, int depth) {
-  for (int column = 0; column < count; ++column)
-    for (int i = 0; i < depth; ++i)
-      to[static_cast<size_t>(i / 2) * 2 * kGroupColumns + 2 * column + i % 2] = round_to_bf16(rows[column][i]);
-}
-
-std::vector<const float*> rows_of(const float* matrix, int rows, int size) {
-  std::vector<const float*> result;
-  for (int r = 0; r < rows; ++r) result.push_back(matrix + static_cast<size_t>(r) * size);
+// Column groups alternate gate and up, so that one register block holds both factors of an output.
+SourceRows interleaved(const MatrixSource& gate, const MatrixSource& up) {
+  SourceRows result(gate);
+  result.rows.clear();
+  for (int at = 0; at < gate.rows; at += kGroupColumns)
+    for (const MatrixSource* source : {&gate, &up})
+      for (int row = at; row < at + kGroupColumns; ++row) result.rows.push_back(source->row(row));
   return result;
 }
 
-// Column groups alternate gate and up, so that one register block holds both factors of an output.
-std::vector<const float*> interleaved(const std::vector<const float*>& gate, const std::vector<const float*>& up) {
-  std::vector<const float*> result;
-  for (size_t at = 0; at < gate.size(); at += kGroupColumns) {
-    result.insert(result.end(), gate.begin() + at, gate.begin() + at + kGroupColumns);
-    result.insert(result.end(), up.begin() + at, up.begin() + at + kGroupColumns);
+// Neighbours of one type in one matrix, so that they are multiplied together.
+std::vector<SourceRows> fused(std::initializer_list<MatrixSource> sources) {
+  std::vector<SourceRows> result;
+  for (const MatrixSource& source : sources) {
+    if (!result.empty() && result.back().stored == source.stored)
+      result.back().append(source);
+    else
+      result.emplace_back(source);
   }
   return result;
 }
@@ -80,8 +75,8 @@ void check_shape(const ModelShape& s) {
 
 }  // namespace
 
-Model::Model(const ModelShape& shape, RopeTable rope, const Kernels& kernels, int threads, bool pin)
-    : shape_((check_shape(shape), shape)), rope_(std::move(rope)), kernels_(kernels), pool_(threads, pin) {
+Model::Model(const ModelShape& shape, RopeTable rope, const Kernels& kernels, int threads, bool pin, Keep keep)
+    : shape_((check_shape(shape), shape)), rope_(std::move(rope)), kernels_(kernels), pool_(threads, pin), keep_(keep) {
   const int hidden = round_up(shape.hidden, kDepthMultiple);
   const int attended = round_up(shape.query_size(), kDepthMultiple);
   const int gated = round_up(shape.feed_forward, kDepthMultiple);
@@ -89,8 +84,8 @@ Model::Model(const ModelShape& shape, RopeTable rope, const Kernels& kernels, in
   const size_t per_layer = (round_up(shape.qkv_size(), 16) + 2 * static_cast<size_t>(shape.feed_forward)) * hidden +
                            static_cast<size_t>(round_up(shape.hidden, 16)) * (attended + gated);
   const size_t vocabulary = static_cast<size_t>(round_up(shape.vocabulary, 16)) * hidden;
-  // Reserved for an untied head too; pages that are never written take no memory.
-  weights_ = Buffer<Bf16>(per_layer * shape.layers + 2 * vocabulary + columns);
+  // Reserved for bf16 and an untied head; pages that are never written take no memory.
+  weights_ = Buffer<unsigned char>((per_layer * shape.layers + 2 * vocabulary + columns) * sizeof(Bf16));
   layers_.resize(static_cast<size_t>(shape.layers));
   padded_hidden_ = hidden;
   normed_stride_ = row_stride(hidden);
@@ -103,22 +98,53 @@ Model::Model(const ModelShape& shape, RopeTable rope, const Kernels& kernels, in
   queries_ = Buffer<Bf16>(kRows * shape.query_size());
   attended_ = Buffer<Bf16>(kRows * attended_stride_);
   gated_ = Buffer<Bf16>(kRows * gated_stride_);
-  scratch_bytes_ = kernels_.attention_scratch(heads_of(0));
+  expanded_ = Buffer<Bf16>(static_cast<size_t>(hidden) * kGroupColumns);
+  scratch_bytes_ = std::max(kernels_.attention_scratch(heads_of(0)), panel_bytes(std::max({hidden, attended, gated})));
   scratch_ = Buffer<char>(scratch_bytes_ * static_cast<size_t>(pool_.size()));
 }
 
-PackedMatrix Model::allocate(int columns, int depth) {
-  const PackedMatrix matrix{weights_.data() + weights_used_, columns, round_up(depth, kDepthMultiple)};
-  weights_used_ += static_cast<size_t>(matrix.groups()) * matrix.group_size();
+PackedMatrix Model::allocate(Format format, int columns, int depth) {
+  const PackedMatrix matrix{weights_.data() + weights_used_, format, columns, round_up(depth, kDepthMultiple)};
+  weights_used_ += (matrix.bytes() + 63) / 64 * 64;
   return matrix;
 }
 
-void Model::pack(const PackedMatrix& matrix, const std::vector<const float*>& rows, int depth) {
+PackedMatrix Model::pack(const SourceRows& source) {
+  const Format format = keep_ == Keep::kBf16 ? Format::kBf16 : packed_format(source.stored, keep_);
+  const PackedMatrix matrix = allocate(format, static_cast<int>(source.rows.size()), source.inputs);
+  if (format != packed_format(source.stored, keep_)) {
+    expand_into(matrix, source, 0, 1);
+    return matrix;
+  }
+  std::atomic<bool> finite{true};
   pool_.run(matrix.groups(), [&](int group, int) {
-    const int first = group * kGroupColumns;
-    const int count = std::min(kGroupColumns, matrix.columns - first);
-    pack_group(const_cast<Bf16*>(matrix.group(group)), rows.data() + first, count, depth);
+    if (!pack_group(matrix, group, source)) finite = false;
   });
+  require(finite, std::string(source.name) + ": a scale is not a finite number");
+  return matrix;
+}
+
+// Through the packed form, so that blocks kept as they are and blocks kept as bf16 give the same bits.
+void Model::expand_into(const PackedMatrix& to, const SourceRows& source, int first, int stride) {
+  const int columns = static_cast<int>(source.rows.size());
+  PackedMatrix blocks{nullptr, packed_format(source.stored, Keep::kStored), columns, to.depth};
+  Buffer<unsigned char> memory(blocks.bytes());
+  blocks.values = memory.data();
+  std::atomic<bool> finite{true};
+  pool_.run(blocks.groups(), [&](int group, int) {
+    if (!pack_group(blocks, group, source)) finite = false;
+    const unsigned char* at = to.group(first + group * stride);
+    kernels_.expand(blocks, group, reinterpret_cast<Bf16*>(const_cast<unsigned char*>(at)));
+  });
+  require(finite, std::string(source.name) + ": a scale is not a finite number");
+}
+
+PackedMatrix Model::pack_gate_up(const MatrixSource& gate, const MatrixSource& up) {
+  if (gate.stored == up.stored) return pack(interleaved(gate, up));
+  const PackedMatrix matrix = allocate(Format::kBf16, gate.rows + up.rows, gate.inputs);
+  expand_into(matrix, SourceRows(gate), 0, 2);
+  expand_into(matrix, SourceRows(up), 1, 2);
+  return matrix;
 }
 
 std::vector<float> Model::padded(const float* values) const {
@@ -130,35 +156,24 @@ std::vector<float> Model::padded(const float* values) const {
 void Model::set_layer(int index, const LayerSource& source) {
   Layer& layer = layers_[static_cast<size_t>(index)];
   require(layer.attention_norm.empty(), "layer " + std::to_string(index) + " was set before");
-  const ModelShape& s = shape_;
   layer.attention_norm = padded(source.attention_norm);
   layer.ffn_norm = padded(source.ffn_norm);
-  std::vector<const float*> qkv = rows_of(source.q, s.query_size(), s.hidden);
-  for (const float* matrix : {source.k, source.v})
-    for (const float* row : rows_of(matrix, s.kv_size(), s.hidden)) qkv.push_back(row);
-  pack(layer.qkv = allocate(s.qkv_size(), s.hidden), qkv, s.hidden);
-  pack(layer.o = allocate(s.hidden, s.query_size()), rows_of(source.o, s.hidden, s.query_size()), s.query_size());
-  const auto gate_up =
-      interleaved(rows_of(source.gate, s.feed_forward, s.hidden), rows_of(source.up, s.feed_forward, s.hidden));
-  pack(layer.gate_up = allocate(2 * s.feed_forward, s.hidden), gate_up, s.hidden);
-  pack(layer.down = allocate(s.hidden, s.feed_forward), rows_of(source.down, s.hidden, s.feed_forward),
-       s.feed_forward);
+  for (const SourceRows& rows : fused({source.q, source.k, source.v})) layer.qkv.push_back(pack(rows));
+  layer.o = pack(SourceRows(source.o));
+  layer.gate_up = pack_gate_up(source.gate, source.up);
+  layer.down = pack(SourceRows(source.down));
 }
 
-void Model::set_embedding(const float* embedding) {
+void Model::set_embedding(const MatrixSource& embedding) {
   require(embedding_.values == nullptr, "the embedding was set before");
-  pack(embedding_ = allocate(shape_.vocabulary, shape_.hidden), rows_of(embedding, shape_.vocabulary, shape_.hidden),
-       shape_.hidden);
+  embedding_ = pack(SourceRows(embedding));
 }
 
-void Model::set_output(const float* norm, const float* head) {
+void Model::set_output(const float* norm, const MatrixSource* head) {
   require(head_.values == nullptr, "the output was set before");
   require(embedding_.values != nullptr, "the embedding must be set before the output");
   output_norm_ = padded(norm);
-  head_ = embedding_;
-  if (head == nullptr) return;
-  pack(head_ = allocate(shape_.vocabulary, shape_.hidden), rows_of(head, shape_.vocabulary, shape_.hidden),
-       shape_.hidden);
+  head_ = head == nullptr ? embedding_ : pack(SourceRows(*head));
 }
 
 void Model::check(const Batch& batch) const {
@@ -252,7 +267,8 @@ void Model::add_items(Tile& tile) const {
 void Model::embed(const Batch& batch, const Tile& tile) {
   for (int row = 0; row < tile.rows.size(); ++row) {
     const int token = batch.tokens[tile.rows.begin + row];
-    const Bf16* column = embedding_.group(token / kGroupColumns) + 2 * (token % kGroupColumns);
+    kernels_.expand(embedding_, token / kGroupColumns, expanded_.data());
+    const Bf16* column = expanded_.data() + 2 * (token % kGroupColumns);
     float* to = residual_.data() + static_cast<size_t>(row) * padded_hidden_;
     for (int i = 0; i < padded_hidden_; ++i)
       to[i] = float_of(column[static_cast<size_t>(i / 2) * 2 * kGroupColumns + i % 2]);
@@ -265,14 +281,17 @@ void Model::run_layer(const Batch& batch, const Tile& tile, int index) {
   const int rows = tile.rows.size();
   const size_t qkv_stride = static_cast<size_t>(shape_.qkv_size());
   const size_t residual_stride = static_cast<size_t>(padded_hidden_);
-  const Matmul qkv{layer.qkv, normed_.data(), normed_stride_, Output::kStore, qkv_.data(), nullptr, qkv_stride};
   const Matmul o{layer.o,          attended_.data(), attended_stride_, Output::kAdd,
                  residual_.data(), nullptr,          residual_stride};
   const Matmul gate_up{layer.gate_up, normed_.data(), normed_stride_, Output::kGate,
                        nullptr,       gated_.data(),  gated_stride_};
   const Matmul down{layer.down, gated_.data(), gated_stride_, Output::kAdd, residual_.data(), nullptr, residual_stride};
   normalise_rows(layer.attention_norm.data(), rows);
-  multiply(qkv, rows);
+  float* qkv = qkv_.data();
+  for (const PackedMatrix& matrix : layer.qkv) {
+    multiply({matrix, normed_.data(), normed_stride_, Output::kStore, qkv, nullptr, qkv_stride}, rows);
+    qkv += matrix.columns;
+  }
   place_rows(batch, tile, heads);
   attend(tile, heads);
   multiply(o, rows);
@@ -334,7 +353,6 @@ Attention Model::attention_of(const Tile& tile, const Heads& heads, const Attent
 
 void Model::attend(const Tile& tile, const Heads& heads) {
   if (tile.partials > partials_.size()) partials_ = Buffer<float>(tile.partials);
-  const auto scratch_of = [&](int thread) { return scratch_.data() + scratch_bytes_ * static_cast<size_t>(thread); };
   pool_.run(static_cast<int>(tile.items.size()), [&](int item, int thread) {
     kernels_.attend(attention_of(tile, heads, tile.items[static_cast<size_t>(item)]), scratch_of(thread));
   });
@@ -363,11 +381,11 @@ void Model::multiply(const Matmul& job, int rows) {
   const int row_items = ceil_divide(rows, kRowsPerItem);
   const int wanted = rows <= kFewRows ? pool_.size() : ceil_divide(kItemsPerThread * pool_.size(), row_items);
   const int group_items = std::min(units, wanted);
-  pool_.run(row_items * group_items, [&](int item, int) {
+  pool_.run(row_items * group_items, [&](int item, int thread) {
     const int first_row = item / group_items * kRowsPerItem;
     const Range share = part_of(units, item % group_items, group_items);
     kernels_.matmul(job, {first_row, std::min(first_row + kRowsPerItem, rows)},
-                    {share.begin * unit, share.end * unit});
+                    {share.begin * unit, share.end * unit}, scratch_of(thread));
   });
 }
 

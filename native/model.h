@@ -7,6 +7,7 @@
 
 #include "kernels.h"
 #include "memory.h"
+#include "pack.h"
 #include "threads.h"
 
 namespace memserve {
@@ -33,17 +34,17 @@ struct RopeTable {
   int positions;
 };
 
-// Row-major [outputs][inputs] float weights of one layer, as they were loaded.
+// Weights of one layer, as they were loaded; matrices are [outputs][inputs].
 struct LayerSource {
   const float* attention_norm;
-  const float* q;
-  const float* k;
-  const float* v;
-  const float* o;
+  MatrixSource q;
+  MatrixSource k;
+  MatrixSource v;
+  MatrixSource o;
   const float* ffn_norm;
-  const float* gate;
-  const float* up;
-  const float* down;
+  MatrixSource gate;
+  MatrixSource up;
+  MatrixSource down;
 };
 
 // See ForwardBatch in engine/runners/base.py.
@@ -61,16 +62,16 @@ struct Batch {
 
 class Model {
  public:
-  Model(const ModelShape& shape, RopeTable rope, const Kernels& kernels, int threads, bool pin);
+  Model(const ModelShape& shape, RopeTable rope, const Kernels& kernels, int threads, bool pin, Keep keep);
 
   const ModelShape& shape() const { return shape_; }
   const Kernels& kernels() const { return kernels_; }
-  size_t weight_bytes() const { return weights_used_ * sizeof(Bf16); }
+  size_t weight_bytes() const { return weights_used_; }
 
   void set_layer(int index, const LayerSource& source);
-  void set_embedding(const float* embedding);
+  void set_embedding(const MatrixSource& embedding);
   // `head` null: tied to the embedding.
-  void set_output(const float* norm, const float* head);
+  void set_output(const float* norm, const MatrixSource* head);
 
   // Throws std::invalid_argument if the batch does not hold together, before anything is written.
   void check(const Batch& batch) const;
@@ -81,7 +82,7 @@ class Model {
   struct Layer {
     std::vector<float> attention_norm;
     std::vector<float> ffn_norm;
-    PackedMatrix qkv;
+    std::vector<PackedMatrix> qkv;  // outputs one after the other; more than one matrix where formats differ
     PackedMatrix o;
     PackedMatrix gate_up;
     PackedMatrix down;
@@ -115,8 +116,11 @@ class Model {
     size_t partials = 0;  // floats
   };
 
-  PackedMatrix allocate(int columns, int depth);
-  void pack(const PackedMatrix& matrix, const std::vector<const float*>& rows, int depth);
+  PackedMatrix allocate(Format format, int columns, int depth);
+  PackedMatrix pack(const SourceRows& source);
+  // Group g of the source becomes group first + g * stride.
+  void expand_into(const PackedMatrix& to, const SourceRows& source, int first, int stride);
+  PackedMatrix pack_gate_up(const MatrixSource& gate, const MatrixSource& up);
   std::vector<float> padded(const float* values) const;
 
   Tile plan(const Batch& batch, Range rows) const;
@@ -132,14 +136,16 @@ class Model {
   void write_logits(const Batch& batch, const Tile& tile, float* logits);
   void multiply(const Matmul& job, int rows);
   Heads heads_of(int layer) const;
+  void* scratch_of(int thread) const { return scratch_.data() + scratch_bytes_ * static_cast<size_t>(thread); }
 
   ModelShape shape_;
   RopeTable rope_;
   const Kernels& kernels_;
   ThreadPool pool_;
 
-  Buffer<Bf16> weights_;
-  size_t weights_used_ = 0;
+  Keep keep_;
+  Buffer<unsigned char> weights_;
+  size_t weights_used_ = 0;  // bytes
   PackedMatrix embedding_{};
   PackedMatrix head_{};
   std::vector<Layer> layers_;
@@ -151,6 +157,7 @@ class Model {
   size_t gated_stride_;
   Buffer<float> residual_;
   Buffer<Bf16> normed_;
+  Buffer<Bf16> expanded_;  // a column group of the embedding
   Buffer<float> qkv_;
   Buffer<Bf16> queries_;
   Buffer<Bf16> attended_;

@@ -7,6 +7,7 @@
 
 #include <memory>
 #include <optional>
+#include <variant>
 
 #include "isa.h"
 #include "kernels.h"
@@ -101,6 +102,33 @@ struct PythonModel : Model {
   std::shared_ptr<LogitsMemory> logits = std::make_shared<LogitsMemory>();
 };
 
+using Rows = nb::ndarray<const uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+// A matrix as a file holds it; keeps the caller's memory alive.
+struct PythonMatrix {
+  Stored stored;
+  int rows;
+  int inputs;
+  std::variant<Matrix, Rows> memory;
+
+  const unsigned char* data() const {
+    return std::visit([](const auto& m) { return reinterpret_cast<const unsigned char*>(m.data()); }, memory);
+  }
+};
+
+void construct_floats(PythonMatrix* self, const Matrix& values) {
+  new (self) PythonMatrix{Stored::kF32, static_cast<int>(values.shape(0)), static_cast<int>(values.shape(1)), values};
+}
+
+PythonMatrix matrix_of_blocks(const std::string& kind, const Rows& rows, int inputs) {
+  const Stored stored = stored_type(kind);
+  const MatrixSource source{"", stored, nullptr, static_cast<int>(rows.shape(0)), inputs};
+  if (inputs <= 0 || inputs % block_values(stored) != 0 || source.row_bytes() != rows.shape(1))
+    throw std::invalid_argument("rows of " + std::to_string(rows.shape(1)) + " bytes do not hold " +
+                                std::to_string(inputs) + " inputs of type " + kind);
+  return {stored, source.rows, inputs, rows};
+}
+
 const Kernels& chosen_kernels(const std::optional<std::string>& isa) {
   return isa ? kernels_of(*isa) : *default_kernels();
 }
@@ -120,6 +148,21 @@ const float* checked(const Matrix& values, int rows, int columns, const char* na
   return values.data();
 }
 
+MatrixSource checked(const PythonMatrix& matrix, int rows, int inputs, const char* name) {
+  if (matrix.rows != rows || matrix.inputs != inputs)
+    throw std::invalid_argument(std::string(name) + " has shape [" + std::to_string(matrix.rows) + ", " +
+                                std::to_string(matrix.inputs) + "], not [" + std::to_string(rows) + ", " +
+                                std::to_string(inputs) + "]");
+  return {name, matrix.stored, matrix.data(), rows, inputs};
+}
+
+Keep keep_of(const std::string& name) {
+  if (name == "stored") return Keep::kStored;
+  if (name == "bf16") return Keep::kBf16;
+  if (name == "int8") return Keep::kInt8;
+  throw std::invalid_argument("keep is '" + name + "'; accepted: stored, bf16, int8");
+}
+
 RopeTable rope_table(const Matrix& cosines, const Matrix& sines, int head_dim) {
   const int positions = static_cast<int>(cosines.shape(0));
   const float* c = checked(cosines, positions, head_dim / 2, "cosines");
@@ -129,13 +172,14 @@ RopeTable rope_table(const Matrix& cosines, const Matrix& sines, int head_dim) {
 
 void construct(PythonModel* self, int layers, int hidden, int heads, int kv_heads, int head_dim, int feed_forward,
                int vocabulary, float rms_epsilon, const Matrix& cosines, const Matrix& sines, int threads, bool pin,
-               const std::optional<std::string>& isa) {
+               const std::optional<std::string>& isa, const std::string& keep) {
   const ModelShape shape{layers, hidden, heads, kv_heads, head_dim, feed_forward, vocabulary, rms_epsilon};
-  new (self) PythonModel(shape, rope_table(cosines, sines, head_dim), chosen_kernels(isa), threads, pin);
+  new (self) PythonModel(shape, rope_table(cosines, sines, head_dim), chosen_kernels(isa), threads, pin, keep_of(keep));
 }
 
-void set_layer(PythonModel& self, int index, const Vector& attention_norm, const Matrix& q, const Matrix& k,
-               const Matrix& v, const Matrix& o, const Vector& ffn_norm, const Matrix& gate, const Matrix& up, const Matrix& down) {
+void set_layer(PythonModel& self, int index, const Vector& attention_norm, const PythonMatrix& q,
+               const PythonMatrix& k, const PythonMatrix& v, const PythonMatrix& o, const Vector& ffn_norm,
+               const PythonMatrix& gate, const PythonMatrix& up, const PythonMatrix& down) {
   const ModelShape& s = self.shape();
   if (index < 0 || index >= s.layers)
     throw std::invalid_argument("there is no layer " + std::to_string(index) + " of " + std::to_string(s.layers));
@@ -152,18 +196,19 @@ void set_layer(PythonModel& self, int index, const Vector& attention_norm, const
   self.set_layer(index, source);
 }
 
-void set_embedding(PythonModel& self, const Matrix& embedding) {
-  const float* values = checked(embedding, self.shape().vocabulary, self.shape().hidden, "embedding");
+void set_embedding(PythonModel& self, const PythonMatrix& embedding) {
+  const MatrixSource source = checked(embedding, self.shape().vocabulary, self.shape().hidden, "embedding");
   nb::gil_scoped_release unlocked;
-  self.set_embedding(values);
+  self.set_embedding(source);
 }
 
-void set_output(PythonModel& self, const Vector& norm, const std::optional<Matrix>& head) {
+void set_output(PythonModel& self, const Vector& norm, const PythonMatrix* head) {
   const ModelShape& s = self.shape();
   const float* norms = checked(norm, s.hidden, "norm");
-  const float* heads = head ? checked(*head, s.vocabulary, s.hidden, "head") : nullptr;
+  if (head == nullptr) return self.set_output(norms, nullptr);
+  const MatrixSource source = checked(*head, s.vocabulary, s.hidden, "head");
   nb::gil_scoped_release unlocked;
-  self.set_output(norms, heads);
+  self.set_output(norms, &source);
 }
 
 Batch batch_of(const Indices& tokens, const Indices& positions, const Indices& starts, const BlockTable& blocks,
@@ -220,16 +265,19 @@ NB_MODULE(_native, m) {
   m.def("checksum_blocks", &checksum_blocks, "src"_a, "nbytes"_a);
   m.def("read_bandwidth", &read_bandwidth, "threads"_a, "nbytes"_a = size_t{256} << 20, "isa"_a = nb::none());
   m.def("dot_peak", &dot_peak, "threads"_a, "isa"_a = nb::none());
+  nb::class_<PythonMatrix>(m, "Matrix")
+      .def("__init__", &construct_floats, "values"_a)
+      .def_static("of_blocks", &matrix_of_blocks, "kind"_a, "rows"_a, "inputs"_a);
   nb::class_<PythonModel>(m, "Model")
       .def("__init__", &construct, nb::kw_only(), "layers"_a, "hidden"_a, "heads"_a, "kv_heads"_a, "head_dim"_a,
            "feed_forward"_a, "vocabulary"_a, "rms_epsilon"_a, "cosines"_a, "sines"_a, "threads"_a, "pin"_a = false,
-           "isa"_a = nb::none())
+           "isa"_a = nb::none(), "keep"_a = "stored")
       .def_prop_ro("isa", [](const PythonModel& self) { return std::string(self.kernels().name); })
       .def_prop_ro("weight_bytes", [](const PythonModel& self) { return self.weight_bytes(); })
       .def("set_layer", &set_layer, "index"_a, "attention_norm"_a, "q"_a, "k"_a, "v"_a, "o"_a, "ffn_norm"_a, "gate"_a,
            "up"_a, "down"_a)
       .def("set_embedding", &set_embedding, "embedding"_a)
-      .def("set_output", &set_output, "norm"_a, "head"_a = nb::none())
+      .def("set_output", &set_output, "norm"_a, "head"_a.none())
       .def("forward", &forward, "tokens"_a, "positions"_a, "starts"_a, "blocks"_a, "logit_rows"_a);
   bind_pool_passes(m);
 }

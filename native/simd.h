@@ -63,6 +63,41 @@ inline Floats dot_pairs(Floats sum, Pairs a, Pairs b) {
   return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
 }
 
+using Words = __m512i;  // sixteen of 32 bits
+
+inline Words load_words(const unsigned char* from) { return _mm512_loadu_si512(from); }
+inline __m128i load_bytes(const unsigned char* from) {
+  return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+}
+inline Floats load_u8(const unsigned char* from) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(load_bytes(from)));
+}
+inline Floats load_s8(const unsigned char* from) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_bytes(from)));
+}
+inline Floats load_f16(const unsigned char* from) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+
+// Nibble `nibble` of each word. The permutation looks at the index's four lowest bits only, so nothing is masked.
+inline Floats low_nibbles(Words words, int nibble) {
+  const Floats numbers = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  return _mm512_permutexvar_ps(nibble == 0 ? words : _mm512_srli_epi32(words, 4 * nibble), numbers);
+}
+
+// Each of sixteen numbers twice: of the first eight, and of the others.
+struct PairLanes {
+  Floats low;
+  Floats high;
+};
+inline PairLanes in_pairs(Floats x) {
+  const __m512i low = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
+  return {_mm512_permutexvar_ps(low, x), _mm512_permutexvar_ps(_mm512_add_epi32(low, _mm512_set1_epi32(8)), x)};
+}
+inline void store_bf16_pairs(uint16_t* to, Floats low, Floats high) {
+  _mm512_storeu_si512(to, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)));
+}
+
 #else
 
 #if defined(__AVX2__)
@@ -183,6 +218,67 @@ inline Floats dot_pairs(Floats sum, Pairs a, Pairs b) {
     const NativeFloats first = native_multiply_add(first_of_pair(a.part[p]), first_of_pair(b.part[p]), sum.part[p]);
     return native_multiply_add(second_of_pair(a.part[p]), second_of_pair(b.part[p]), first);
   });
+}
+
+using Words = Pairs;
+
+inline Words load_words(const unsigned char* from) {
+  Words x;
+  std::memcpy(&x, from, sizeof x);
+  return x;
+}
+inline Floats load_s8(const unsigned char* from) {
+  float x[kLanes16];
+  for (int i = 0; i < kLanes16; ++i) x[i] = static_cast<float>(static_cast<int8_t>(from[i]));
+  return load(x);
+}
+inline Floats load_u8(const unsigned char* from) {
+  float x[kLanes16];
+  for (int i = 0; i < kLanes16; ++i) x[i] = static_cast<float>(from[i]);
+  return load(x);
+}
+// Finite numbers only. The exponent is moved by a multiplication, which also makes small numbers normal ones.
+inline Floats load_f16(const unsigned char* from) {
+  float x[kLanes16];
+  for (int i = 0; i < kLanes16; ++i) {
+    const uint32_t half = from[2 * i] | static_cast<uint32_t>(from[2 * i + 1]) << 8;
+    const uint32_t bits = (half & 0x8000u) << 16 | (half & 0x7fffu) << 13;
+    std::memcpy(&x[i], &bits, sizeof bits);
+    x[i] *= 0x1p112f;
+  }
+  return load(x);
+}
+inline Floats low_nibbles(Words words, int nibble) {
+  return each_part<Floats>([&](int p) {
+    return __builtin_convertvector(reinterpret_cast<NativeInts>((words.part[p] >> (4 * nibble)) & 15u), NativeFloats);
+  });
+}
+
+struct PairLanes {
+  Floats low;
+  Floats high;
+};
+inline PairLanes in_pairs(Floats x) {
+  float lanes[kLanes16], twice[2 * kLanes16];
+  store(lanes, x);
+  for (int i = 0; i < 2 * kLanes16; ++i) twice[i] = lanes[i / 2];
+  return {load(twice), load(twice + kLanes16)};
+}
+// Finite numbers only.
+inline NativeWords rounded_upper_half(NativeFloats x) {
+  const NativeWords bits = reinterpret_cast<NativeWords>(x);
+  return (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+}
+typedef uint16_t NativeHalves __attribute__((vector_size(kNativeLanes * 2)));
+inline void store_bf16_finite(uint16_t* to, Floats x) {
+  for (int p = 0; p < kParts; ++p) {
+    const NativeHalves halves = __builtin_convertvector(rounded_upper_half(x.part[p]), NativeHalves);
+    std::memcpy(to + p * kNativeLanes, &halves, sizeof halves);
+  }
+}
+inline void store_bf16_pairs(uint16_t* to, Floats low, Floats high) {
+  store_bf16_finite(to, low);
+  store_bf16_finite(to + kLanes16, high);
 }
 
 #endif

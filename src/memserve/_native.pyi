@@ -30,6 +30,16 @@ def read_bandwidth(threads: int, nbytes: int = ..., isa: str | None = None) -> f
 def dot_peak(threads: int, isa: str | None = None) -> float:
     """Measured: FLOP/s of bf16 dot products fed from registers."""
 
+class Matrix:
+    """A matrix to be packed; borrows the caller's memory."""
+
+    def __init__(self, values: NDArray[np.float32]) -> None:
+        """values: float32[outputs, inputs]."""
+
+    @staticmethod
+    def of_blocks(kind: str, rows: NDArray[np.uint8], inputs: int) -> Matrix:
+        """rows: uint8[outputs, bytes] in blocks of ggml's type ``kind``; ValueError if they are not."""
+
 class Model:
     """A Llama-family decoder; see ``native/model.h``. One pass at a time."""
 
@@ -49,6 +59,7 @@ class Model:
         threads: int,
         pin: bool = False,
         isa: str | None = None,
+        keep: str = "stored",
     ) -> None:
         """cosines, sines: float32[positions, head_dim / 2]. Raises ValueError for shapes it cannot run."""
 
@@ -62,22 +73,22 @@ class Model:
         self,
         index: int,
         attention_norm: NDArray[np.float32],
-        q: NDArray[np.float32],
-        k: NDArray[np.float32],
-        v: NDArray[np.float32],
-        o: NDArray[np.float32],
+        q: Matrix,
+        k: Matrix,
+        v: Matrix,
+        o: Matrix,
         ffn_norm: NDArray[np.float32],
-        gate: NDArray[np.float32],
-        up: NDArray[np.float32],
-        down: NDArray[np.float32],
+        gate: Matrix,
+        up: Matrix,
+        down: Matrix,
     ) -> None:
-        """Pack one layer; matrices are float32[outputs, inputs]."""
+        """Pack one layer; matrices are [outputs, inputs]."""
 
-    def set_embedding(self, embedding: NDArray[np.float32]) -> None:
-        """embedding: float32[vocabulary, hidden]."""
+    def set_embedding(self, embedding: Matrix) -> None:
+        """embedding: [vocabulary, hidden]."""
 
-    def set_output(self, norm: NDArray[np.float32], head: NDArray[np.float32] | None = None) -> None:
-        """head: float32[vocabulary, hidden]; None ties it to the embedding."""
+    def set_output(self, norm: NDArray[np.float32], head: Matrix | None) -> None:
+        """head: [vocabulary, hidden]; None ties it to the embedding."""
 
     def forward(
         self,

@@ -25,6 +25,7 @@ class ServeOptions:
     served_name: str | None = None
     context: int | None = None
     runner: str | None = None
+    weights: str | None = None
     prefill: int | None = None
     decode: int | None = None
     colocated: int | None = None
@@ -35,6 +36,7 @@ class ServeOptions:
     disk: str | None = None
     disk_memory: str | None = None
     threads: int | None = None
+    target_tpot: float | None = None
     host: str | None = None
     port: int | None = None
     api_key: str | None = None
@@ -45,6 +47,7 @@ def serve(
     served_name: options.ServedName = None,
     context: options.Context = None,
     runner: options.Runner = None,
+    weights: options.Weights = None,
     prefill: options.Prefill = None,
     decode: options.Decode = None,
     colocated: options.Colocated = None,
@@ -55,6 +58,7 @@ def serve(
     disk: options.Disk = None,
     disk_memory: options.DiskMemory = None,
     threads: options.Threads = None,
+    target_tpot: options.TargetTpot = None,
     host: options.Host = None,
     port: options.Port = None,
     api_key: options.ApiKey = None,
@@ -66,6 +70,7 @@ def serve(
         served_name=served_name,
         context=context,
         runner=runner,
+        weights=weights,
         prefill=prefill,
         decode=decode,
         colocated=colocated,
@@ -76,6 +81,7 @@ def serve(
         disk=disk,
         disk_memory=disk_memory,
         threads=threads,
+        target_tpot=target_tpot,
         host=host,
         port=port,
         api_key=api_key or None,
@@ -99,7 +105,14 @@ def build_config(said: ServeOptions, file: Path | None) -> Config:
         runner=said.runner,
     )
     config = override_config(config, "pool", **_pool(said))
-    config = override_config(config, "engine", threads=said.threads, phases=said.phases)
+    config = override_config(
+        config,
+        "engine",
+        threads=said.threads,
+        phases=said.phases,
+        weights=said.weights,
+        target_tpot=said.target_tpot,
+    )
     config = override_config(config, "cluster", **_counts(said))
     config = override_config(
         config,

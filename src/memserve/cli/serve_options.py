@@ -42,6 +42,14 @@ Runner = Annotated[
         rich_help_panel=_MODEL,
     ),
 ]
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        help="**stored**: 4 and 8 bits as in the file (default). **bf16**: expanded, the same answers from "
+        "more memory. **int8**: 16-bit files in 8-bit groups too.",
+        rich_help_panel=_MODEL,
+    ),
+]
 Prefill = Annotated[
     int | None, typer.Option(help="Instances that only read prompts. Default 1.", rich_help_panel=_INSTANCES)
 ]
@@ -105,6 +113,15 @@ Threads = Annotated[
     int | None,
     typer.Option(
         help="Threads of each instance. Default: cores divided by instances.",
+        rich_help_panel=_INSTANCES,
+    ),
+]
+TargetTpot = Annotated[
+    float | None,
+    typer.Option(
+        help="Seconds between two tokens of a running answer, kept while prompts are read. Default 0.1; "
+        "0: prompts first.",
+        metavar="SECONDS",
         rich_help_panel=_INSTANCES,
     ),
 ]

@@ -11,6 +11,7 @@ from memserve.core.errors import ConfigError
 
 PHASES = ("pd-basic", "pd-caching-1", "pd-caching-2", "pd-caching-3", "colocated")
 EVICTION = ("hit-density", "lru", "slru", "lfu", "gdsf")
+WEIGHTS = ("stored", "bf16", "int8")
 POLICIES = ("round-robin", "least-load", "session-id", "prompt-tree")
 
 
@@ -46,12 +47,18 @@ class PoolConfig(_Section, frozen=True):
 class EngineConfig(_Section, frozen=True):
     """Batching. ``step_tokens`` bounds the rows of one forward pass, ``max_running`` the batch.
 
+    ``target_tpot`` is the time in seconds between two tokens of a running stream that prefill of other
+    prompts leaves it; 0 means: as much prefill as ``step_tokens`` allows, however long the streams wait.
     ``threads`` 0 means: cores divided by the instances on this machine, at least one.
+    ``weights``: ``stored`` keeps what the file has in 4 or 8 bits as it is; ``bf16`` expands it, which takes
+    more memory and gives the same answers; ``int8`` also turns 16-bit weights into 8-bit groups.
     """
 
     step_tokens: int = 512
+    target_tpot: float = 0.1
     max_running: int = 64
     threads: int = 0
+    weights: str = "stored"
     phases: str = "pd-caching-3"
     handoff_timeout: float = 60.0
 
@@ -112,6 +119,7 @@ def check_config(config: Config) -> Config:
     """Return ``config`` if every value makes sense, else raise ``ConfigError`` naming field and remedy."""
     cluster, engine, pool, server = config.cluster, config.engine, config.pool, config.server
     _require(engine.phases in PHASES, "engine.phases", engine.phases, f"one of {', '.join(PHASES)}")
+    _require(engine.weights in WEIGHTS, "engine.weights", engine.weights, f"one of {', '.join(WEIGHTS)}")
     _require(server.policy in POLICIES, "server.policy", server.policy, f"one of {', '.join(POLICIES)}")
     runners = ("native", "reference")
     _require(config.model.runner in runners, "model.runner", config.model.runner, "native or reference")
@@ -150,6 +158,8 @@ def check_config(config: Config) -> Config:
         "0, or a size together with pool.disk_path",
     )
     _require(engine.step_tokens >= 16, "engine.step_tokens", engine.step_tokens, "at least 16")
+    paced = 0 <= engine.target_tpot <= 60
+    _require(paced, "engine.target_tpot", engine.target_tpot, "0 (no pacing) to 60 seconds")
     _require(engine.max_running >= 1, "engine.max_running", engine.max_running, "at least 1")
     _require(engine.threads >= 0, "engine.threads", engine.threads, "0 (automatic) or more")
     _require(0 <= server.port <= 65535, "server.port", server.port, "0 (any free port) to 65535")

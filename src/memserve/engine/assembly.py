@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from memserve.core.clock import Clock
-from memserve.core.config import ModelConfig, PoolConfig
+from memserve.core.config import Config, EngineConfig, ModelConfig, PoolConfig
 from memserve.core.errors import ConfigError
 from memserve.core.messages import LoadReport, Message, PoolResized, Ready, ResizePool, Stats
 from memserve.core.types import InstanceId
@@ -17,6 +17,7 @@ from memserve.engine.batcher import Batcher
 from memserve.engine.carrier import PoolCarrier
 from memserve.engine.engine import Engine
 from memserve.engine.models.loader import ModelSource, open_model
+from memserve.engine.pace import Pace
 from memserve.engine.phases import PHASES
 from memserve.engine.runners.base import Runner
 from memserve.engine.settings import InstanceSettings
@@ -57,7 +58,7 @@ class Assembled:
 
     def read_stats(self) -> Stats:
         counters = dict(self.pool.stats().counters())
-        counters["steps"] = float(self.engine.steps)
+        counters.update(self.engine.counters())
         return Stats(self.settings.instance, self.read_load(), counters)
 
     def warm_up(self, first: int = 0) -> None:
@@ -100,7 +101,7 @@ async def assemble(
     source = open_model(config.model.model)
     context = context_of(source, config.model)
     runner = await asyncio.get_running_loop().run_in_executor(
-        None, load_runner, source, config.model.runner, settings.threads, context, progress
+        None, load_runner, source, config, settings.threads, context, progress
     )
     pool = MemPool(
         runner.layout,
@@ -119,7 +120,7 @@ async def assemble(
         settings.instance,
         pool,
         runner,
-        Batcher(step_tokens=config.engine.step_tokens, max_running=config.engine.max_running),
+        build_batcher(config.engine),
         PHASES[config.engine.phases],
         carrier,
         context=context,
@@ -142,6 +143,12 @@ async def assemble(
     return Assembled(settings, runner, pool, endpoint, carrier, engine, ready)
 
 
+def build_batcher(config: EngineConfig) -> Batcher:
+    """The batcher that the configuration asks for."""
+    pace = Pace(config.target_tpot or None)
+    return Batcher(step_tokens=config.step_tokens, max_running=config.max_running, pace=pace)
+
+
 def disk_tier(config: PoolConfig, instance: InstanceId, block_bytes: int) -> DiskTier | None:
     """The instance's own part of the disk tier: the same again after a restart. None if none is wanted."""
     if config.disk_path is None:
@@ -157,14 +164,19 @@ def context_of(source: ModelSource, config: ModelConfig) -> int:
     return asked
 
 
-def load_runner(source: ModelSource, kind: str, threads: int, context: int, progress: Progress) -> Runner:
-    """Read the weights and build the runner ``kind``; slow, for a worker thread."""
-    weights = source.weights(lambda done: progress("reading weights", done))
-    progress("packing weights", 0.0)
-    if kind == "reference":
+def load_runner(
+    source: ModelSource, config: Config, threads: int, context: int, progress: Progress
+) -> Runner:
+    """Read the weights and build the configured runner; slow, for a worker thread."""
+
+    def reading(done: float) -> None:
+        progress("reading weights", done)
+
+    if config.model.runner == "reference":
         from memserve.engine.runners.reference import ReferenceRunner
 
-        return ReferenceRunner(weights)
+        return ReferenceRunner(source.weights(reading))
     from memserve.engine.runners.native import NativeRunner
 
-    return NativeRunner(weights, threads=threads, context=context)
+    weights = source.stored_weights(reading)
+    return NativeRunner(weights, threads=threads, context=context, keep=config.engine.weights)

@@ -1,17 +1,18 @@
 """Continuous batching with chunked prefill: which sequence computes how many tokens in the next step.
 
 Pure: it holds queues and decides; blocks, memory and time belong to the engine. Decode rows come first, so
-a long prompt never freezes a running stream; the rest of the step's budget goes to prompts in order of
-arrival.
+a long prompt never freezes a running stream. Of what is left, half goes to the prompt that came first, so
+that it gets done whatever comes after it, and the rest to the shortest, which do not wait for the long ones.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator
+import bisect
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from memserve.core.types import RequestId
+from memserve.engine.pace import Budget, Pace, Work
 from memserve.engine.sequence import Sequence
 
 
@@ -27,13 +28,28 @@ class Chunk:
         return self.count == self.sequence.pending
 
 
-class Batcher:
-    """Waiting and running sequences of one engine. Units of ``step_tokens``: rows per forward pass."""
+def work_of(chunks: Iterable[Chunk]) -> Work:
+    """What a step of ``chunks`` computes, before their sequences have moved on."""
+    work = Work()
+    for chunk in chunks:
+        computed = chunk.sequence.computed
+        work = work.decode(computed) if chunk.count == 1 else work.prefill(computed, chunk.count)
+    return work
 
-    def __init__(self, *, step_tokens: int, max_running: int) -> None:
+
+class Batcher:
+    """Waiting and running sequences of one engine, both in order of arrival.
+
+    ``step_tokens`` bounds the rows of a forward pass; ``pace`` bounds prefill further while streams run.
+    Prefill gets a little of each step even where the streams alone exceed these bounds.
+    """
+
+    def __init__(self, *, step_tokens: int, max_running: int, pace: Pace | None = None) -> None:
+        self.pace = pace or Pace()
         self._step_tokens = step_tokens
         self._max_running = max_running
-        self._waiting: deque[Sequence] = deque()
+        self._arrivals = 0
+        self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []
 
     def __iter__(self) -> Iterator[Sequence]:
@@ -62,6 +78,8 @@ class Batcher:
 
     def enqueue(self, sequence: Sequence) -> None:
         """Add a new arrival at the end of the queue."""
+        self._arrivals += 1
+        sequence.arrival = self._arrivals
         self._waiting.append(sequence)
 
     def admissible(self) -> tuple[Sequence, ...]:
@@ -76,17 +94,17 @@ class Batcher:
         """Move a waiting sequence into the batch, which must not be full."""
         assert not self.full, "the batch is full"
         self._waiting.remove(sequence)
-        self._running.append(sequence)
+        bisect.insort(self._running, sequence, key=_arrival)
 
     def preempt_newest(self) -> Sequence | None:
-        """Send the newest running sequence back to the head of the queue.
+        """Send the newest running sequence back to its place in the queue.
 
         The oldest is preempted last, so it always gets done: nobody starves.
         """
         if not self._running:
             return None
         victim = self._running.pop()
-        self._waiting.appendleft(victim)
+        bisect.insort(self._waiting, victim, key=_arrival)
         return victim
 
     def remove(self, sequence: Sequence) -> None:
@@ -98,20 +116,38 @@ class Batcher:
 
     def plan(self) -> tuple[Chunk, ...]:
         """The chunks of the next step; empty when there is nothing to compute."""
-        decoding = [Chunk(sequence, 1) for sequence in self._running if sequence.pending == 1]
-        budget = self._step_tokens - len(decoding)
-        chunks = decoding
-        for sequence in self._running:
-            if budget <= 0:
-                break
-            if sequence.pending > 1:
-                chunk = Chunk(sequence, min(sequence.pending, budget))
-                budget -= chunk.count
-                chunks.append(chunk)
-        return tuple(chunks)
+        decoding = tuple(Chunk(sequence, 1) for sequence in self._running if sequence.pending == 1)
+        prompts = [sequence for sequence in self._running if sequence.pending > 1]
+        rows = max(self._step_tokens - len(decoding), 1)
+        behind = prompts[0].computed if prompts else 0
+        budget = Budget(self.pace.times, rows, self.pace.seconds_left(work_of(decoding), behind))
+        return (*decoding, *_share_out(prompts, budget))
 
     def check(self) -> None:
         """Assert the invariants."""
         requests = [sequence.request for sequence in self]
         assert len(requests) == len(set(requests)), "a sequence is queued twice"
         assert len(self._running) <= self._max_running, "the batch is over its limit"
+        for queue in (self._waiting, self._running):
+            arrivals = [sequence.arrival for sequence in queue]
+            assert arrivals == sorted(arrivals), "a queue is not in order of arrival"
+
+
+def _share_out(prompts: list[Sequence], budget: Budget) -> Iterator[Chunk]:
+    """Chunks of ``prompts``, which are in order of arrival, within ``budget``."""
+    if not prompts:
+        return
+    oldest = prompts[0]
+    sure = max(1, budget.fit(oldest.computed, oldest.pending, 0.5))
+    budget.spend(oldest.computed, sure)
+    counts = {oldest: sure}
+    for sequence in sorted(prompts, key=lambda each: each.pending):
+        given = counts.get(sequence, 0)
+        more = budget.fit(sequence.computed + given, sequence.pending - given)
+        budget.spend(sequence.computed + given, more)
+        counts[sequence] = given + more
+    yield from (Chunk(sequence, counts[sequence]) for sequence in prompts if counts[sequence])
+
+
+def _arrival(sequence: Sequence) -> int:
+    return sequence.arrival

@@ -9,20 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
-
 from memserve.core.clock import Clock
-from memserve.core.errors import (
-    ConfigError,
-    InvalidRequest,
-    MemServeError,
-    OutOfBlocks,
-    Overloaded,
-    RequestFailed,
-)
+from memserve.core.errors import ConfigError, InvalidRequest, MemServeError, Overloaded, RequestFailed
 from memserve.core.messages import (
     Message,
     RequestClosed,
@@ -34,21 +25,21 @@ from memserve.core.messages import (
 from memserve.core.types import (
     FinishReason,
     InstanceId,
-    Ledger,
     RequestId,
     Tokens,
     unpack_tokens,
 )
-from memserve.engine.batcher import Batcher, Chunk
+from memserve.engine.batcher import Batcher, Chunk, work_of
 from memserve.engine.carrier import Carrier
 from memserve.engine.phases import Handoff, Phases
 from memserve.engine.runners.base import Runner
 from memserve.engine.sampling import SampledToken
-from memserve.engine.sequence import Sequence, from_adoption, new_sequence
+from memserve.engine.sequence import Patience, Sequence, from_adoption, new_sequence
+from memserve.engine.sequence_blocks import SequenceBlocks
+from memserve.engine.sharing import Lead, Leaders
 from memserve.engine.step import compute_step
-from memserve.mempool.address import Addresses, Origin, Tier
+from memserve.mempool.address import Addresses
 from memserve.mempool.layout import Arrangement
-from memserve.mempool.match import Match
 from memserve.mempool.pool import MemPool
 
 log = logging.getLogger(__name__)
@@ -58,6 +49,8 @@ MAX_WAITING = 1024
 _REMEMBERED_CANCELS = 4096
 _PATIENCE_SECONDS = 0.25
 """How long a request waits for KV of its prompt that is on its way here."""
+_FOLLOWING_SECONDS = 2.0
+"""How long a request waits for another that computes its prompt's beginning and makes no progress."""
 _EXPECTING_SECONDS = 0.001
 _STARVED_SECONDS = 0.05
 """How often a request that found no blocks looks again when nothing here gives any back."""
@@ -94,6 +87,7 @@ class Engine:
         self._batcher = batcher
         self._phases = phases
         self._carrier = carrier
+        self._blocks = SequenceBlocks(pool, phases, batcher.pace.times, clock)
         self._context = context
         self._vocabulary = vocabulary
         self._clock = clock
@@ -105,13 +99,19 @@ class Engine:
         self._cancelled: dict[RequestId, None] = {}
         self._starved = False
         self._expecting = False
-        self.steps = 0
+        self._steps = 0
+        self._shared = 0
 
     # --- requests come and go ---
 
     @property
     def batcher(self) -> Batcher:
         return self._batcher
+
+    def counters(self) -> Mapping[str, float]:
+        """What has been done so far, for metrics."""
+        own = {"steps": float(self._steps), "shared_prefills": float(self._shared)}
+        return {**own, **self._blocks.counters()}
 
     def submit(self, message: Submit) -> None:
         """Queue a new request; a bad one is answered with a ``RequestError``."""
@@ -144,7 +144,7 @@ class Engine:
             raise RequestFailed(f"request {sequence.request} was cancelled before it could be decoded")
         if self._batcher.waiting >= MAX_WAITING:
             raise Overloaded(f"{self._instance} has {MAX_WAITING} requests waiting")
-        self._hold(sequence, addrs)
+        self._blocks.hold(sequence, addrs)
         self._trace(sequence, "engine.decode", "adopted")
         self._batcher.enqueue(sequence)
         self._wake.set()
@@ -186,6 +186,7 @@ class Engine:
                 await self._sleep()
                 continue
             self._stepping = frozenset(chunk.sequence for chunk in chunks)
+            work, started = work_of(chunks), self._clock.now()
             try:
                 sampled = await loop.run_in_executor(self._thread, compute_step, self._runner, chunks)
             except Exception as error:
@@ -194,7 +195,8 @@ class Engine:
                 self._fail_step(chunks, error)
                 continue
             self._stepping = frozenset()
-            self.steps += 1
+            self._steps += 1
+            self._batcher.pace.times.learn(work, self._clock.now() - started)
             self._apply(chunks, sampled)
 
     async def _sleep(self) -> None:
@@ -219,17 +221,42 @@ class Engine:
 
     def _admit(self) -> None:
         """Bring waiting sequences into the batch. Nobody without blocks overtakes another such."""
+        leaders = Leaders(self._pool.layout.block_tokens, self._batcher.admitted())
         for sequence in self._batcher.admissible():
             if self._batcher.full:
                 return
-            if sequence.addrs is None and self._awaits_kv(sequence):
-                continue
-            if sequence.addrs is None and self._outgrows(sequence):
-                continue
-            if sequence.addrs is None and (self._starved or not self._take_blocks(sequence)):
-                self._starved = True
+            if sequence.addrs is None and not self._find_blocks(sequence, leaders):
                 continue
             self._batcher.admit(sequence)
+            leaders.add(sequence)
+
+    def _find_blocks(self, sequence: Sequence, leaders: Leaders) -> bool:
+        """See to a waiting sequence's blocks. False: it waits, or has failed."""
+        if self._awaits_kv(sequence) or self._outgrows(sequence) or self._starved:
+            return False
+        if self._phases.reuses and self._follows(sequence, leaders.lead_of(sequence)):
+            return False
+        if not self._blocks.take(sequence):
+            self._starved = True
+            return False
+        self._trace(sequence, "mempool.match", f"{sequence.computed} tokens cached")
+        return True
+
+    def _follows(self, sequence: Sequence, lead: Lead | None) -> bool:
+        """Whether a running sequence computes more of the prompt just now, so that waiting saves as much.
+
+        What it has computed so far is published when somebody comes to use it.
+        """
+        if lead is None:
+            return False
+        waited = sequence.leader_patience is not None
+        if lead.coming and (waited or lead.worth_waiting(sequence)):
+            self._shared += not waited
+            sequence.leader_patience = sequence.leader_patience or Patience(_FOLLOWING_SECONDS)
+            if not sequence.leader_patience.spent(lead.leader.computed, self._clock.now()):
+                return True
+        self._blocks.publish(lead.leader)
+        return False
 
     def _awaits_kv(self, sequence: Sequence) -> bool:
         """Whether a transfer under way brings more of the prompt: sooner here than computed once more.
@@ -257,71 +284,20 @@ class Engine:
             self._drop(sequence, RequestFailed(f"{text}; give the pool more memory"))
         return need > have
 
-    def _take_blocks(self, sequence: Sequence) -> bool:
-        """Look the tokens up in the pool and allocate what is missing; False if there is no room now."""
-        pool, limit = self._pool, sequence.length - 1 if self._phases.reuses else 0
-        with pool.match(sequence.tokens, sequence.namespace, limit_tokens=limit) as match:
-            try:
-                cached, fresh = self._bring_up(match, pool.layout.blocks_for(sequence.length))
-            except OutOfBlocks:
-                return False
-            if sequence.ledger is None:
-                sequence.ledger = _account(
-                    match, len(cached), pool.layout.block_tokens, sequence.prompt_length
-                )
-        sequence.computed = len(cached) * pool.layout.block_tokens
-        self._hold(sequence, cached.concat(fresh))
-        self._trace(sequence, "mempool.match", f"{sequence.computed} tokens cached")
-        return True
-
-    def _bring_up(self, match: Match, need: int) -> tuple[Addresses, Addresses]:
-        """The matched blocks on the device, and new ones up to ``need``. ``OutOfBlocks``: nothing is kept."""
-        # The new blocks first: nothing is brought up for a request that must wait.
-        held = [self._pool.alloc_mem(need - len(match.addrs))]
-        try:
-            cached = self._pool.swap_in(match.addrs)
-            held.append(cached)
-            # Less comes up than was found if a block had been damaged on disk: that much is computed.
-            held.append(self._pool.alloc_mem(need - len(cached) - len(held[0])))
-        except OutOfBlocks:
-            for addrs in held:
-                self._pool.free_mem(addrs)
-            raise
-        return cached, held[0].concat(held[2])
-
     def _grow(self) -> None:
         """Give each running sequence a block for its next token; preempt where there is none."""
         for sequence in self._batcher.admitted():
-            if sequence.addrs is None:
-                continue
-            missing = self._pool.layout.blocks_for(sequence.length) - sequence.blocks_held
-            while missing > 0 and sequence.addrs is not None:
-                try:
-                    self._hold(sequence, sequence.addrs.concat(self._pool.alloc_mem(missing)))
-                    missing = 0
-                except OutOfBlocks:
-                    victim = self._batcher.preempt_newest()
-                    assert victim is not None, "a running sequence is always there to be preempted"
-                    self._publish(victim)
-                    self._release(victim)
-
-    def _hold(self, sequence: Sequence, addrs: Addresses) -> None:
-        sequence.addrs = addrs
-        sequence.pointers = self._pool.pointers(addrs)
-
-    def _publish(self, sequence: Sequence) -> None:
-        """Insert the computed KV into the index, where the phases ask for it."""
-        decoded = sequence.sampled > 1 or sequence.prefilled_on is not None
-        wanted = self._phases.insert_after_decode if decoded else self._phases.insert_after_prefill
-        if wanted and sequence.addrs is not None:
-            self._pool.insert(sequence.buffer[: sequence.computed], sequence.addrs, sequence.namespace)
+            while sequence.addrs is not None and not self._blocks.grow(sequence):
+                victim = self._batcher.preempt_newest()
+                assert victim is not None, "a running sequence is always there to be preempted"
+                self._blocks.give_up(victim)
+                self._blocks_came_free()
 
     def _release(self, sequence: Sequence) -> None:
-        if sequence.addrs is not None:
-            self._pool.free_mem(sequence.addrs)
-            sequence.addrs = None
-            sequence.pointers = np.empty(0, np.uint64)
-        sequence.computed = 0
+        self._blocks.release(sequence)
+        self._blocks_came_free()
+
+    def _blocks_came_free(self) -> None:
         self._starved = False
         self._wake.set()
 
@@ -355,7 +331,7 @@ class Engine:
         sequence.ledger_sent = True
         if first:
             self._trace(sequence, "engine.prefill", "prefilled")
-            self._publish(sequence)
+            self._blocks.publish(sequence)
             self._trace(sequence, "mempool.insert", "insert")
         self._emit(chunk)
         if finish is not None:
@@ -369,7 +345,7 @@ class Engine:
         self._batcher.remove(sequence)
         if not told and reason is FinishReason.STOP:
             self._emit(TokenChunk(sequence.request, sequence.sampled, (), finish=reason))
-        self._publish(sequence)
+        self._blocks.publish(sequence)
         if self._phases.backflow and sequence.prefilled_on is not None and sequence.addrs is not None:
             self._depart(sequence, self._send_back(sequence))
         else:
@@ -457,19 +433,3 @@ class Engine:
 
 
 _MISSING = object()
-
-
-def _account(match: Match, blocks: int, block_tokens: int, prompt: int) -> Ledger:
-    """Split a prompt's tokens by where their KV came from; the first ``blocks`` of ``match`` were used."""
-    tiers = match.tiers[:blocks]
-    lay_in = np.bincount(tiers, minlength=len(Tier)) * block_tokens
-    on_device = match.origins[:blocks][tiers == Tier.DEVICE]
-    counts = np.bincount(on_device, minlength=len(Origin)) * block_tokens
-    return Ledger(
-        computed=prompt - blocks * block_tokens,
-        host=int(lay_in[Tier.HOST]),
-        disk=int(lay_in[Tier.DISK]),
-        local=int(counts[Origin.COMPUTED]),
-        peer=int(counts[Origin.PEER]),
-        backflow=int(counts[Origin.BACKFLOW]),
-    )

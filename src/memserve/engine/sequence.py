@@ -34,6 +34,23 @@ class Adoption(msgspec.Struct, frozen=True, array_like=True):
     trace: bool = False
 
 
+class Patience:
+    """Ends ``seconds`` after the last progress of what is waited for."""
+
+    __slots__ = ("_deadline", "_progress", "_seconds")
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._progress = -1
+        self._deadline = 0.0
+
+    def spent(self, progress: int, now: float) -> bool:
+        """Whether it has ended by ``now``; ``progress`` only counts where it is more than ever before."""
+        if progress > self._progress:
+            self._progress, self._deadline = progress, now + self._seconds
+        return now >= self._deadline
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
     """``buffer[:length]`` are prompt and sampled tokens; the KV of ``buffer[:computed]`` is in ``addrs``."""
@@ -45,6 +62,8 @@ class Sequence:
     buffer: Tokens
     length: int
     computed: int = 0
+    arrival: int = 0
+    """Its place in the engine's order of arrival; preempted or not, it keeps it."""
     addrs: Addresses | None = None
     pointers: NDArray[np.uint64] = field(default_factory=lambda: np.empty(0, np.uint64))
     decode_on: InstanceId | None = None
@@ -54,6 +73,8 @@ class Sequence:
     ended: FinishReason | None = None
     patience: float | None = None
     """Until when to wait for KV on its way here, in the engine's clock; None if there was none so far."""
+    leader_patience: Patience | None = None
+    """With the sequence that computes what this one begins with; None if it has waited for none so far."""
     trace: bool = False
 
     @property

@@ -45,9 +45,9 @@ def test_colocated_alone_means_no_others(said: ServeOptions, counts: tuple[int, 
 def test_options_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:
     file = tmp_path / "memserve.toml"
     file.write_text('[server]\nport = 9000\nhost = "0.0.0.0"\n[pool]\nmemory = 8388608\n')
-    config = build_config(ServeOptions(port=9001, kv_memory="2GiB", threads=1), file)
+    config = build_config(ServeOptions(port=9001, kv_memory="2GiB", threads=1, weights="int8"), file)
     assert (config.server.port, config.server.host) == (9001, "0.0.0.0")
-    assert (config.pool.memory, config.engine.threads) == (2 << 30, 1)
+    assert (config.pool.memory, config.engine.threads, config.engine.weights) == (2 << 30, 1, "int8")
 
 
 @pytest.mark.parametrize(
@@ -56,12 +56,15 @@ def test_options_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) ->
         (["--phases", "sideways"], "engine.phases"),
         (["--policy", "best"], "server.policy"),
         (["--runner", "gpu"], "model.runner"),
+        (["--weights", "int3"], "engine.weights"),
         (["--prefill", "0"], "cluster.prefill/decode"),
         (["--colocated", "-1"], "cluster.colocated"),
         (["--port", "70000"], "server.port"),
         (["--kv-memory", "lots"], "--kv-memory"),
         (["--kv-memory", "10"], "pool.memory"),
         (["--threads", "-1"], "engine.threads"),
+        (["--target-tpot", "-1"], "engine.target_tpot"),
+        (["--target-tpot", "nan"], "engine.target_tpot"),
         (["--config", "/does/not/exist.toml"], "/does/not/exist.toml"),
         (["--port", "0", "--model", "/does/not/exist.gguf"], "/does/not/exist.gguf"),
     ],
@@ -89,6 +92,11 @@ def test_words_for_numbers_are_refused_by_name(runner: CliRunner) -> None:
     result = runner.invoke(app, ["serve", "--port", "http"])
     assert result.exit_code == 2
     assert "--port" in result.stderr
+
+
+def test_the_pace_is_an_option() -> None:
+    assert build_config(ServeOptions(), None).engine.target_tpot == 0.1
+    assert build_config(ServeOptions(target_tpot=0.0), None).engine.target_tpot == 0
 
 
 def test_the_api_key_comes_from_the_environment() -> None:

@@ -35,8 +35,14 @@ def test_nothing_to_do_is_an_empty_plan() -> None:
 
 def test_a_long_prompt_is_cut_and_decodes_ride_along() -> None:
     batcher = Batcher(step_tokens=32, max_running=4)
-    running(batcher, sequence("long", 100), sequence("decoding", 10, computed=9), sequence("short", 8))
+    running(batcher, sequence("long", 100), sequence("decoding", 10, computed=9))
     assert shown(batcher) == [("decoding", 1, True), ("long", 31, False)]
+
+
+def test_half_a_step_is_the_oldest_prompts_and_the_rest_the_shortest() -> None:
+    batcher = Batcher(step_tokens=32, max_running=4)
+    running(batcher, sequence("long", 100), sequence("longer", 200), sequence("short", 12))
+    assert shown(batcher) == [("long", 20, False), ("short", 12, True)]
 
 
 def test_leftover_budget_goes_to_the_next_prompt() -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from memserve.core.clock import MonotonicClock
+from memserve.core.clock import Clock, MonotonicClock, VirtualClock
 from memserve.core.errors import ConfigError
 from memserve.core.messages import Message, RequestClosed, RequestError, Submit, TokenChunk, Trace
 from memserve.core.types import (
@@ -96,9 +96,10 @@ async def bench(
     host_blocks: int = 0,
     disk: DiskTier | None = None,
     pool_type: type[MemPool] = MemPool,
+    clock: Clock | None = None,
 ) -> AsyncIterator[Bench]:
     runner = runner or ReferenceRunner(WEIGHTS)
-    clock = MonotonicClock()
+    clock = clock or MonotonicClock()
     pool = pool_type(
         runner.layout,
         blocks,
@@ -492,6 +493,169 @@ def test_a_sequence_that_outgrows_a_shrunk_pool_fails_and_the_others_go_on() -> 
             await at.closed("short")
             assert at.finish("short") is FinishReason.LENGTH
             assert (at.pool.blocks, at.pool.stats().draining) == (4, 0)
+
+    asyncio.run(scenario())
+
+
+def both(shared: int, own: int, seed: int) -> Tokens:
+    """A prompt that begins like :func:`prompt` for ``shared`` tokens and goes on for ``own`` others."""
+    return np.concatenate([prompt(200)[:shared], prompt(own, seed=seed)])
+
+
+class CountingRunner(BrokenRunner):
+    """Counts the rows it computes; ``fails`` passes to come fail."""
+
+    rows = 0
+    fails = 0
+
+    def forward(self, batch: ForwardBatch) -> NDArray[np.float32]:
+        if self.fails:
+            self.fails -= 1
+            raise MemoryError("no memory for activations")
+        self.rows += len(batch.tokens)
+        return super().forward(batch)
+
+
+def test_completions_of_one_prompt_prefill_once() -> None:
+    runner, tokens = CountingRunner(), prompt(130)
+    expected = alone(tokens, 4)
+
+    async def scenario() -> None:
+        async with bench(runner=runner, step_tokens=32) as one:
+            for at in range(4):
+                one.ask(f"r{at}", tokens, 4)
+            await one.closed(*(f"r{at}" for at in range(4)))
+            assert [one.answer(f"r{at}") for at in range(4)] == [expected] * 4
+            assert one.ledger("r0") == Ledger(computed=130)
+            assert [one.ledger(f"r{at}") for at in (1, 2, 3)] == [Ledger(computed=2, local=128)] * 3
+            assert runner.rows == 130 + 3 * 2 + 4 * 3
+            assert one.engine.counters()["shared_prefills"] == 3
+
+    asyncio.run(scenario())
+
+
+def test_a_prefix_that_another_is_computing_is_used_as_soon_as_it_is_there() -> None:
+    long, short = both(200, 50, 1), both(96, 20, 2)
+    expected = alone(long, 4), alone(short, 4)
+
+    async def scenario() -> None:
+        async with bench(step_tokens=16) as one:
+            one.ask("long", long, 4)
+            one.ask("short", short, 4)
+            await one.closed("long", "short")
+            assert (one.answer("long"), one.answer("short")) == expected
+            assert one.ledger("short") == Ledger(computed=20, local=96)
+            firsts = [m.request for m in one.said if isinstance(m, TokenChunk) and m.offset == 0]
+            assert firsts == ["short", "long"], "it does not wait for all of the other prompt"
+
+    asyncio.run(scenario())
+
+
+def test_no_sharing_without_reuse() -> None:
+    async def scenario() -> None:
+        async with bench(phases="pd-basic", step_tokens=32) as one:
+            one.ask("a", prompt(100), 2)
+            one.ask("b", prompt(100), 2)
+            await one.closed("a", "b")
+            assert one.ledger("b") == Ledger(computed=100)
+
+    asyncio.run(scenario())
+
+
+async def computed(one: Bench, name: str, tokens: int) -> None:
+    """Wait until so much of a prompt is computed."""
+    async with asyncio.timeout(60):
+        while (sequence := one.engine.batcher.find(RequestId(name))) and sequence.computed < tokens:
+            await asyncio.sleep(0)
+
+
+def test_when_the_one_that_others_wait_for_is_cancelled_they_go_on_from_there() -> None:
+    tokens = prompt(200)
+    expected = alone(tokens, 4)
+
+    async def scenario() -> None:
+        async with bench(step_tokens=16) as one:
+            one.ask("first", tokens, 4)
+            one.ask("second", tokens, 4)
+            await computed(one, "first", 32)
+            one.engine.cancel(RequestId("first"), FinishReason.CANCELLED)
+            await one.closed("first", "second")
+            assert one.chunks("first") == []
+            assert one.answer("second") == expected
+            ledger = one.ledger("second")
+            assert 32 <= ledger.local < 192
+            assert ledger.prompt == 200
+
+    asyncio.run(scenario())
+
+
+def test_when_the_step_of_the_one_that_others_wait_for_fails_they_compute_it() -> None:
+    runner, tokens = CountingRunner(), prompt(200)
+    expected = alone(tokens, 4)
+
+    async def scenario() -> None:
+        async with bench(runner=runner, step_tokens=16) as one:
+            one.ask("first", tokens, 4)
+            one.ask("second", tokens, 4)
+            one.ask("third", tokens, 4)
+            await computed(one, "first", 32)
+            runner.fails = 1
+            await one.closed("first", "second", "third")
+            assert "no memory for activations" in one.error("first").message
+            assert one.answer("second") == one.answer("third") == expected
+            assert one.ledger("second") == Ledger(computed=200)
+            assert one.ledger("third") == Ledger(computed=8, local=192)
+
+    asyncio.run(scenario())
+
+
+def preempting(pool_type: type[MemPool], clock: VirtualClock) -> tuple[dict[str, float], int]:
+    """Six sequences in a pool for two, with a host tier. The counters, and blocks that came up from there."""
+    prompts = [prompt(30, seed=at) for at in range(6)]
+    expected = [alone(tokens, 60) for tokens in prompts]
+
+    async def scenario() -> tuple[dict[str, float], int]:
+        async with bench(blocks=10, host_blocks=60, pool_type=pool_type, clock=clock) as one:
+            for at, tokens in enumerate(prompts):
+                one.ask(f"r{at}", tokens, 60)
+            await one.closed(*(f"r{at}" for at in range(6)))
+            assert [one.answer(f"r{at}") for at in range(6)] == expected
+            return dict(one.engine.counters()), one.pool.stats().swapped_in_blocks
+
+    return asyncio.run(scenario())
+
+
+def test_a_victims_kv_goes_to_a_lower_tier_and_comes_back() -> None:
+    counters, up = preempting(MemPool, VirtualClock())
+    assert counters["preempted_swap"] > 0
+    assert counters["preempted_recompute"] == 0
+    assert up > 0
+
+
+class SlowPool(MemPool):
+    """Bringing blocks up takes so long that computing is quicker."""
+
+    def swap_in(self, addrs: Addresses) -> Addresses:
+        if np.any(addrs.tiers != Tier.DEVICE):
+            assert isinstance(self._clock, VirtualClock)
+            self._clock.advance(1000.0)
+        return super().swap_in(addrs)
+
+
+def test_a_lower_tier_that_proved_slow_is_left_alone() -> None:
+    counters, up = preempting(SlowPool, VirtualClock())
+    assert counters["preempted_recompute"] > 0
+    assert up < preempting(MemPool, VirtualClock())[1]
+
+
+def test_without_a_lower_tier_victims_recompute() -> None:
+    async def scenario() -> None:
+        async with bench(blocks=10) as one:
+            for at in range(6):
+                one.ask(f"r{at}", prompt(30, seed=at), 60)
+            await one.closed(*(f"r{at}" for at in range(6)))
+            assert one.engine.counters()["preempted_recompute"] > 0
+            assert one.engine.counters()["preempted_swap"] == 0
 
     asyncio.run(scenario())
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from memserve.core.errors import ModelError
 from memserve.engine.models.ggml_types import GGML_TYPES, Float, describe_type
+from memserve.engine.models.spec import Matrix, StoredMatrix
 
 Value = int | float | bool | str | list[str] | NDArray[np.generic]
 
@@ -84,6 +85,16 @@ class GGUFFile:
         entry = self.tensors[name]
         raw = np.frombuffer(self._map, np.uint8, entry.size, entry.start)
         return GGML_TYPES[entry.type].dequantize(raw).reshape(entry.shape)
+
+    def read_stored(self, name: str) -> Matrix:
+        """A matrix as it lies in the file, mapped; float32 where its type is no block of several weights."""
+        entry = self.tensors[name]
+        stored = GGML_TYPES[entry.type]
+        if stored.values == 1:
+            return self.read(name)
+        raw = np.frombuffer(self._map, np.uint8, entry.size, entry.start)
+        outputs, inputs = entry.shape
+        return StoredMatrix(stored.name, raw.reshape(outputs, -1), inputs)
 
     def fingerprint(self) -> str:
         """12 hex digits over header, size and 64 sampled pages of the data: fast, equal everywhere."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from memserve.core.errors import ModelError
 from memserve.engine.models.chat_template import ChatTemplate
@@ -17,11 +20,22 @@ from memserve.engine.models.llama import (
     TensorNames,
     check_spec,
     check_tensors,
+    read_stored_weights,
     read_weights,
 )
-from memserve.engine.models.spec import Float, ModelSpec, ModelWeights
+from memserve.engine.models.spec import (
+    Float,
+    Matrix,
+    ModelSpec,
+    ModelWeights,
+    StoredLayer,
+    StoredMatrix,
+    StoredWeights,
+)
 from memserve.engine.models.tokenizer import Tokenizer
 from memserve.engine.models.vocabulary import CONTROL, Vocabulary, build_tokenizer
+
+Number = TypeVar("Number", np.float32, np.uint8)
 
 _NAMES = TensorNames(
     "token_embd.weight",
@@ -78,6 +92,15 @@ class GGUFModel:
             layer.q = _split_halves(layer.q, self.spec.heads)
             layer.k = _split_halves(layer.k, self.spec.kv_heads)
         return weights
+
+    def stored_weights(self, progress: Progress | None = None) -> StoredWeights:
+        """All weights in the file's own blocks; ``progress`` hears the fraction of layers done."""
+        weights = read_stored_weights(self.spec, self._file, _NAMES, progress)
+        return dataclasses.replace(weights, layers=map(self._in_rope_order, weights.layers))
+
+    def _in_rope_order(self, layer: StoredLayer) -> StoredLayer:
+        q, k = _split_stored(layer.q, self.spec.heads), _split_stored(layer.k, self.spec.kv_heads)
+        return dataclasses.replace(layer, q=q, k=k)
 
     def _check_supported(self) -> None:
         architecture = self._text("general.architecture")
@@ -198,7 +221,13 @@ class GGUFModel:
         return f"metadata key {key} is {str(value)[:60]!r}; expected {expected}"
 
 
-def _split_halves(rows: Float, heads: int) -> Float:
+def _split_stored(matrix: Matrix, heads: int) -> Matrix:
+    if isinstance(matrix, StoredMatrix):
+        return dataclasses.replace(matrix, rows=_split_halves(matrix.rows, heads))
+    return _split_halves(matrix, heads)
+
+
+def _split_halves(rows: NDArray[Number], heads: int) -> NDArray[Number]:
     """Undo GGUF's row order for interleaved rope: pairs (i, i + d/2) lie next to each other there."""
     outputs, inputs = rows.shape
     pairs = rows.reshape(heads, outputs // heads // 2, 2, inputs)

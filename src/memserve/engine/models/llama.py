@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Protocol
 
 from memserve.core.errors import ModelError
-from memserve.engine.models.spec import Float, LayerWeights, ModelSpec, ModelWeights
+from memserve.engine.models.spec import (
+    Float,
+    LayerWeights,
+    Matrix,
+    ModelSpec,
+    ModelWeights,
+    StoredLayer,
+    StoredWeights,
+)
 
 Shape = tuple[int, ...]
 Progress = Callable[[float], None]
@@ -29,6 +37,10 @@ class TensorSource(Protocol):
 
     def read(self, name: str) -> Float:
         """The tensor as a fresh float32 array."""
+        ...
+
+    def read_stored(self, name: str) -> Matrix:
+        """A matrix in its own blocks where it has any, else as a fresh float32 array."""
         ...
 
 
@@ -158,3 +170,36 @@ def read_weights(
         weights.layers.append(LayerWeights(**parts))
     report(1.0)
     return weights
+
+
+def read_stored_weights(
+    spec: ModelSpec, source: TensorSource, names: TensorNames, progress: Progress | None
+) -> StoredWeights:
+    """Read embedding and head, and each layer (checked before) when it is asked for."""
+    report = progress or (lambda _: None)
+
+    def layers() -> Iterator[StoredLayer]:
+        for index in range(spec.layers):
+            yield _read_stored_layer(source, names, index)
+            report((index + 1) / spec.layers)
+
+    head = source.read_stored(names.head) if source.shape(names.head) is not None else None
+    norm = source.read(names.output_norm)
+    return StoredWeights(spec, source.read_stored(names.embedding), norm, head, layers())
+
+
+def _read_stored_layer(source: TensorSource, names: TensorNames, index: int) -> StoredLayer:
+    def matrix(part: str) -> Matrix:
+        return source.read_stored(names.in_layer(index, part))
+
+    return StoredLayer(
+        attention_norm=source.read(names.in_layer(index, "attention_norm")),
+        q=matrix("q"),
+        k=matrix("k"),
+        v=matrix("v"),
+        o=matrix("o"),
+        ffn_norm=source.read(names.in_layer(index, "ffn_norm")),
+        gate=matrix("gate"),
+        up=matrix("up"),
+        down=matrix("down"),
+    )

@@ -10,7 +10,7 @@ from memserve.engine.models.chat_template import ChatTemplate
 from memserve.engine.models.gguf_model import GGUFModel
 from memserve.engine.models.resolve import resolve_model
 from memserve.engine.models.safetensors_model import SafetensorsModel
-from memserve.engine.models.spec import ModelSpec, ModelWeights
+from memserve.engine.models.spec import ModelSpec, ModelWeights, StoredWeights
 from memserve.engine.models.tokenizer import Tokenizer
 
 
@@ -30,6 +30,10 @@ class ModelSource(Protocol):
 
     def weights(self, progress: Callable[[float], None] | None = None) -> ModelWeights:
         """Read all weights in float32; ``progress`` hears the fraction done, last 1.0."""
+        ...
+
+    def stored_weights(self, progress: Callable[[float], None] | None = None) -> StoredWeights:
+        """Weights as the file holds them, read while they are used; ``progress`` as above."""
         ...
 
 

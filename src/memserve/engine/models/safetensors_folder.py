@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from memserve.core.errors import ModelError
 from memserve.engine.models.ggml_types import widen_bf16
 from memserve.engine.models.gguf_file import map_file, sample_bytes
-from memserve.engine.models.spec import Float
+from memserve.engine.models.spec import Float, Matrix
 
 _NUMPY_TYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 _MAX_HEADER = 100_000_000
@@ -91,6 +91,10 @@ class SafetensorsFolder:
         )
         values = widen_bf16(raw) if tensor.dtype == "BF16" else raw.astype(np.float32)
         return values.reshape(tensor.shape)
+
+    def read_stored(self, name: str) -> Matrix:
+        """As :meth:`read`: nothing here is stored in blocks."""
+        return self.read(name)
 
     def fingerprint(self, config: bytes) -> str:
         """12 hex digits over ``config``, headers, sizes and sampled pages: fast, equal everywhere."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ from memserve.engine.models.llama import (
     TensorNames,
     check_spec,
     check_tensors,
+    read_stored_weights,
     read_weights,
 )
 from memserve.engine.models.safetensors_folder import SafetensorsFolder, parse_json, read_bytes
-from memserve.engine.models.spec import ModelSpec, ModelWeights
+from memserve.engine.models.spec import ModelSpec, ModelWeights, StoredWeights
 from memserve.engine.models.tokenizer import Spelling, Tokenizer
 
 _ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
@@ -161,6 +163,11 @@ class SafetensorsModel:
         if self._config.tie_word_embeddings:
             weights.head = weights.embedding
         return weights
+
+    def stored_weights(self, progress: Progress | None = None) -> StoredWeights:
+        """All weights, a layer at a time; ``progress`` hears the fraction of layers done."""
+        weights = read_stored_weights(self.spec, self._tensors, _NAMES, progress)
+        return dataclasses.replace(weights, head=None) if self._config.tie_word_embeddings else weights
 
     def _read_spec(self, raw: bytes) -> ModelSpec:
         config = self._config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -57,3 +58,42 @@ class ModelWeights:
     output_norm: Float
     head: Float
     layers: list[LayerWeights] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredMatrix:
+    """Blocks of the GGML type ``kind``; ``rows``: uint8[outputs, bytes], each of ``inputs`` weights."""
+
+    kind: str
+    rows: NDArray[np.uint8]
+    inputs: int
+
+
+Matrix = Float | StoredMatrix
+"""float32[outputs, inputs], or blocks that hold as many."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredLayer:
+    """:class:`LayerWeights` with matrices as the file holds them."""
+
+    attention_norm: Float
+    q: Matrix
+    k: Matrix
+    v: Matrix
+    o: Matrix
+    ffn_norm: Float
+    gate: Matrix
+    up: Matrix
+    down: Matrix
+
+
+@dataclass(frozen=True, slots=True)
+class StoredWeights:
+    """All weights, each layer read when it is asked for; ``head`` None: tied to the embedding."""
+
+    spec: ModelSpec
+    embedding: Matrix
+    output_norm: Float
+    head: Matrix | None
+    layers: Iterable[StoredLayer]

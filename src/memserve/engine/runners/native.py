@@ -10,7 +10,15 @@ from numpy.typing import NDArray
 
 from memserve import _native
 from memserve.core.errors import ConfigError, ModelError
-from memserve.engine.models.spec import LayerWeights, ModelSpec, ModelWeights
+from memserve.engine.models.spec import (
+    LayerWeights,
+    Matrix,
+    ModelSpec,
+    ModelWeights,
+    StoredLayer,
+    StoredMatrix,
+    StoredWeights,
+)
 from memserve.engine.runners.base import ForwardBatch
 from memserve.mempool.layout import KVLayout
 
@@ -20,13 +28,16 @@ Float = NDArray[np.float32]
 class NativeRunner:
     """Forward passes of a Llama-family model on this machine's CPU.
 
-    bf16 weights, KV and inputs of matrix products; float32 sums, residual stream, norms, rotary embedding
-    and softmax. The bits of a row depend on its tokens alone: not on the batch, chunking, cached prefixes or
-    threads. Instruction sets round differently: KV computed on one is valid, not bit-equal, on another.
+    bf16 KV and inputs of matrix products; float32 sums, residual stream, norms, rotary embedding and softmax.
+    Weights are multiplied in bf16; what the file has in 4 or 8 bits is kept and read like that.
+    The bits of a row depend on its tokens alone: not on the batch, chunking, cached prefixes or threads.
+    Instruction sets round differently: KV computed on one is valid, not bit-equal, on another.
 
     Parameters
     ----------
     weights : copied into packed form; the caller may drop them afterwards.
+    keep : ``stored``: GGML blocks as they are, all else as bf16; ``bf16``: everything, which gives the same
+        bits from more memory; ``int8``: float32 becomes groups of 8 bits, which changes the model a little.
     threads : threads per pass, the caller's included; at most the cores this process may use.
     context : longest position + 1 that will be asked for, in tokens.
     isa : one of ``_native.supported_isas()``; by default the best.
@@ -39,16 +50,21 @@ class NativeRunner:
     """
 
     def __init__(
-        self, weights: ModelWeights, *, threads: int, context: int, isa: str | None = None, pin: bool = False
+        self,
+        weights: ModelWeights | StoredWeights,
+        *,
+        threads: int,
+        context: int,
+        isa: str | None = None,
+        pin: bool = False,
+        keep: str = "stored",
     ) -> None:
         spec = weights.spec
         if context < 1:
             raise ConfigError(f"context is {context}; it must be at least 1 token")
-        if len(weights.layers) != spec.layers:
-            given = len(weights.layers)
-            raise ModelError(f"{spec.identity}: {given} layers of weights, the spec says {spec.layers}")
-        self._layout = KVLayout(spec.identity, spec.layers, spec.kv_heads, spec.head_dim)
-        self._model: _native.Model | None = _build_model(spec, threads, context, isa, pin)
+        identity = f"{spec.identity}-int8" if keep == "int8" else spec.identity
+        self._layout = KVLayout(identity, spec.layers, spec.kv_heads, spec.head_dim)
+        self._model: _native.Model | None = _build_model(spec, threads, context, isa, pin, keep)
         self._isa: str = self._model.isa
         try:
             _fill_model(self._model, weights)
@@ -59,6 +75,12 @@ class NativeRunner:
     def layout(self) -> KVLayout:
         """bf16, tile order."""
         return self._layout
+
+    @property
+    def weight_bytes(self) -> int:
+        """Memory of the packed weights."""
+        assert self._model is not None, "weight_bytes of a closed runner"
+        return self._model.weight_bytes
 
     @property
     def isa(self) -> str:
@@ -87,7 +109,9 @@ def rope_tables(spec: ModelSpec, context: int) -> tuple[Float, Float]:
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
 
-def _build_model(spec: ModelSpec, threads: int, context: int, isa: str | None, pin: bool) -> _native.Model:
+def _build_model(
+    spec: ModelSpec, threads: int, context: int, isa: str | None, pin: bool, keep: str
+) -> _native.Model:
     cosines, sines = rope_tables(spec, context)
     try:
         return _native.Model(
@@ -104,33 +128,45 @@ def _build_model(spec: ModelSpec, threads: int, context: int, isa: str | None, p
             threads=threads,
             pin=pin,
             isa=isa,
+            keep=keep,
         )
     except ValueError as error:
         raise ConfigError(f"{spec.identity}: {error}") from error
 
 
-def _fill_model(model: _native.Model, weights: ModelWeights) -> None:
-    for index, layer in enumerate(weights.layers):
-        _set_layer(model, index, layer)
-    model.set_embedding(_rows(weights.embedding))
-    tied = weights.head is weights.embedding
-    model.set_output(_rows(weights.output_norm), None if tied else _rows(weights.head))
+def _fill_model(model: _native.Model, weights: ModelWeights | StoredWeights) -> None:
+    given = 0
+    layer: LayerWeights | StoredLayer
+    for layer in weights.layers:
+        _set_layer(model, given, layer)
+        given += 1
+    if given != weights.spec.layers:
+        raise ValueError(f"{given} layers of weights, the spec says {weights.spec.layers}")
+    model.set_embedding(_matrix(weights.embedding))
+    head = None if weights.head is None or weights.head is weights.embedding else _matrix(weights.head)
+    model.set_output(_contiguous(weights.output_norm), head)
 
 
-def _set_layer(model: _native.Model, index: int, layer: LayerWeights) -> None:
+def _set_layer(model: _native.Model, index: int, layer: LayerWeights | StoredLayer) -> None:
     model.set_layer(
         index,
-        attention_norm=_rows(layer.attention_norm),
-        q=_rows(layer.q),
-        k=_rows(layer.k),
-        v=_rows(layer.v),
-        o=_rows(layer.o),
-        ffn_norm=_rows(layer.ffn_norm),
-        gate=_rows(layer.gate),
-        up=_rows(layer.up),
-        down=_rows(layer.down),
+        attention_norm=_contiguous(layer.attention_norm),
+        q=_matrix(layer.q),
+        k=_matrix(layer.k),
+        v=_matrix(layer.v),
+        o=_matrix(layer.o),
+        ffn_norm=_contiguous(layer.ffn_norm),
+        gate=_matrix(layer.gate),
+        up=_matrix(layer.up),
+        down=_matrix(layer.down),
     )
 
 
-def _rows(values: Float) -> Float:
+def _matrix(matrix: Matrix) -> _native.Matrix:
+    if isinstance(matrix, StoredMatrix):
+        return _native.Matrix.of_blocks(matrix.kind, np.ascontiguousarray(matrix.rows), matrix.inputs)
+    return _native.Matrix(_contiguous(matrix))
+
+
+def _contiguous(values: Float) -> Float:
     return np.ascontiguousarray(values, np.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 import gguf
@@ -11,8 +12,9 @@ import pytest
 
 from memserve.core.errors import ModelError
 from memserve.engine.models.chat_template import ChatMessage
+from memserve.engine.models.ggml_types import GGML_TYPES
 from memserve.engine.models.loader import open_model
-from memserve.engine.models.spec import ModelWeights
+from memserve.engine.models.spec import Float, Matrix, ModelWeights, StoredMatrix
 
 WriteGguf = Callable[..., Path]
 SameWeights = Callable[[ModelWeights, ModelWeights], None]
@@ -62,6 +64,41 @@ def test_quantised_tensors_are_expanded(write_gguf: WriteGguf, weights: ModelWei
     expected = gguf.dequantize(gguf.quantize(original, kind), kind)
     np.testing.assert_array_equal(loaded.layers[0].gate, expected)
     assert 0 < np.abs(loaded.layers[0].gate - original).max() < 0.01
+
+
+def test_stored_blocks_hold_the_same_weights(write_gguf: WriteGguf, weights: ModelWeights) -> None:
+    """The rows of q and k come in the order of rope here too."""
+    kinds = {
+        "blk.0.attn_q.weight": gguf.GGMLQuantizationType.Q8_0,
+        "blk.1.attn_k.weight": gguf.GGMLQuantizationType.Q4_1,
+        "blk.0.ffn_down.weight": gguf.GGMLQuantizationType.Q4_0,
+        "token_embd.weight": gguf.GGMLQuantizationType.Q8_0,
+    }
+    source = open_model(str(write_gguf(weights, kinds=kinds)))
+    expanded, stored = source.weights(), source.stored_weights()
+    assert stored.head is None
+    np.testing.assert_array_equal(expand(stored.embedding), expanded.embedding)
+    found = set()
+    for layer, expected in zip(stored.layers, expanded.layers, strict=True):
+        for part in fields(layer):
+            matrix = getattr(layer, part.name)
+            found |= {matrix.kind} if isinstance(matrix, StoredMatrix) else set()
+            np.testing.assert_array_equal(expand(matrix), getattr(expected, part.name))
+    assert found == {"Q8_0", "Q4_1", "Q4_0"}
+
+
+def expand(matrix: Matrix) -> Float:
+    if not isinstance(matrix, StoredMatrix):
+        return matrix
+    (kind,) = (known for known in GGML_TYPES.values() if known.name == matrix.kind)
+    return kind.dequantize(matrix.rows.reshape(-1)).reshape(-1, matrix.inputs)
+
+
+def test_progress_of_stored_weights_rises_to_one(write_gguf: WriteGguf, weights: ModelWeights) -> None:
+    heard: list[float] = []
+    list(open_model(str(write_gguf(weights))).stored_weights(heard.append).layers)
+    assert heard == sorted(heard)
+    assert heard[-1] == 1.0
 
 
 def test_progress_rises_to_one(write_gguf: WriteGguf, weights: ModelWeights) -> None:

@@ -1,0 +1,120 @@
+"""How much prefill a step may hold so that running streams keep their pace. Pure: times are arguments.
+
+Knows what steps have cost so far; which sequences get the tokens is the batcher's business.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from memserve.engine.cost import LinearCost
+
+FLOOR_TOKENS = 16
+"""Prefill goes on by at least this much per step, however slow the streams are without it."""
+
+# Seconds, of a 135 M parameter model on two slow cores; the first step corrects the scale.
+_PRIOR = (1e-2, 1e-3, 1e-6, 1e-3, 2e-7)
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a step computes.
+
+    ``decode_context`` is the sum of the tokens that decode rows attend to, ``prefill_context`` the same for
+    prefill rows.
+    """
+
+    decode_rows: int = 0
+    decode_context: int = 0
+    prefill_tokens: int = 0
+    prefill_context: int = 0
+
+    def decode(self, computed: int) -> Work:
+        """One row more, for a stream that has ``computed`` tokens behind it."""
+        return Work(
+            self.decode_rows + 1,
+            self.decode_context + computed,
+            self.prefill_tokens,
+            self.prefill_context,
+        )
+
+    def prefill(self, computed: int, count: int) -> Work:
+        """``count`` tokens more, of a prompt that has ``computed`` tokens behind it."""
+        return Work(
+            self.decode_rows,
+            self.decode_context,
+            self.prefill_tokens + count,
+            self.prefill_context + count * computed + count * count // 2,
+        )
+
+    @property
+    def amounts(self) -> tuple[float, ...]:
+        return (1, self.decode_rows, self.decode_context, self.prefill_tokens, self.prefill_context)
+
+
+class StepTimes:
+    """What a step costs: fixed + rows and context of decode + tokens and context of prefill."""
+
+    def __init__(self) -> None:
+        self._cost = LinearCost(_PRIOR)
+
+    def learn(self, work: Work, seconds: float) -> None:
+        """A step of ``work`` has taken ``seconds``."""
+        self._cost.learn(work.amounts, seconds)
+
+    def seconds_of(self, work: Work) -> float:
+        """How long a step of ``work`` will take."""
+        return self._cost.predict(work.amounts)
+
+    def prefill_seconds(self, computed: int, count: int) -> float:
+        """What ``count`` more tokens of a prompt with ``computed`` behind them add to a step."""
+        work = Work().prefill(computed, count)
+        return self.seconds_of(work) - self.seconds_of(Work())
+
+    def tokens_within(self, seconds: float, computed: int) -> int:
+        """The most prompt tokens that add at most ``seconds``, with ``computed`` behind them: >= 0."""
+        *_, token, context = self._cost.prices
+        linear = token + context * computed
+        # Positive root of context/2 n^2 + linear n = seconds, in a form that is exact for context -> 0.
+        return int(2 * max(seconds, 0) / (linear + math.sqrt(linear**2 + 2 * context * max(seconds, 0))))
+
+
+class Pace:
+    """``target`` is the time between two tokens of a stream, in seconds; None means: as it comes."""
+
+    def __init__(self, target: float | None = None) -> None:
+        assert target is None or target > 0, "a target time must be positive"
+        self.target = target
+        self.times = StepTimes()
+
+    def seconds_left(self, decoding: Work, computed: int = 0) -> float:
+        """What prefill may add to a step that decodes ``decoding``: at least ``FLOOR_TOKENS``' time.
+
+        ``computed`` is what the prompt that gets them has behind it.
+        """
+        if self.target is None or decoding.decode_rows == 0:
+            return math.inf
+        floor = self.times.prefill_seconds(computed, FLOOR_TOKENS)
+        return max(floor, self.target - self.times.seconds_of(decoding))
+
+
+@dataclass(slots=True)
+class Budget:
+    """What is left of a step for prefill: ``rows``, and ``seconds`` by ``times``."""
+
+    times: StepTimes
+    rows: int
+    seconds: float
+
+    def fit(self, computed: int, wanted: int, share: float = 1.0) -> int:
+        """How many of ``wanted`` tokens, with ``computed`` behind them, fit into a ``share`` of the rest."""
+        count = min(wanted, int(self.rows * share))
+        if math.isinf(self.seconds):
+            return count
+        return min(count, self.times.tokens_within(self.seconds * share, computed))
+
+    def spend(self, computed: int, count: int) -> None:
+        """Take ``count`` tokens, with ``computed`` behind them, out of the budget."""
+        self.rows -= count
+        self.seconds -= self.times.prefill_seconds(computed, count)

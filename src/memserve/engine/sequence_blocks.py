@@ -1,0 +1,175 @@
+"""The blocks of sequences: looked up and allocated, grown, published, given up and given back.
+
+Decides by measured costs whether KV in a lower tier is brought up or computed again. Knows no queues.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from memserve.core.clock import Clock
+from memserve.core.errors import OutOfBlocks
+from memserve.core.types import Ledger
+from memserve.engine.cost import LinearCost
+from memserve.engine.pace import StepTimes
+from memserve.engine.phases import Phases
+from memserve.engine.sequence import Sequence
+from memserve.mempool.address import Addresses, Origin, Tier
+from memserve.mempool.match import Match
+from memserve.mempool.pool import MemPool
+
+_SWAP_PRIOR = (1e-4, 5e-4)
+"""Seconds to bring one block up from host and from disk; the first blocks correct the scale."""
+_RETRY = 0.9
+"""A tier that is left alone counts as having been this much quicker than expected: it is tried again."""
+
+
+class SequenceBlocks:
+    """Hands blocks of ``pool`` to sequences as ``phases`` say; ``times`` knows what computing costs."""
+
+    def __init__(self, pool: MemPool, phases: Phases, times: StepTimes, clock: Clock) -> None:
+        self._pool = pool
+        self._phases = phases
+        self._times = times
+        self._clock = clock
+        self._swaps = LinearCost(_SWAP_PRIOR)
+        self._preempted_swap = 0
+        self._preempted_recompute = 0
+
+    def counters(self) -> Mapping[str, float]:
+        """What has been done so far, for metrics."""
+        return {
+            "preempted_swap": float(self._preempted_swap),
+            "preempted_recompute": float(self._preempted_recompute),
+        }
+
+    def take(self, sequence: Sequence) -> bool:
+        """Look the tokens up in the pool and allocate what is missing; False if there is no room now."""
+        pool, limit = self._pool, sequence.length - 1 if self._phases.reuses else 0
+        with pool.match(sequence.tokens, sequence.namespace, limit_tokens=limit) as match:
+            wanted = match.addrs[: self._worth_using(match)]
+            try:
+                cached, fresh = self._bring_up(wanted, pool.layout.blocks_for(sequence.length))
+            except OutOfBlocks:
+                return False
+            if len(wanted) < len(match.addrs):
+                left = _in_tiers(match.tiers[len(wanted) :])
+                self._swaps.learn(left, self._swaps.predict(left) * _RETRY)
+            if sequence.ledger is None:
+                tokens = pool.layout.block_tokens
+                sequence.ledger = _account(match, len(cached), tokens, sequence.prompt_length)
+        sequence.computed = len(cached) * pool.layout.block_tokens
+        self.hold(sequence, cached.concat(fresh))
+        return True
+
+    def grow(self, sequence: Sequence) -> bool:
+        """See to a block for the next token; False where there is none."""
+        assert sequence.addrs is not None
+        missing = self._pool.layout.blocks_for(sequence.length) - sequence.blocks_held
+        if missing <= 0:
+            return True
+        try:
+            self.hold(sequence, sequence.addrs.concat(self._pool.alloc_mem(missing)))
+        except OutOfBlocks:
+            return False
+        return True
+
+    def hold(self, sequence: Sequence, addrs: Addresses) -> None:
+        """Let the sequence have ``addrs`` from now on."""
+        sequence.addrs = addrs
+        sequence.pointers = self._pool.pointers(addrs)
+
+    def publish(self, sequence: Sequence) -> None:
+        """Insert the computed KV into the index, where the phases ask for it."""
+        decoded = sequence.sampled > 1 or sequence.prefilled_on is not None
+        wanted = self._phases.insert_after_decode if decoded else self._phases.insert_after_prefill
+        if wanted and sequence.addrs is not None:
+            self._pool.insert(sequence.buffer[: sequence.computed], sequence.addrs, sequence.namespace)
+
+    def release(self, sequence: Sequence) -> None:
+        """Let go of all blocks; what was published stays cached."""
+        if sequence.addrs is not None:
+            self._pool.free_mem(sequence.addrs)
+            sequence.addrs = None
+            sequence.pointers = np.empty(0, np.uint64)
+        sequence.computed = 0
+
+    def give_up(self, victim: Sequence) -> None:
+        """Take a preempted sequence's blocks: its KV goes down a tier where it pays to fetch it back.
+
+        Without lower tiers it stays cached as long as nobody needs the room. Where computing it again is
+        quicker than the tiers below it is dropped, so that nobody waits for it to be written there.
+        """
+        tiers = [tier for tier in (Tier.HOST, Tier.DISK) if self._pool.size_of(tier)]
+        blocks = victim.computed // self._pool.layout.block_tokens
+        swap = False
+        if tiers and blocks and self._phases.reuses:
+            below = np.full(blocks, tiers[0], np.uint8)
+            swap = self._pays_to_swap(below, 0)
+        if swap or not tiers:
+            self.publish(victim)
+        self.release(victim)
+        if swap:
+            self._preempted_swap += 1
+        else:
+            self._preempted_recompute += 1
+
+    def _worth_using(self, match: Match) -> int:
+        """How many of the matched blocks to use: what lies below only if computing it takes longer."""
+        tiers = match.tiers
+        upper = int(np.count_nonzero(tiers == Tier.DEVICE))
+        if upper == len(tiers) or self._pays_to_swap(tiers[upper:], upper):
+            return len(tiers)
+        return upper
+
+    def _pays_to_swap(self, tiers: NDArray[np.uint8], behind: int) -> bool:
+        """Whether blocks in ``tiers`` come up sooner than they are computed, with ``behind`` before them."""
+        step = self._pool.layout.block_tokens
+        computing = self._times.prefill_seconds(behind * step, len(tiers) * step)
+        return self._swaps.predict(_in_tiers(tiers)) <= computing
+
+    def _bring_up(self, wanted: Addresses, need: int) -> tuple[Addresses, Addresses]:
+        """``wanted`` on the device, and new blocks up to ``need``. ``OutOfBlocks``: nothing is kept."""
+        # The new blocks first: nothing is brought up for a request that must wait.
+        held = [self._pool.alloc_mem(need - len(wanted))]
+        try:
+            cached = self._swap_in(wanted)
+            held.append(cached)
+            # Less comes up than was found if a block had been damaged on disk: that much is computed.
+            held.append(self._pool.alloc_mem(need - len(cached) - len(held[0])))
+        except OutOfBlocks:
+            for addrs in held:
+                self._pool.free_mem(addrs)
+            raise
+        return cached, held[0].concat(held[2])
+
+    def _swap_in(self, wanted: Addresses) -> Addresses:
+        tiers = wanted.tiers
+        started = self._clock.now()
+        cached = self._pool.swap_in(wanted)
+        self._swaps.learn(_in_tiers(tiers[: len(cached)]), self._clock.now() - started)
+        return cached
+
+
+def _in_tiers(tiers: NDArray[np.uint8]) -> tuple[int, int]:
+    """How many blocks lie on host and on disk."""
+    return int(np.count_nonzero(tiers == Tier.HOST)), int(np.count_nonzero(tiers == Tier.DISK))
+
+
+def _account(match: Match, blocks: int, block_tokens: int, prompt: int) -> Ledger:
+    """Split a prompt's tokens by where their KV came from; the first ``blocks`` of ``match`` were used."""
+    tiers = match.tiers[:blocks]
+    lay_in = np.bincount(tiers, minlength=len(Tier)) * block_tokens
+    on_device = match.origins[:blocks][tiers == Tier.DEVICE]
+    counts = np.bincount(on_device, minlength=len(Origin)) * block_tokens
+    return Ledger(
+        computed=prompt - blocks * block_tokens,
+        host=int(lay_in[Tier.HOST]),
+        disk=int(lay_in[Tier.DISK]),
+        local=int(counts[Origin.COMPUTED]),
+        peer=int(counts[Origin.PEER]),
+        backflow=int(counts[Origin.BACKFLOW]),
+    )

@@ -7,6 +7,8 @@ from typing import Annotated
 import typer
 
 from memserve import __version__
+from memserve.cli.bench import bench
+from memserve.cli.bench_options import HELP as BENCH_HELP
 from memserve.cli.chat import chat
 from memserve.cli.doctor import doctor
 from memserve.cli.instance import instance
@@ -29,6 +31,7 @@ app.command(help=HELP)(serve)
 app.command()(chat)
 app.command()(status)
 app.command()(resize)
+app.command(help=BENCH_HELP)(bench)
 app.command()(doctor)
 app.command(hidden=True)(instance)
 

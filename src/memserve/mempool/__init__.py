@@ -9,7 +9,7 @@ from memserve.mempool.match import Match
 from memserve.mempool.modes import TransferMode
 from memserve.mempool.pool import MemPool
 from memserve.mempool.results import Freed, Inserted, Resized, Transferred
-from memserve.mempool.stats import AbortCause, LinkTraffic, PoolStats
+from memserve.mempool.stats import AbortCause, EvictionCause, LinkTraffic, PoolStats
 from memserve.mempool.transfer.endpoint import TransferEndpoint
 from memserve.mempool.transport import Transport
 
@@ -18,6 +18,7 @@ __all__ = [
     "Addresses",
     "Arrangement",
     "DiskTier",
+    "EvictionCause",
     "EvictionPolicy",
     "Freed",
     "HitDensity",

@@ -333,7 +333,7 @@ class LocalPool:
             miss_tokens=count.miss_tokens,
             host_hit_tokens=count.host_hit_tokens,
             disk_hit_tokens=count.disk_hit_tokens,
-            evicted_blocks=count.evicted_blocks,
+            evicted_blocks=sum(count.evictions.values()),
             swapped_out_blocks=count.swapped_out_blocks,
             swapped_in_blocks=count.swapped_in_blocks,
             corrupt_blocks=count.corrupt_blocks,
@@ -343,6 +343,7 @@ class LocalPool:
             received_bytes=count.received_bytes,
             stale=count.stale,
             aborts=dict(count.aborts),
+            evictions=dict(count.evictions),
         )
 
     def check(self, holdings: Iterable[Addresses] | None = None) -> None:

@@ -12,6 +12,14 @@ from memserve.mempool.modes import TransferMode
 from memserve.mempool.results import Transferred
 
 
+class EvictionCause(enum.StrEnum):
+    """For what cached KV was given up."""
+
+    ALLOCATION = "allocation"
+    SWAP = "swap"
+    RESIZE = "resize"
+
+
 class AbortCause(enum.StrEnum):
     """Why a transfer to this pool did not publish."""
 
@@ -72,6 +80,7 @@ class PoolStats:
     received_bytes: int
     stale: int
     aborts: Mapping[AbortCause, int]
+    evictions: Mapping[EvictionCause, int]
     lent: int = 0
     traffic: tuple[LinkTraffic, ...] = ()
 
@@ -89,6 +98,7 @@ class PoolStats:
         for tier, counts in (("host", self.host), ("disk", self.disk)):
             flat[f"pool_{tier}_free"] = float(counts.free)
             flat[f"pool_{tier}_historical"] = float(counts.historical)
+        flat |= {f"pool_evicted_by_{cause.value}": float(count) for cause, count in self.evictions.items()}
         return flat | {f"pool_aborts_{cause.value}": float(count) for cause, count in self.aborts.items()}
 
 
@@ -118,7 +128,6 @@ class Counters:
     miss_tokens: int = 0
     host_hit_tokens: int = 0
     disk_hit_tokens: int = 0
-    evicted_blocks: int = 0
     swapped_out_blocks: int = 0
     swapped_in_blocks: int = 0
     corrupt_blocks: int = 0
@@ -128,3 +137,5 @@ class Counters:
     received_bytes: int = 0
     stale: int = 0
     aborts: dict[AbortCause, int] = field(default_factory=lambda: dict.fromkeys(AbortCause, 0))
+    evictions: dict[EvictionCause, int] = field(default_factory=lambda: dict.fromkeys(EvictionCause, 0))
+    """Blocks."""

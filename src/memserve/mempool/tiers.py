@@ -21,7 +21,7 @@ from memserve.mempool.events import EventLog
 from memserve.mempool.eviction import EvictionPolicy, LeastRecentlyUsed, Victim
 from memserve.mempool.index import IndexEntry, IndexNode, PromptIndex, open_children
 from memserve.mempool.shelf import DiskShelf
-from memserve.mempool.stats import Counters
+from memserve.mempool.stats import Counters, EvictionCause
 from memserve.mempool.usage import Usage
 
 
@@ -84,7 +84,9 @@ class Tiers:
 
     # --- down ---
 
-    def make_room(self, n: int, tier: Tier = Tier.DEVICE) -> None:
+    def make_room(
+        self, n: int, tier: Tier = Tier.DEVICE, cause: EvictionCause = EvictionCause.ALLOCATION
+    ) -> None:
         """See to ``n`` free blocks in ``tier``, giving up exactly what is missing. Raises ``OutOfBlocks``."""
         missing = n - self._table.free_in(tier)
         if missing <= 0:
@@ -103,21 +105,21 @@ class Tiers:
         lower = tuple(below for below in self.lower if below > tier)
         if lower:
             for victim in victims:
-                self._give_up(victim.node, victim.keep, lower)
+                self._give_up(victim.node, victim.keep, lower, cause)
         else:
-            self._counters.evicted_blocks += self._drop_all(victims)
+            self._counters.evictions[cause] += self._drop_all(victims)
 
     def swap_out(self, n: int) -> int:
         """Move up to ``n`` historical blocks of the device down. Returns how many were moved."""
         room = max((self._fit(n, tier) for tier in self.lower), default=0)
-        return self._move_coldest(min(room, n), Tier.DEVICE, self.lower)
+        return self._move_coldest(min(room, n), Tier.DEVICE, self.lower, EvictionCause.SWAP)
 
     def shed(self, n: int, tier: Tier) -> None:
         """Free up to ``n`` blocks of ``tier`` by giving up its coldest KV: as many as nobody holds."""
         lower = tuple(below for below in self.lower if below > tier)
         goal = self._table.free_in(tier) + n
         while (missing := goal - self._table.free_in(tier)) > 0:
-            self._move_coldest(missing, tier, lower)
+            self._move_coldest(missing, tier, lower, EvictionCause.RESIZE)
             if goal - self._table.free_in(tier) == missing and not self._drop_branch(tier):
                 return
 
@@ -129,7 +131,7 @@ class Tiers:
         for node in self._index.nodes_now():
             idle = node.payload.tier is tier and node.children and not self._is_held(node)
             if idle:
-                self._counters.evicted_blocks += self.drop(node, 0)
+                self._counters.evictions[EvictionCause.RESIZE] += self.drop(node, 0)
                 return True
         return False
 
@@ -152,15 +154,16 @@ class Tiers:
 
     def persist(self) -> int:
         """Move all historical KV to the disk tier, which keeps the warmest. Returns how many blocks went."""
-        moved = 0
+        moved, lower = 0, (Tier.DISK,)
         for tier in (Tier.HOST, Tier.DEVICE) if self._disk is not None else ():
-            while count := self._move_coldest(self._table.historical_in(tier), tier, (Tier.DISK,)):
+            wanted = self._table.historical_in(tier)
+            while count := self._move_coldest(wanted, tier, lower, EvictionCause.SWAP):
                 moved += count
         return moved
 
-    def _move_coldest(self, n: int, tier: Tier, lower: tuple[Tier, ...]) -> int:
+    def _move_coldest(self, n: int, tier: Tier, lower: tuple[Tier, ...], cause: EvictionCause) -> int:
         victims = self._choose_coldest(n, tier)
-        return sum(self._give_up(victim.node, victim.keep, lower) for victim in victims)
+        return sum(self._give_up(victim.node, victim.keep, lower, cause) for victim in victims)
 
     def _choose_coldest(self, n: int, tier: Tier) -> list[Victim]:
         """Victims of ``n`` blocks, or of the half of it, or of a quarter, ..., if there are no more."""
@@ -196,7 +199,7 @@ class Tiers:
             self._leave_disk(np.concatenate(edges).astype(np.int64))
         return self._table.unindex(edges)
 
-    def _give_up(self, node: IndexNode, keep: int, lower: tuple[Tier, ...]) -> int:
+    def _give_up(self, node: IndexNode, keep: int, lower: tuple[Tier, ...], cause: EvictionCause) -> int:
         """Move what ``node`` has beyond ``keep`` blocks, all idle, to one of the tiers ``lower``.
 
         What cannot go there is dropped. Returns how many blocks were moved.
@@ -206,26 +209,26 @@ class Tiers:
             return 0
         count = len(node.payload.blocks) - keep
         below = max(lower, key=lambda tier: self._fit(count, tier), default=None)
-        fit = 0 if below is None else self._make_fit(count, below)
+        fit = 0 if below is None else self._make_fit(count, below, cause)
         if fit < count:
-            self._counters.evicted_blocks += self.drop(node, keep + fit)
+            self._counters.evictions[cause] += self.drop(node, keep + fit)
         if below is None or fit == 0:
             return 0
         if keep:
             self.add_leaf(self._index.split(node, keep))
         if not self._move_down(node, below):
-            self._counters.evicted_blocks += self.drop(node, 0)
+            self._counters.evictions[cause] += self.drop(node, 0)
             return 0
         return fit
 
     def _fit(self, count: int, tier: Tier) -> int:
         return min(count, self._table.free_in(tier) + self._table.historical_in(tier))
 
-    def _make_fit(self, count: int, tier: Tier) -> int:
+    def _make_fit(self, count: int, tier: Tier, cause: EvictionCause) -> int:
         """Make room for as many of ``count`` blocks as seem to go into ``tier``: 0 if it cannot be had."""
         fit = self._fit(count, tier)
         try:
-            self.make_room(fit, tier)
+            self.make_room(fit, tier, cause)
         except OutOfBlocks:
             fit = self._table.free_in(tier)
         return fit

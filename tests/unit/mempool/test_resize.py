@@ -13,7 +13,7 @@ import pytest
 from memserve.core.clock import VirtualClock
 from memserve.core.errors import ConfigError, InvalidRequest, OutOfBlocks
 from memserve.core.types import InstanceId, Namespace
-from memserve.mempool import DiskTier, KVLayout, MemPool, Resized, Tier
+from memserve.mempool import DiskTier, EvictionCause, KVLayout, MemPool, Resized, Tier
 
 NS = Namespace("m")
 PAGES = KVLayout("pages", layers=1, kv_heads=4, head_dim=64, block_tokens=4)
@@ -90,7 +90,7 @@ def test_shrinking_takes_free_blocks_first_and_the_coldest_then(make: MakePool, 
     assert pool.stats().evicted_blocks == 0
     assert pool.resize(Tier.DEVICE, 2) == Resized(2, 0)
     assert [cached(pool, value) for value in (1, 2, 3, 4)] == [[], [], [Tier.DEVICE], [Tier.DEVICE]]
-    assert pool.stats().evicted_blocks == 2
+    assert pool.stats().evicted_blocks == pool.stats().evictions[EvictionCause.RESIZE] == 2
 
 
 def test_what_a_shrinking_tier_gives_up_goes_down_where_there_is_room(make: MakePool) -> None:

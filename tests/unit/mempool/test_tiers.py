@@ -12,7 +12,7 @@ from memserve.core.clock import VirtualClock
 from memserve.core.errors import ConfigError, InvalidRequest, OutOfBlocks, StaleAddress
 from memserve.core.messages import Moved, Removed
 from memserve.core.types import InstanceId, Namespace, pack_tokens
-from memserve.mempool import Addresses, DiskTier, MemPool, Origin, Tier
+from memserve.mempool import Addresses, DiskTier, EvictionCause, MemPool, Origin, Tier
 
 from .conftest import LAYOUT, prompt
 
@@ -86,7 +86,7 @@ def test_tiers_cascade_and_the_lowest_drops(make: MakePool) -> None:
     events = pool.take_events()
     assert events is not None
     assert sum(isinstance(event, Removed) for event in events.events) == 1
-    assert pool.stats().evicted_blocks == 2
+    assert pool.stats().evicted_blocks == pool.stats().evictions[EvictionCause.ALLOCATION] == 2
 
 
 def test_moving_is_told_and_so_is_what_lies_lower_later(make: MakePool) -> None:

@@ -272,6 +272,8 @@ double dot_peak(int threads, const std::optional<std::string>& isa) {
 }  // namespace memserve
 
 NB_MODULE(_native, m) {
+  // What lives until the process ends is no leak: an instance freezes its garbage collector, so nothing frees it.
+  nb::set_leak_warnings(false);
   using namespace memserve;
   m.def("isa", &isa);
   m.def("supported_isas", &supported_levels);

@@ -116,5 +116,8 @@ def test_a_request_that_a_shrunk_pool_cannot_take_is_refused_with_the_remedy() -
         assert (missing.status_code, missing.json()["error"]["code"]) == (404, "not_found")
         none = httpx.put(f"{served.url}/v1/cluster/colocated-0/memory", json={"disk": 1 << 30}, timeout=60)
         assert (none.status_code, none.json()["error"]["param"]) == (400, "disk")
+        vast = httpx.put(f"{served.url}/v1/cluster/colocated-0/memory", json={"device": 1 << 44}, timeout=60)
+        assert (vast.status_code, vast.json()["error"]["param"]) == (400, "device")
+        assert "left" in vast.json()["error"]["message"]
         zero = httpx.put(f"{served.url}/v1/cluster/colocated-0/memory", json={"device": 1}, timeout=60)
         assert (zero.status_code, zero.json()["error"]["param"]) == (400, "device")

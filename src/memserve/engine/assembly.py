@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from memserve.cluster.host import available_memory
 from memserve.core.clock import Clock
 from memserve.core.config import Config, EngineConfig, ModelConfig, PoolConfig
 from memserve.core.errors import ConfigError
@@ -75,6 +76,8 @@ class Assembled:
         blocks = asked.memory // pool.layout.block_bytes
         step = max(1, _RESIZE_BYTES // pool.layout.block_bytes)
         async with self.resizing:
+            if tier is not Tier.DISK:
+                _require_memory((blocks - pool.size_of(tier)) * pool.layout.block_bytes)
             known = pool.arena.extents[-1]
             while pool.size_of(tier) - blocks > step and blocks > 0:
                 pool.resize(tier, pool.size_of(tier) - step)
@@ -144,6 +147,15 @@ async def assemble(
         runner.isa,
     )
     return Assembled(settings, runner, pool, endpoint, carrier, engine, ready)
+
+
+def _require_memory(more: int) -> None:
+    """Raise ``ConfigError`` unless ``more`` bytes are there: all of them are going to be touched."""
+    available = available_memory()
+    if available is not None and more > available:
+        raise ConfigError(
+            f"{more} bytes more of memory are asked for and this machine has {available} left; ask for less"
+        )
 
 
 def build_batcher(config: EngineConfig) -> Batcher:

@@ -147,10 +147,10 @@ class Arena:
 
         Whole pages only: neighbours that are not multiples of a page should go together.
         """
-        page = mmap.PAGESIZE
+        page, numbers = mmap.PAGESIZE, np.sort(numbers)
         for fd, segment in zip(self.fds, self._segments, strict=True):
             blocks, size = segment.extent.blocks, self.piece_bytes
-            within = np.sort(numbers) - segment.extent.first
+            within = numbers - segment.extent.first
             within = within[(within >= 0) & (within < blocks)]
             segment.has_holes |= len(within) > 0
             for (start, end), piece in itertools.product(_runs(within), range(self.pieces)):

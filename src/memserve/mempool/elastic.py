@@ -69,8 +69,11 @@ class Elastic:
         missing = self.surplus[tier] - self._table.free_in(tier)
         if missing > 0 and self._table.historical_in(tier):
             self._tiers.shed(missing, tier)
-        numbers = self._table.retire(min(self.surplus[tier], self._table.free_in(tier)), tier)
-        self.surplus[tier] -= len(numbers)
+        count = min(self.surplus[tier], self._table.free_in(tier))
+        if not count:
+            return
+        numbers = self._table.retire(count, tier)
+        self.surplus[tier] -= count
         if tier is not Tier.DISK:
             self._arena.give_back(numbers)
         elif self._shelf is not None:

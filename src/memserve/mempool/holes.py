@@ -7,6 +7,8 @@ import os
 
 _KEEP_SIZE = 1
 _PUNCH_HOLE = 2
+_FALLOCATE = ctypes.CDLL(None, use_errno=True).fallocate
+_FALLOCATE.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 
 
 def punch_hole(fd: int, start: int, size: int) -> None:
@@ -14,8 +16,6 @@ def punch_hole(fd: int, start: int, size: int) -> None:
 
     Raises ``OSError``: not every file system can do that.
     """
-    fallocate = ctypes.CDLL(None, use_errno=True).fallocate
-    fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-    if fallocate(fd, _PUNCH_HOLE | _KEEP_SIZE, start, size):
+    if _FALLOCATE(fd, _PUNCH_HOLE | _KEEP_SIZE, start, size):
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from memserve.cli.app import app
 from memserve.core.errors import RequestFailed
 from memserve.server.stand_in import Script
-from unit.bench.conftest import DEADLINE, Server
+from stand_in_server import DEADLINE, Server
 
 SMALL = ("--sessions", "2", "--turns", "2", "--prompt-tokens", "60", "--turn-tokens", "20", "--think", "0")
 

@@ -20,7 +20,8 @@ from memserve.bench.trace import TraceLine, make_replay
 from memserve.bench.workload import Endpoint, Workload
 from memserve.core.errors import ConfigError, NoInstance, RequestFailed
 from memserve.server.stand_in import Script
-from unit.bench.conftest import CONTEXT, DEADLINE, Server, make_chats
+from stand_in_server import DEADLINE, Server
+from unit.bench.conftest import CONTEXT, make_chats
 
 
 class Watching:

@@ -1,39 +1,14 @@
-"""A server with the stand-in backend on a loopback port, in a thread, for the commands that talk to one."""
+"""A runner for commands, and a server for those that talk to one."""
 
 from __future__ import annotations
 
-import socket
-import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import pytest
-import tokenizers
-import uvicorn
-from tokenizers import AddedToken, models, pre_tokenizers
 from typer.testing import CliRunner
 
 from memserve.core.config import ServerConfig
-from memserve.engine.models.chat_template import ChatTemplate
-from memserve.engine.models.tokenizer import Spelling, Tokenizer
-from memserve.server.app import create_app
-from memserve.server.stand_in import Script, StandInBackend
-
-DEADLINE = 10.0
-TEMPLATE = "{% for m in messages %}<s>{{ m.role }}:{{ m.content }}</s>{% endfor %}<s>assistant:"
-
-
-@dataclass
-class Server:
-    """A running server and the backend behind it."""
-
-    url: str
-    backend: StandInBackend
-    tokenizer: Tokenizer
-
-    def say(self, text: str) -> None:
-        reply = tuple(self.tokenizer.encode(text, special=False).tolist())
-        self.backend.script = Script(reply=reply)
+from stand_in_server import Server, running_server
 
 
 @pytest.fixture
@@ -43,23 +18,5 @@ def runner() -> CliRunner:
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    tokenizer, backend = make_tokenizer(), StandInBackend()
-    config = ServerConfig(api_key="key")
-    app = create_app(backend, tokenizer, ChatTemplate(TEMPLATE), ("tiny",), config, 512)
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        serving = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
-        thread = threading.Thread(target=serving.run, args=([listening],))
-        thread.start()
-        yield Server(f"http://127.0.0.1:{listening.getsockname()[1]}", backend, tokenizer)
-        serving.should_exit = True
-        thread.join(DEADLINE)
-        assert not thread.is_alive()
-
-
-def make_tokenizer() -> Tokenizer:
-    """One token per byte, and two special ones."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    engine = tokenizers.Tokenizer(models.BPE(vocab={char: at for at, char in enumerate(alphabet)}, merges=[]))
-    engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    engine.add_special_tokens([AddedToken(text, special=True) for text in ("<s>", "</s>")])
-    return Tokenizer(engine, Spelling.BYTE_LEVEL, eos_tokens=(257,))
+    with running_server(ServerConfig(api_key="key"), 512) as running:
+        yield running

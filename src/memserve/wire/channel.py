@@ -60,11 +60,57 @@ def open_channel(connected: socket.socket, stall_seconds: float) -> Channel:
     return _PlainChannel(connected, stall_seconds)
 
 
-class _PlainChannel:
+class _SocketChannel:
+    """The loops of both kinds: a call moves some bytes, or raises ``stall`` when it has waited too long."""
+
+    stall: type[OSError]
+
+    def __init__(self, connected: socket.socket) -> None:
+        self._socket = connected
+
+    def _send_some(self, left: list[memoryview]) -> int:
+        raise NotImplementedError
+
+    def _receive_some(self, left: list[memoryview]) -> int:
+        raise NotImplementedError
+
+    def send(self, buffers: Sequence[memoryview]) -> None:
+        left = list(buffers)
+        while left:
+            try:
+                sent = self._send_some(left)
+            except self.stall:
+                raise Stalled("the other side does not read") from None
+            left = _after(left, sent)
+
+    def receive(self, buffers: Sequence[memoryview]) -> None:
+        left = list(buffers)
+        while left:
+            try:
+                received = self._receive_some(left)
+            except self.stall:
+                raise Stalled("nothing comes from the other side") from None
+            if not received:
+                raise EOFError("the other side closed the stream")
+            left = _after(left, received)
+
+    def shut(self) -> None:
+        # The method of the base class: TLS objects forget their session here, under another thread's feet.
+        # It fails when not connected any more, or closed by its thread.
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+class _PlainChannel(_SocketChannel):
     """Scatter-gather without TLS. The kernel waits for whole buffers, so few calls need the interpreter."""
 
+    stall = BlockingIOError
+
     def __init__(self, connected: socket.socket, stall_seconds: float) -> None:
-        self._socket = connected
+        super().__init__(connected)
         # Python's own timeouts make a socket non-blocking, and then the kernel returns after every packet.
         connected.settimeout(None)
         whole = int(stall_seconds)
@@ -72,66 +118,27 @@ class _PlainChannel:
         for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
             connected.setsockopt(socket.SOL_SOCKET, option, limit)
 
-    def send(self, buffers: Sequence[memoryview]) -> None:
-        left = list(buffers)
-        while left:
-            try:
-                sent = self._socket.sendmsg(left[:_MOST_BUFFERS])
-            except BlockingIOError:
-                raise Stalled("the other side does not read") from None
-            left = _after(left, sent)
+    def _send_some(self, left: list[memoryview]) -> int:
+        return self._socket.sendmsg(left[:_MOST_BUFFERS])
 
-    def receive(self, buffers: Sequence[memoryview]) -> None:
-        left = list(buffers)
-        while left:
-            try:
-                part = left[:_MOST_BUFFERS]
-                received = self._socket.recvmsg_into(part, 0, socket.MSG_WAITALL)[0]
-            except BlockingIOError:
-                raise Stalled("nothing comes from the other side") from None
-            if not received:
-                raise EOFError("the other side closed the stream")
-            left = _after(left, received)
-
-    def shut(self) -> None:
-        _shut(self._socket)
-
-    def close(self) -> None:
-        self._socket.close()
+    def _receive_some(self, left: list[memoryview]) -> int:
+        return self._socket.recvmsg_into(left[:_MOST_BUFFERS], 0, socket.MSG_WAITALL)[0]
 
 
-class _TlsChannel:
+class _TlsChannel(_SocketChannel):
     """Buffer by buffer: TLS has no scatter-gather."""
 
+    stall = TimeoutError
+
     def __init__(self, connected: ssl.SSLSocket, stall_seconds: float) -> None:
-        self._socket = connected
+        super().__init__(connected)
         connected.settimeout(stall_seconds)
 
-    def send(self, buffers: Sequence[memoryview]) -> None:
-        left = list(buffers)
-        while left:
-            try:
-                sent = self._socket.send(left[0])
-            except TimeoutError:
-                raise Stalled("the other side does not read") from None
-            left = _after(left, sent)
+    def _send_some(self, left: list[memoryview]) -> int:
+        return self._socket.send(left[0])
 
-    def receive(self, buffers: Sequence[memoryview]) -> None:
-        left = list(buffers)
-        while left:
-            try:
-                received = self._socket.recv_into(left[0])
-            except TimeoutError:
-                raise Stalled("nothing comes from the other side") from None
-            if not received:
-                raise EOFError("the other side closed the stream")
-            left = _after(left, received)
-
-    def shut(self) -> None:
-        _shut(self._socket)
-
-    def close(self) -> None:
-        self._socket.close()
+    def _receive_some(self, left: list[memoryview]) -> int:
+        return self._socket.recv_into(left[0])
 
 
 def _after(buffers: list[memoryview], done: int) -> list[memoryview]:
@@ -141,12 +148,3 @@ def _after(buffers: list[memoryview], done: int) -> list[memoryview]:
             return [buffer[done:], *buffers[at + 1 :]]
         done -= len(buffer)
     return []
-
-
-def _shut(connected: socket.socket) -> None:
-    try:
-        # The method of the base class: TLS objects forget their session here, under another thread's feet.
-        socket.socket.shutdown(connected, socket.SHUT_RDWR)
-    except OSError:
-        # Not connected any more, or closed by its thread.
-        return

@@ -9,19 +9,28 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from memserve.core.types import RequestId
 from memserve.engine.pace import Budget, Pace, Work
 from memserve.engine.sequence import Sequence
+from memserve.engine.speculation import Draft, Lookup
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """The next ``count`` pending tokens of a sequence; ``last`` when none remain, so a token is sampled."""
+    """The next ``count`` pending tokens of a sequence; ``last`` when none remain, so a token is sampled.
+
+    ``proposed`` are what may be sampled then: their rows are computed in the same pass.
+    """
 
     sequence: Sequence
     count: int
+    proposed: tuple[int, ...] = ()
+
+    @property
+    def rows(self) -> int:
+        return self.count + len(self.proposed)
 
     @property
     def last(self) -> bool:
@@ -34,6 +43,8 @@ def work_of(chunks: Iterable[Chunk]) -> Work:
     for chunk in chunks:
         computed = chunk.sequence.computed
         work = work.decode(computed) if chunk.count == 1 else work.prefill(computed, chunk.count)
+        if chunk.proposed:
+            work = work.speculate(computed, len(chunk.proposed))
     return work
 
 
@@ -41,11 +52,15 @@ class Batcher:
     """Waiting and running sequences of one engine, both in order of arrival.
 
     ``step_tokens`` bounds the rows of a forward pass; ``pace`` bounds prefill further while streams run.
-    Prefill gets a little of each step even where the streams alone exceed these bounds.
+    Prefill gets a little of each step even where the streams alone exceed these bounds. With ``lookup``
+    streams propose tokens where these bring more tokens per second than the step has without them.
     """
 
-    def __init__(self, *, step_tokens: int, max_running: int, pace: Pace | None = None) -> None:
+    def __init__(
+        self, *, step_tokens: int, max_running: int, pace: Pace | None = None, lookup: Lookup | None = None
+    ) -> None:
         self.pace = pace or Pace()
+        self._lookup = lookup
         self._step_tokens = step_tokens
         self._max_running = max_running
         self._arrivals = 0
@@ -117,11 +132,31 @@ class Batcher:
     def plan(self) -> tuple[Chunk, ...]:
         """The chunks of the next step; empty when there is nothing to compute."""
         decoding = tuple(Chunk(sequence, 1) for sequence in self._running if sequence.pending == 1)
+        if self._lookup is not None:
+            decoding = tuple(self._speculate(self._lookup, decoding))
         prompts = [sequence for sequence in self._running if sequence.pending > 1]
-        rows = max(self._step_tokens - len(decoding), 1)
+        rows = max(self._step_tokens - sum(chunk.rows for chunk in decoding), 1)
         behind = prompts[0].computed if prompts else 0
         budget = Budget(self.pace.times, rows, self.pace.seconds_left(work_of(decoding), behind))
         return (*decoding, *_share_out(prompts, budget))
+
+    def _speculate(self, lookup: Lookup, decoding: tuple[Chunk, ...]) -> Iterator[Chunk]:
+        """Let the streams propose tokens, with half of the rows that are left."""
+        times, rows = self.pace.times, (self._step_tokens - len(decoding)) // 2
+        pace = len(decoding) / times.seconds_of(work_of(decoding))
+        for chunk in decoding:
+            sequence = chunk.sequence
+            if sequence.sampled == 0:
+                yield chunk
+                continue
+            if sequence.draft is None:
+                sequence.draft = Draft(lookup)
+            # The last wanted token takes no row: it is sampled from the one before.
+            room = min(sequence.wanted - 1, rows)
+            worth = pace * times.speculation_seconds(sequence.computed)
+            proposed = sequence.draft.propose(sequence.tokens, room, worth)
+            rows -= len(proposed)
+            yield replace(chunk, proposed=proposed)
 
     def check(self) -> None:
         """Assert the invariants."""

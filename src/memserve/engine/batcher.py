@@ -8,13 +8,17 @@ that it gets done whatever comes after it, and the rest to the shortest, which d
 from __future__ import annotations
 
 import bisect
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from memserve.core.types import RequestId
 from memserve.engine.pace import Budget, Pace, Work
 from memserve.engine.sequence import Sequence
-from memserve.engine.speculation import Draft, Lookup
+from memserve.engine.speculation import Lookup
+
+_WORTH = 1.2
+"""A proposed token must bring this much more tokens per second than the step does: both are estimates."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +64,7 @@ class Batcher:
         self, *, step_tokens: int, max_running: int, pace: Pace | None = None, lookup: Lookup | None = None
     ) -> None:
         self.pace = pace or Pace()
-        self._lookup = lookup
+        self.lookup = lookup
         self._step_tokens = step_tokens
         self._max_running = max_running
         self._arrivals = 0
@@ -132,8 +136,8 @@ class Batcher:
     def plan(self) -> tuple[Chunk, ...]:
         """The chunks of the next step; empty when there is nothing to compute."""
         decoding = tuple(Chunk(sequence, 1) for sequence in self._running if sequence.pending == 1)
-        if self._lookup is not None:
-            decoding = tuple(self._speculate(self._lookup, decoding))
+        if self.lookup is not None:
+            decoding = tuple(self._speculate(self.lookup, decoding))
         prompts = [sequence for sequence in self._running if sequence.pending > 1]
         rows = max(self._step_tokens - sum(chunk.rows for chunk in decoding), 1)
         behind = prompts[0].computed if prompts else 0
@@ -141,21 +145,23 @@ class Batcher:
         return (*decoding, *_share_out(prompts, budget))
 
     def _speculate(self, lookup: Lookup, decoding: tuple[Chunk, ...]) -> Iterator[Chunk]:
-        """Let the streams propose tokens, with half of the rows that are left."""
-        times, rows = self.pace.times, (self._step_tokens - len(decoding)) // 2
-        pace = len(decoding) / times.seconds_of(work_of(decoding))
+        """Let streams propose tokens: in half of the rows that are left, and within the target time."""
+        times, work = self.pace.times, work_of(decoding)
+        rows = (self._step_tokens - len(decoding)) // 2
+        alone = times.seconds_of(work)
+        seconds = (self.pace.target or math.inf) - alone
         for chunk in decoding:
             sequence = chunk.sequence
             if sequence.sampled == 0:
                 yield chunk
                 continue
-            if sequence.draft is None:
-                sequence.draft = Draft(lookup)
+            cost = times.speculation_seconds(sequence.computed)
             # The last wanted token takes no row: it is sampled from the one before.
-            room = min(sequence.wanted - 1, rows)
-            worth = pace * times.speculation_seconds(sequence.computed)
-            proposed = sequence.draft.propose(sequence.tokens, room, worth)
+            room = int(max(0, min(sequence.wanted - 1, rows, seconds / cost)))
+            worth = _WORTH * cost * len(decoding) / alone
+            proposed = sequence.draft_with(lookup).propose(sequence.tokens, room, worth)
             rows -= len(proposed)
+            seconds -= len(proposed) * cost
             yield replace(chunk, proposed=proposed)
 
     def check(self) -> None:

@@ -69,6 +69,11 @@ class StepTimes:
     def __init__(self) -> None:
         self._cost = LinearCost(_PRIOR)
 
+    @property
+    def prices(self) -> tuple[float, ...]:
+        """Seconds per unit of each of :attr:`Work.amounts`."""
+        return self._cost.prices
+
     def learn(self, work: Work, seconds: float) -> None:
         """A step of ``work`` has taken ``seconds``."""
         self._cost.learn(work.amounts, seconds)

@@ -20,7 +20,7 @@ from memserve.core.types import (
     pack_tokens,
     unpack_tokens,
 )
-from memserve.engine.speculation import Draft
+from memserve.engine.speculation import Draft, Lookup
 from memserve.mempool.address import Addresses
 
 
@@ -79,7 +79,7 @@ class Sequence:
     """With the sequence that computes what this one begins with; None if it has waited for none so far."""
     trace: bool = False
     draft: Draft | None = None
-    """How it may go on, where that has been asked."""
+    """What its text says about how it may go on; None until somebody asks."""
 
     @property
     def tokens(self) -> Tokens:
@@ -103,6 +103,12 @@ class Sequence:
     @property
     def blocks_held(self) -> int:
         return len(self.pointers)
+
+    def draft_with(self, lookup: Lookup) -> Draft:
+        """Its own draft, made by ``lookup`` when it is asked for first."""
+        if self.draft is None:
+            self.draft = Draft(lookup)
+        return self.draft
 
     def append(self, token: int) -> None:
         self.buffer[self.length] = token

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from memserve.core.types import Tokens
 
 _TOKEN_BYTES = 4
-_RATE = 0.1
+_RATE = 0.05
 """Weight of the newest outcome in how often a guess is right."""
-_FIRST_CHANCE = 0.5
-"""How often guesses are right before any was seen."""
+_MISSED = 0.75
+"""Before any was seen, a guess is expected to be wrong by this to the power of its match's length."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,7 @@ class Draft:
     def __init__(self, lookup: Lookup) -> None:
         self._lookup = lookup
         self._index = NgramIndex(lookup.shortest, lookup.longest)
-        self._chances = [_FIRST_CHANCE] * (lookup.longest + 1)
+        self._chances = [1 - _MISSED**length for length in range(lookup.longest + 1)]
         self._guess = Guess()
         self._length = 0
 

@@ -31,6 +31,7 @@ from memserve.engine.batcher import Batcher
 from memserve.engine.carrier import NoPeers
 from memserve.engine.engine import Engine
 from memserve.engine.models.loader import open_model
+from memserve.engine.pace import Pace
 from memserve.engine.phases import PHASES
 from memserve.engine.runners.native import NativeRunner
 from memserve.engine.speculation import Draft, Lookup
@@ -40,6 +41,7 @@ from recording import summarise, write_result
 from speculation_tasks import COPIES, RECORDED, Task, TaskMaker
 
 CONTEXT = 2048
+TARGET_TPOT = 0.1  # the default
 BLOCKS = 2600
 PATIENCE = 600.0
 HERE = InstanceId("bench")
@@ -82,7 +84,7 @@ class Bench:
             HERE,
             self.pool,
             runner,
-            Batcher(step_tokens=512, max_running=64),
+            Batcher(step_tokens=512, max_running=64, pace=Pace(TARGET_TPOT)),
             PHASES["colocated"],
             NoPeers(),
             context=CONTEXT,

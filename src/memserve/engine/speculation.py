@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
 from memserve.core.types import Tokens
 
-_TOKEN_BYTES = 4
 _RATE = 0.05
 """Weight of the newest outcome in how often a guess is right."""
 _MISSED = 0.75
@@ -35,39 +36,23 @@ class Guess:
     matched: int = 0
 
 
-class NgramIndex:
-    """Where in a growing text its n-grams of ``shortest`` to ``longest`` tokens occurred last.
+def look_up(text: Tokens, lookup: Lookup) -> Guess:
+    """What came after the last earlier place that reads, for longest, like the end of ``text``: int32[n].
 
-    Reading a token costs the same however long the text is.
+    A pass over four bytes per token, where the step that follows reads thousands of bytes of KV for each: an
+    index of n-grams would be no quicker before 30,000 tokens, and has to be built (docs/decisions/0022).
     """
-
-    __slots__ = ("_ends", "_longest", "_read", "_shortest")
-
-    def __init__(self, shortest: int, longest: int) -> None:
-        self._shortest = shortest
-        self._longest = longest
-        self._ends: dict[bytes, int] = {}
-        self._read = 0
-
-    def read(self, text: Tokens) -> None:
-        """Learn what ``text``, int32[n], has more than it had before."""
-        # Up to the last token but one: what ends with the last has nothing after it yet.
-        end, start = len(text) - 1, max(self._read + 1 - self._longest, 0)
-        raw = text[start : max(end, start)].tobytes()
-        for length in range(self._shortest, self._longest + 1):
-            firsts = range(max(self._read + 1 - length, 0), end + 1 - length)
-            self._ends.update((_piece(raw, at - start, length), at + length) for at in firsts)
-        self._read = max(self._read, end)
-
-    def guess(self, text: Tokens, count: int) -> Guess:
-        """The ``count`` tokens after the last earlier place that reads like the end of ``text``."""
-        start = max(len(text) - self._longest, 0)
-        raw = text[start:].tobytes()
-        for length in range(min(self._longest, len(text)), self._shortest - 1, -1):
-            end = self._ends.get(raw[-length * _TOKEN_BYTES :])
-            if end is not None:
-                return Guess(_continue(text, end, count), length)
+    ends = np.flatnonzero(text[:-1] == text[-1]) + 1
+    end, matched = 0, 0
+    while len(ends):
+        end, matched = int(ends[-1]), matched + 1
+        if matched == lookup.longest:
+            break
+        ends = ends[ends > matched]
+        ends = ends[text[ends - matched - 1] == text[-matched - 1]]
+    if matched < lookup.shortest:
         return Guess()
+    return Guess(_continue(text, end, lookup.tokens), matched)
 
 
 class Draft:
@@ -77,11 +62,10 @@ class Draft:
     for nothing when speculation begins or ceases to pay.
     """
 
-    __slots__ = ("_chances", "_guess", "_index", "_length", "_lookup")
+    __slots__ = ("_chances", "_guess", "_length", "_lookup")
 
     def __init__(self, lookup: Lookup) -> None:
         self._lookup = lookup
-        self._index = NgramIndex(lookup.shortest, lookup.longest)
         self._chances = [1 - _MISSED**length for length in range(lookup.longest + 1)]
         self._guess = Guess()
         self._length = 0
@@ -89,8 +73,7 @@ class Draft:
     def propose(self, text: Tokens, room: int, threshold: float) -> tuple[int, ...]:
         """At most ``room`` tokens to go on with, each right with a chance of at least ``threshold``."""
         self._judge(text)
-        self._index.read(text)
-        self._guess = self._index.guess(text, self._lookup.tokens)
+        self._guess = look_up(text, self._lookup)
         self._length = len(text)
         tokens, chance = self._guess.tokens[: max(room, 0)], 1.0
         for at in range(len(tokens)):
@@ -135,10 +118,6 @@ class Speculated:
             "spec_decode_num_draft_tokens": float(self.proposed),
             "spec_decode_num_accepted_tokens": float(self.accepted),
         }
-
-
-def _piece(raw: bytes, at: int, length: int) -> bytes:
-    return raw[at * _TOKEN_BYTES : (at + length) * _TOKEN_BYTES]
 
 
 def _continue(text: Tokens, start: int, count: int) -> tuple[int, ...]:

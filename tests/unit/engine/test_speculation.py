@@ -1,4 +1,4 @@
-"""Prompt lookup: the index against a scan of the text, guesses that learn, runs as sampling gives them."""
+"""Prompt lookup: found where its definition says, guesses that learn, runs as sampling gives them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from memserve.engine.phases import PHASES
 from memserve.engine.sampling import sample_row
 from memserve.engine.sequence import Sequence, new_sequence
 from memserve.engine.sequence_blocks import SequenceBlocks
-from memserve.engine.speculation import Draft, Guess, Lookup, NgramIndex, Speculated
+from memserve.engine.speculation import Draft, Guess, Lookup, Speculated, look_up
 from memserve.engine.step import build_batch, sample_run
 from memserve.mempool.layout import KVLayout
 from memserve.mempool.pool import MemPool
@@ -47,7 +47,7 @@ def sequence(prompt: str, answer: str = "", *, wanted: int = 20, **more: object)
     return made
 
 
-# --- the index ---
+# --- lookup ---
 
 
 def scan(text: str, lookup: Lookup, count: int) -> tuple[str, int]:
@@ -62,21 +62,15 @@ def scan(text: str, lookup: Lookup, count: int) -> tuple[str, int]:
 
 @settings(deadline=None)
 @given(st.text("ab", min_size=1, max_size=60) | st.text("abcdef", min_size=1, max_size=60), st.data())
-def test_the_index_finds_what_a_scan_finds(text: str, data: st.DataObject) -> None:
+def test_lookup_finds_what_its_definition_says(text: str, data: st.DataObject) -> None:
     shortest = data.draw(st.integers(1, 4))
     lookup = Lookup(data.draw(st.integers(1, 6)), data.draw(st.integers(shortest, 6)), shortest)
-    index, end = NgramIndex(lookup.shortest, lookup.longest), 0
-    while end < len(text):
-        end = data.draw(st.integers(end + 1, len(text)))
-        index.read(tokens_of(text[:end]))
-        guess = index.guess(tokens_of(text[:end]), lookup.tokens)
-        assert (text_of(guess.tokens), guess.matched) == scan(text[:end], lookup, lookup.tokens)
+    guess = look_up(tokens_of(text), lookup)
+    assert (text_of(guess.tokens), guess.matched) == scan(text, lookup, lookup.tokens)
 
 
 def test_a_text_that_circles_goes_on_circling() -> None:
-    index = NgramIndex(1, 3)
-    index.read(tokens_of("abab"))
-    assert index.guess(tokens_of("abab"), 5) == Guess(tuple(tokens_of("ababa").tolist()), 2)
+    assert look_up(tokens_of("abab"), Lookup(5, 3, 1)) == Guess(tuple(tokens_of("ababa").tolist()), 2)
 
 
 # --- drafts ---

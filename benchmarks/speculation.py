@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -188,7 +188,9 @@ def follow_recorded(tasks: Sequence[Task], lookup: Lookup, threshold: float) -> 
     return {"proposed_per_token": rows / tokens, "accepted_per_token": right / tokens, "tokens": tokens}
 
 
-async def measure(asked: argparse.Namespace, weights: str) -> dict[str, object]:
+async def measure(
+    asked: argparse.Namespace, weights: str, figures: dict[str, object], record: Callable[[], Path]
+) -> None:
     source = open_model(asked.model)
     maker = TaskMaker(source, asked.data, CONTEXT)
     runner = NativeRunner(source.stored_weights(), threads=asked.threads, context=CONTEXT, keep=weights)
@@ -196,7 +198,6 @@ async def measure(asked: argparse.Namespace, weights: str) -> dict[str, object]:
     bench = Bench(runner, source.spec.vocabulary, source.tokenizer().eos_tokens, clock)
     lookup = Lookup(asked.tokens, asked.longest, asked.shortest)
     running = asyncio.create_task(bench.engine.run())
-    figures: dict[str, object] = {}
     for batch in map(int, asked.batch.split(",")):
         for name in asked.workloads.split(","):
             tasks = maker.make(name, asked.tasks * (1 if batch == 1 else 2))
@@ -204,13 +205,13 @@ async def measure(asked: argparse.Namespace, weights: str) -> dict[str, object]:
             found["prices"] = bench.engine.batcher.pace.times.prices
             figures[f"b{batch} {name}"] = found
             print(f"{weights} b{batch} {name}: {line(found)}", flush=True)
+            record()
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
     await bench.engine.close()
     bench.pool.check(())
     bench.pool.close()
     runner.close()
-    return figures
 
 
 def line(found: dict[str, object]) -> str:
@@ -249,12 +250,16 @@ def main() -> None:
         for name in asked.workloads.split(",")
         for threshold in (0.05, 0.15, 0.5)
     }
-    figures = {weights: asyncio.run(measure(asked, weights)) for weights in asked.weights.split(",")}
+    figures: dict[str, dict[str, object]] = {weights: {} for weights in asked.weights.split(",")}
     about = {"threads": asked.threads, "clock": asked.clock, "temperature": asked.temperature}
-    path = write_result(
-        "speculation", about | {"lookup": asdict(lookup), "recorded": recorded} | figures, asked.output
-    )
-    print(path)
+    about |= {"lookup": asdict(lookup), "recorded": recorded}
+
+    def record() -> Path:
+        return write_result("speculation", about | figures, asked.output)
+
+    for weights, found in figures.items():
+        asyncio.run(measure(asked, weights, found, record))
+    print(record())
 
 
 if __name__ == "__main__":

@@ -39,8 +39,8 @@ class Guess:
 def look_up(text: Tokens, lookup: Lookup) -> Guess:
     """What came after the last earlier place that reads, for longest, like the end of ``text``: int32[n].
 
-    A pass over four bytes per token, where the step that follows reads thousands of bytes of KV for each: an
-    index of n-grams would be no quicker before 30,000 tokens, and has to be built (docs/decisions/0022).
+    A pass over four bytes per token, of which the step then reads thousands of bytes of KV; an index of
+    n-grams takes about as long up to 30,000 tokens, and must be built first (docs/decisions/0022).
     """
     ends = np.flatnonzero(text[:-1] == text[-1]) + 1
     end, matched = 0, 0

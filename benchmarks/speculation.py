@@ -3,7 +3,7 @@
 One engine in this process on the native runner, without HTTP. Prompts are cached before anything is measured,
 so that times are decode's. ``--batch`` requests run at a time; a pass runs all tasks of a workload, on and
 off by turns, and must give the same tokens. A small model repeats itself more than larger ones do, hence
-``recorded``: how many guesses would have been right in the data sets' own answers.
+``recorded``: what prices and guesses would give if the data sets' own answers came.
 
 With --clock processor all times, the engine's own included, are this process's processor time divided by its
 threads: what a machine without other load would show, whoever else is busy on this one.
@@ -27,11 +27,11 @@ import numpy as np
 from memserve.core.clock import Clock, MonotonicClock
 from memserve.core.messages import Message, RequestClosed, Submit, TokenChunk
 from memserve.core.types import InstanceId, Namespace, RequestId, SamplingParams, pack_tokens
-from memserve.engine.batcher import Batcher
+from memserve.engine.batcher import WORTH, Batcher
 from memserve.engine.carrier import NoPeers
 from memserve.engine.engine import Engine
 from memserve.engine.models.loader import open_model
-from memserve.engine.pace import Pace
+from memserve.engine.pace import Pace, StepTimes, Work
 from memserve.engine.phases import PHASES
 from memserve.engine.runners.native import NativeRunner
 from memserve.engine.speculation import Draft, Lookup
@@ -43,6 +43,7 @@ from speculation_tasks import COPIES, RECORDED, Task, TaskMaker
 CONTEXT = 2048
 TARGET_TPOT = 0.1  # the default
 BLOCKS = 2600
+RECORDED_TASKS = 32
 PATIENCE = 600.0
 HERE = InstanceId("bench")
 
@@ -173,19 +174,29 @@ def describe(passes: Sequence[Pass]) -> dict[str, object]:
     return {name: summarise([getattr(one, name) for one in passes]) for name in names}
 
 
-def follow_recorded(tasks: Sequence[Task], lookup: Lookup, threshold: float) -> dict[str, float]:
-    """How lookup does where the data set's own answers are what comes: rows and right ones per token."""
-    tokens = rows = right = 0
+def follow_recorded(tasks: Sequence[Task], batch: int, lookup: Lookup, times: StepTimes) -> dict[str, float]:
+    """How lookup would do if what comes were the data set's own answers, at the prices that steps have here."""
+    context = sum(len(task.prompt) for task in tasks) // len(tasks)
+    work = Work()
+    for _ in range(batch):
+        work = work.decode(context)
+    alone, cost = times.seconds_of(work) / batch, times.speculation_seconds(context)
+    tokens = steps = rows = 0
     for task in tasks:
         text, at = np.concatenate([task.prompt, task.recorded]), len(task.prompt) + 1
         draft = Draft(lookup)
         tokens += max(0, len(text) - at)
         while at < len(text):
-            said = draft.propose(text[:at], len(text) - at - 1, threshold)
+            said = draft.propose(text[:at], len(text) - at - 1, WORTH * cost / alone)
             came = text[at : at + len(said)].tolist()
             agree = next((n for n, (a, b) in enumerate(zip(said, came, strict=True)) if a != b), len(said))
-            rows, right, at = rows + len(said), right + agree, at + agree + 1
-    return {"proposed_per_token": rows / tokens, "accepted_per_token": right / tokens, "tokens": tokens}
+            rows, steps, at = rows + len(said), steps + 1, at + agree + 1
+    return {
+        "ratio": tokens * alone / (steps * alone + rows * cost),
+        "proposed_per_token": rows / tokens,
+        "acceptance": (tokens - steps) / max(rows, 1),
+        "tokens": tokens,
+    }
 
 
 async def measure(
@@ -202,7 +213,9 @@ async def measure(
         for name in asked.workloads.split(","):
             tasks = maker.make(name, asked.tasks * (1 if batch == 1 else 2))
             found = await compare(bench, tasks, batch, lookup, asked.rounds, asked.temperature)
-            found["prices"] = bench.engine.batcher.pace.times.prices
+            times = bench.engine.batcher.pace.times
+            found["recorded"] = follow_recorded(maker.make(name, RECORDED_TASKS), batch, lookup, times)
+            found["prices"] = times.prices
             figures[f"b{batch} {name}"] = found
             print(f"{weights} b{batch} {name}: {line(found)}", flush=True)
             record()
@@ -215,14 +228,12 @@ async def measure(
 
 
 def line(found: dict[str, object]) -> str:
-    ratio, p50, p99 = (found[name] for name in ("ratio", "gap_p50_ratio", "gap_p99_ratio"))
-    assert isinstance(ratio, dict)
-    assert isinstance(p50, dict)
-    assert isinstance(p99, dict)
+    figures = [found[name] for name in ("ratio", "gap_p50_ratio", "gap_p99_ratio", "recorded")]
+    ratio, p50, p99, recorded = (one for one in figures if isinstance(one, dict))
     return (
         f"{ratio['median']:.2f} x ({ratio['min']:.2f} to {ratio['max']:.2f}), gaps p50 {p50['median']:.2f}, "
         f"p99 {p99['median']:.2f}; {found['proposed_per_token']:.2f} proposed per token, "
-        f"{found['acceptance']:.2f} right"
+        f"{found['acceptance']:.2f} right; on the recorded answers {recorded['ratio']:.2f} x"
     )
 
 
@@ -244,15 +255,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     asked = parser.parse_args()
     lookup = Lookup(asked.tokens, asked.longest, asked.shortest)
-    maker = TaskMaker(open_model(asked.model), asked.data, CONTEXT)
-    recorded = {
-        f"{name} {threshold}": follow_recorded(maker.make(name, 48), lookup, threshold)
-        for name in asked.workloads.split(",")
-        for threshold in (0.05, 0.15, 0.5)
-    }
     figures: dict[str, dict[str, object]] = {weights: {} for weights in asked.weights.split(",")}
     about = {"threads": asked.threads, "clock": asked.clock, "temperature": asked.temperature}
-    about |= {"lookup": asdict(lookup), "recorded": recorded}
+    about |= {"lookup": asdict(lookup)}
 
     def record() -> Path:
         return write_result("speculation", about | figures, asked.output)

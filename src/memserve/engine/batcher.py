@@ -17,7 +17,7 @@ from memserve.engine.pace import Budget, Pace, Work
 from memserve.engine.sequence import Sequence
 from memserve.engine.speculation import Lookup
 
-_WORTH = 1.2
+WORTH = 1.2
 """A proposed token must bring this much more tokens per second than the step does: both are estimates."""
 
 
@@ -158,7 +158,7 @@ class Batcher:
             cost = times.speculation_seconds(sequence.computed)
             # The last wanted token takes no row: it is sampled from the one before.
             room = int(max(0, min(sequence.wanted - 1, rows, seconds / cost)))
-            worth = _WORTH * cost * len(decoding) / alone
+            worth = WORTH * cost * len(decoding) / alone
             proposed = sequence.draft_with(lookup).propose(sequence.tokens, room, worth)
             rows -= len(proposed)
             seconds -= len(proposed) * cost

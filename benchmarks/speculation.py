@@ -175,7 +175,7 @@ def describe(passes: Sequence[Pass]) -> dict[str, object]:
 
 
 def follow_recorded(tasks: Sequence[Task], batch: int, lookup: Lookup, times: StepTimes) -> dict[str, float]:
-    """How lookup would do if what comes were the data set's own answers, at the prices that steps have here."""
+    """How lookup would do if the data set's own answers came, at the prices that steps have here."""
     context = sum(len(task.prompt) for task in tasks) // len(tasks)
     work = Work()
     for _ in range(batch):

@@ -1,0 +1,104 @@
+"""Sequences whose KV is on its way to a peer: P to D after prefill, D to P after decode.
+
+Knows which are under way and how each ends; steps and queues are the engine's, transport the carrier's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine
+
+from memserve.core.errors import MemServeError
+from memserve.core.messages import Message, RequestClosed, RequestError
+from memserve.core.types import FinishReason, InstanceId, RequestId
+from memserve.engine.carrier import Carrier
+from memserve.engine.phases import Handoff, Phases
+from memserve.engine.sequence import Sequence
+
+log = logging.getLogger(__name__)
+
+Journey = Coroutine[None, None, RequestClosed | None]
+
+
+class Journeys:
+    """Sends sequences off through ``carrier``; a sequence that departs is in no batch any more.
+
+    ``release`` lets go of a sequence's blocks, ``trace`` records an event of it (sequence, room, text).
+    """
+
+    def __init__(
+        self,
+        instance: InstanceId,
+        phases: Phases,
+        carrier: Carrier,
+        *,
+        release: Callable[[Sequence], None],
+        trace: Callable[[Sequence, str, str], None],
+        emit: Callable[[Message], None],
+    ) -> None:
+        self._instance = instance
+        self._phases = phases
+        self._carrier = carrier
+        self._release = release
+        self._trace = trace
+        self._emit = emit
+        self._departed: dict[RequestId, asyncio.Task[RequestClosed | None]] = {}
+
+    def hand_over(self, sequence: Sequence) -> None:
+        """P to D. When it cannot be done the request fails; the prompt's KV stays here for the next try."""
+        self._depart(sequence, self._hand_over(sequence))
+
+    def send_back(self, sequence: Sequence) -> None:
+        """D to P. When it cannot be done the next turn computes a little more; nobody is told."""
+        self._depart(sequence, self._send_back(sequence))
+
+    def cancel(self, request: RequestId, reason: FinishReason) -> bool:
+        """End a request's journey early, if it is on one; whether it is."""
+        journey = self._departed.get(request)
+        # After a stop the KV is still worth moving; after a disconnect nobody waits for it.
+        if journey is not None and reason is FinishReason.CANCELLED:
+            journey.cancel()
+        return journey is not None
+
+    async def close(self) -> None:
+        """End all journeys, however far they have come."""
+        under_way = list(self._departed.values())
+        for journey in under_way:
+            journey.cancel()
+        await asyncio.gather(*under_way, return_exceptions=True)
+
+    def _depart(self, sequence: Sequence, journey: Journey) -> None:
+        task = asyncio.get_running_loop().create_task(journey)
+        self._departed[sequence.request] = task
+        # Not a ``finally`` of the journey: a task that is cancelled before its first step runs none.
+        task.add_done_callback(lambda done: self._arrive(sequence, done))
+
+    def _arrive(self, sequence: Sequence, journey: asyncio.Task[RequestClosed | None]) -> None:
+        """However a journey ended: let go of the blocks, and close the request unless it goes on at D."""
+        del self._departed[sequence.request]
+        self._release(sequence)
+        closed: RequestClosed | None = RequestClosed(sequence.request, self._instance)
+        if not journey.cancelled():
+            closed = journey.result()
+        if closed is not None:
+            self._emit(closed)
+
+    async def _hand_over(self, sequence: Sequence) -> RequestClosed | None:
+        with_insert = self._phases.handoff is Handoff.TRANSFER_WITH_INSERT
+        try:
+            await self._carrier.hand_over(sequence, with_insert=with_insert)
+        except MemServeError as error:
+            self._emit(RequestError(sequence.request, type(error).__name__, str(error)))
+            return RequestClosed(sequence.request, self._instance)
+        self._trace(sequence, "mempool.transfer", "handed over")
+        return None
+
+    async def _send_back(self, sequence: Sequence) -> RequestClosed:
+        sent = 0
+        try:
+            sent = await self._carrier.send_back(sequence)
+            self._trace(sequence, "mempool.backflow", "sent back")
+        except MemServeError as error:
+            log.info("the answer's KV of %s did not go back: %s", sequence.request, error)
+        return RequestClosed(sequence.request, self._instance, sent)

@@ -34,8 +34,8 @@ class ForwardBatch:
 class LayerSignal:
     """Where a pass tells how far it is, without the GIL: an eventfd to which passed layers are added.
 
-    Rows pass the layers in tiles of ``Runner.tile_rows``, one tile after another, and the sum goes through all
-    of them. ``every`` so many layers are enough to be told of, and at the end of a tile all.
+    Rows pass the layers in tiles of ``Runner.tile_rows``, one tile after another, and the sum goes through
+    all of them. ``every`` so many layers are enough to be told of, and at the end of a tile all.
     """
 
     fd: int

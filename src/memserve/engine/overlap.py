@@ -12,7 +12,7 @@ from memserve.engine.cost import LinearCost
 
 SHORT_SECONDS = 2e-3
 """A transfer that takes less is not cut into layers: it is over before the calls for them would be."""
-_RETRY = 0.98
+_RETRY = 0.95
 """The way that was not taken counts as having been this much quicker than expected: it is tried again."""
 _HIDDEN = 0.5
 """Of the last chunk's time, what may be planned to hide transfers behind."""

@@ -76,6 +76,7 @@ class PoolStats:
     corrupt_blocks: int
     sent: int
     sent_bytes: int
+    spared_bytes: int
     received: int
     received_bytes: int
     stale: int
@@ -86,7 +87,15 @@ class PoolStats:
 
     def counters(self) -> Mapping[str, float]:
         """Everything but the states, flat, for metrics."""
-        names = ("hit_tokens", "miss_tokens", "evicted_blocks", "sent", "sent_bytes", "received")
+        names = (
+            "hit_tokens",
+            "miss_tokens",
+            "evicted_blocks",
+            "sent",
+            "sent_bytes",
+            "spared_bytes",
+            "received",
+        )
         more = ("received_bytes", "stale", "tree_nodes", "tree_blocks", "leases", "pinned", "corrupt_blocks")
         lower = ("host_hit_tokens", "disk_hit_tokens", "swapped_out_blocks", "swapped_in_blocks", "draining")
         flat = {f"pool_{name}": float(getattr(self, name)) for name in (*names, *more, *lower)}
@@ -133,6 +142,7 @@ class Counters:
     corrupt_blocks: int = 0
     sent: int = 0
     sent_bytes: int = 0
+    spared_bytes: int = 0
     received: int = 0
     received_bytes: int = 0
     stale: int = 0

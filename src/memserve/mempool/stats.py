@@ -50,8 +50,9 @@ class PoolStats:
     held and to be retired: they count by their state, but not among ``blocks``. Hits and misses are
     prompt tokens found and not found by ``match``, with what lay in lower tiers counted once more by tier.
     Evicted (dropped for good), swapped and corrupt are in blocks; ``sent`` and ``received`` count published
-    transfers, the ``_bytes`` what was copied for them, ``traffic`` the sent ones by link and mode. ``lent``
-    blocks are active ones that peers have allocated here.
+    transfers, the ``_bytes`` what was copied for them, ``spared_bytes`` what the receivers had,
+    ``traffic`` the sent ones by link and mode. ``lent`` blocks are active ones that peers have allocated
+    here.
     """
 
     blocks: int

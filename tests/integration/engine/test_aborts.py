@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Awaitable, Callable
+import itertools
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +23,7 @@ FLOWING_BACK = ("pd-caching-3",)
 PROMPT = prompt(40)
 ANSWER = 30
 NAMES = ("r", "other")
+ENDS = (FinishReason.CANCELLED, FinishReason.STOP)
 
 Cancel = Callable[[], None]
 Situation = Callable[[Pair, Cancel], Awaitable[None]]
@@ -208,17 +210,18 @@ CASES = (
 )
 
 
-@pytest.mark.parametrize(
-    ("reason", "d_first"),
-    [(FinishReason.CANCELLED, False), (FinishReason.CANCELLED, True), (FinishReason.STOP, False)],
-    ids=["cancelled", "cancelled-d-first", "stopped"],
-)
-@pytest.mark.parametrize(
-    ("case", "phases"),
-    [pytest.param(case, row, id=f"{case.name}-{row}") for case in CASES for row in case.rows],
-)
+def endings() -> Iterator[Any]:
+    """Every case in every row, stopped and cancelled; where both instances know of it, in either order."""
+    for case in CASES:
+        orders = [False, True] if case.rows in (HANDING_OVER, FLOWING_BACK) else [False]
+        for row, reason, d_first in itertools.product(case.rows, ENDS, orders):
+            text = f"{case.name}-{row}-{reason}{'-d-first' * d_first}"
+            yield pytest.param(case, row, reason, d_first, id=text)
+
+
+@pytest.mark.parametrize(("case", "phases", "reason", "d_first"), endings())
 def test_an_end_from_outside_gives_all_blocks_back(
-    case: Case, phases: str, reason: FinishReason, *, d_first: bool
+    case: Case, phases: str, reason: FinishReason, d_first: bool
 ) -> None:
     async def scenario() -> None:
         async with pair(phases, **case.options) as both:

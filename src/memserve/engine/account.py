@@ -42,6 +42,11 @@ class PromptAccount:
         self._block_tokens = block_tokens
         self._sources = np.full(length // block_tokens, Source.OPEN, np.int8)
 
+    @property
+    def cached_blocks(self) -> int:
+        """Blocks that were found and not computed here."""
+        return int(np.count_nonzero(self._sources > Source.COMPUTED))
+
     def find(self, origins: NDArray[np.uint8], tiers: NDArray[np.uint8]) -> None:
         """The first blocks are used as found: uint8[n] each, who computed them and where they lay."""
         found = np.where(tiers == Tier.DEVICE, _BY_ORIGIN[origins], _BY_TIER[tiers])

@@ -32,7 +32,9 @@ from memserve.core.types import (
 )
 from memserve.engine.batcher import Batcher, Chunk, work_of
 from memserve.engine.carrier import Carrier
+from memserve.engine.head_start import HeadStarts
 from memserve.engine.journeys import Journeys
+from memserve.engine.overlap import Overlap
 from memserve.engine.phases import Handoff, Phases
 from memserve.engine.runners.base import Runner
 from memserve.engine.sampling import SampledToken
@@ -77,6 +79,7 @@ class Engine:
         vocabulary: int,
         clock: Clock,
         emit: Callable[[Message], None],
+        overlap: Overlap = Overlap.AUTO,
     ) -> None:
         if pool.layout.arrangement is not Arrangement.AGGREGATED:
             raise ConfigError(
@@ -89,8 +92,16 @@ class Engine:
         self._batcher = batcher
         self._phases = phases
         self._blocks = SequenceBlocks(pool, phases, batcher.pace.times, clock)
+        self._heads = HeadStarts(instance, runner, phases, carrier, batcher.pace.times, overlap)
         self._journeys = Journeys(
-            instance, phases, carrier, release=self._release, trace=self._trace, emit=emit
+            instance,
+            phases,
+            carrier,
+            self._heads,
+            clock,
+            release=self._release,
+            trace=self._trace,
+            emit=emit,
         )
         self._context = context
         self._vocabulary = vocabulary
@@ -114,7 +125,7 @@ class Engine:
     def counters(self) -> Mapping[str, float]:
         """What has been done so far, for metrics."""
         own = {"steps": float(self._steps), "shared_prefills": float(self._shared)}
-        return {**own, **self._blocks.counters()}
+        return {**own, **self._blocks.counters(), **self._heads.counters()}
 
     def submit(self, message: Submit) -> None:
         """Queue a new request; a bad one is answered with a ``RequestError``."""
@@ -185,15 +196,17 @@ class Engine:
                 await self._sleep()
                 continue
             self._stepping = frozenset(chunk.sequence for chunk in chunks)
-            work, started = work_of(chunks), self._clock.now()
+            work, started, signal = work_of(chunks), self._clock.now(), self._heads.begin_step(chunks)
             try:
-                sampled = await loop.run_in_executor(self._thread, compute_step, self._runner, chunks)
+                sampled = await loop.run_in_executor(self._thread, compute_step, self._runner, chunks, signal)
             except Exception as error:
                 log.exception("a forward pass failed")
                 self._stepping = frozenset()
                 self._fail_step(chunks, error)
+                self._heads.end_step()
                 continue
             self._stepping = frozenset()
+            self._heads.end_step()
             self._steps += 1
             self._batcher.pace.times.learn(work, self._clock.now() - started)
             self._apply(chunks, sampled)
@@ -210,6 +223,7 @@ class Engine:
         """Cancel what is under way and give all blocks back. Call after ``run`` has been cancelled."""
         await asyncio.get_running_loop().run_in_executor(None, self._thread.shutdown)
         await self._journeys.close()
+        await self._heads.close()
         for sequence in list(self._batcher):
             self._batcher.remove(sequence)
             self._release(sequence)
@@ -291,6 +305,7 @@ class Engine:
                 self._blocks_came_free()
 
     def _release(self, sequence: Sequence) -> None:
+        self._heads.call_off(sequence.request)
         self._blocks.release(sequence)
         self._blocks_came_free()
 

@@ -9,10 +9,12 @@ import asyncio
 import logging
 from collections.abc import Callable, Coroutine
 
+from memserve.core.clock import Clock
 from memserve.core.errors import MemServeError
 from memserve.core.messages import Message, RequestClosed, RequestError
 from memserve.core.types import FinishReason, InstanceId, RequestId
-from memserve.engine.carrier import Carrier
+from memserve.engine.carrier import Carrier, Delivered
+from memserve.engine.head_start import HeadStarts
 from memserve.engine.phases import Handoff, Phases
 from memserve.engine.sequence import Sequence
 
@@ -32,6 +34,8 @@ class Journeys:
         instance: InstanceId,
         phases: Phases,
         carrier: Carrier,
+        heads: HeadStarts,
+        clock: Clock,
         *,
         release: Callable[[Sequence], None],
         trace: Callable[[Sequence, str, str], None],
@@ -40,6 +44,8 @@ class Journeys:
         self._instance = instance
         self._phases = phases
         self._carrier = carrier
+        self._heads = heads
+        self._clock = clock
         self._release = release
         self._trace = trace
         self._emit = emit
@@ -49,7 +55,7 @@ class Journeys:
     def hand_over(self, sequence: Sequence) -> None:
         """P to D. When it cannot be done the request fails; the prompt's KV stays here for the next try."""
         self._handing_over.add(sequence.request)
-        self._depart(sequence, self._hand_over(sequence))
+        self._depart(sequence, self._hand_over(sequence, self._heads.take(sequence)))
 
     def send_back(self, sequence: Sequence) -> None:
         """D to P. When it cannot be done the next turn computes a little more; nobody is told."""
@@ -60,15 +66,20 @@ class Journeys:
         journey = self._departed.get(request)
         # After a stop an answer's KV is still worth moving; a prompt that nobody decodes any more is not.
         if journey is not None and (reason is FinishReason.CANCELLED or request in self._handing_over):
-            journey.cancel()
+            self._stop(request, journey)
         return journey is not None
 
     async def close(self) -> None:
         """End all journeys, however far they have come."""
-        under_way = list(self._departed.values())
-        for journey in under_way:
+        under_way = dict(self._departed)
+        for request, journey in under_way.items():
+            self._stop(request, journey)
+        await asyncio.gather(*under_way.values(), return_exceptions=True)
+
+    def _stop(self, request: RequestId, journey: asyncio.Task[RequestClosed | None]) -> None:
+        # Where it had a head start, that ends first: what it holds is free before the request is closed.
+        if not self._heads.call_off(request):
             journey.cancel()
-        await asyncio.gather(*under_way, return_exceptions=True)
 
     def _depart(self, sequence: Sequence, journey: Journey) -> None:
         task = asyncio.get_running_loop().create_task(journey)
@@ -87,14 +98,20 @@ class Journeys:
         if closed is not None:
             self._emit(closed)
 
-    async def _hand_over(self, sequence: Sequence) -> RequestClosed | None:
-        with_insert = self._phases.handoff is Handoff.TRANSFER_WITH_INSERT
+    async def _hand_over(
+        self, sequence: Sequence, under_way: asyncio.Task[Delivered] | None
+    ) -> RequestClosed | None:
+        with_insert, started = self._phases.handoff is Handoff.TRANSFER_WITH_INSERT, self._clock.now()
         try:
-            await self._carrier.hand_over(sequence, with_insert=with_insert)
+            if under_way is None:
+                done = await self._carrier.hand_over(sequence, with_insert=with_insert)
+            else:
+                done = await under_way
         except MemServeError as error:
             self._emit(RequestError(sequence.request, type(error).__name__, str(error)))
             return RequestClosed(sequence.request, self._instance)
-        self._trace(sequence, "mempool.transfer", "handed over")
+        told = self._heads.record(sequence, done, self._clock.now() - started)
+        self._trace(sequence, "mempool.transfer", told)
         return None
 
     async def _send_back(self, sequence: Sequence) -> RequestClosed:

@@ -31,6 +31,7 @@ from memserve.engine.batcher import Batcher
 from memserve.engine.carrier import PoolCarrier
 from memserve.engine.engine import Engine
 from memserve.engine.models.tiny import tiny_weights
+from memserve.engine.overlap import Overlap
 from memserve.engine.phases import PHASES, Handoff
 from memserve.engine.runners.base import ForwardBatch
 from memserve.engine.runners.reference import ReferenceRunner
@@ -189,6 +190,7 @@ async def node(
     host_blocks: int = 0,
     step_tokens: int = 64,
     max_running: int = 4,
+    overlap: Overlap = Overlap.AUTO,
 ) -> AsyncIterator[Node]:
     runner, clock, copying = GatedRunner(), MonotonicClock(), Gate()
     on_step: list[Callable[[str], None]] = []
@@ -216,6 +218,7 @@ async def node(
         vocabulary=WEIGHTS.spec.vocabulary,
         clock=clock,
         emit=emit,
+        overlap=overlap,
     )
     endpoint.on_adopt = engine.adopt
     running = asyncio.create_task(engine.run())
@@ -242,6 +245,7 @@ async def pair(
     host_blocks: int = 0,
     step_tokens: int = 64,
     max_running: int = 4,
+    overlap: Overlap = Overlap.AUTO,
 ) -> AsyncIterator[Pair]:
     made: list[Pair] = []
 
@@ -249,11 +253,12 @@ async def pair(
         made[0].said.append(message)
         made[0].heard.set()
 
-    more = {
+    more: dict[str, Any] = {
         "timeout": timeout,
         "host_blocks": host_blocks,
         "step_tokens": step_tokens,
         "max_running": max_running,
+        "overlap": overlap,
     }
     async with AsyncExitStack() as stack:
         p = await stack.enter_async_context(node(P, Role.PREFILL, phases, p_blocks, emit, **more))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import itertools
 from collections.abc import Awaitable, Callable, Iterator
@@ -13,12 +14,14 @@ import pytest
 
 from integration.engine.pair import SPACE, D, Node, Pair, pair, prompt, run
 from memserve.core.types import FinishReason, Tokens
+from memserve.engine.overlap import Overlap
 from memserve.engine.phases import PHASES
 from memserve.mempool.stats import AbortCause
 
 ALL = tuple(PHASES)
 REUSING = ("pd-caching-1", "pd-caching-2", "pd-caching-3", "colocated")
 HANDING_OVER = ("pd-basic", "pd-caching-1", "pd-caching-2", "pd-caching-3")
+OVERLAPPING = ("pd-basic", "pd-caching-3")
 FLOWING_BACK = ("pd-caching-3",)
 PROMPT = prompt(40)
 ANSWER = 30
@@ -194,10 +197,24 @@ CASES = (
     Case("waiting for another prefill", waiting_for_another_prefill, REUSING, {"step_tokens": 16}),
     Case("waiting for room on D", waiting_for_room_on_d, HANDING_OVER, {"timeout": 1000.0}),
     *(
-        Case(f"handing over, {step}", functools.partial(handing_over, step=step), HANDING_OVER)
+        Case(
+            f"handing over with overlap {overlap}, {step}",
+            functools.partial(handing_over, step=step),
+            HANDING_OVER if overlap is Overlap.NONE else OVERLAPPING,
+            {"overlap": overlap, "step_tokens": 16 if overlap is Overlap.CHUNKS else 64},
+        )
+        for overlap in (Overlap.NONE, Overlap.WHOLE, Overlap.LAYERS, Overlap.CHUNKS)
         for step in STEPS
     ),
-    Case("copying to D", copying_to_d, HANDING_OVER),
+    *(
+        Case(
+            f"copying to D with overlap {overlap}",
+            copying_to_d,
+            HANDING_OVER if overlap is Overlap.NONE else OVERLAPPING,
+            {"overlap": overlap, "step_tokens": 16},
+        )
+        for overlap in (Overlap.NONE, Overlap.LAYERS, Overlap.CHUNKS)
+    ),
     Case("queued on D", queued_on_d, HANDING_OVER, {"max_running": 1}),
     Case("decoding", decoding),
     Case("preempted", preempted),
@@ -213,13 +230,13 @@ CASES = (
 def endings() -> Iterator[Any]:
     """Every case in every row, stopped and cancelled; where both instances know of it, in either order."""
     for case in CASES:
-        orders = [False, True] if case.rows in (HANDING_OVER, FLOWING_BACK) else [False]
+        orders = [False, True] if set(case.rows) <= set(HANDING_OVER) else [False]
         for row, reason, d_first in itertools.product(case.rows, ENDS, orders):
             text = f"{case.name}-{row}-{reason}{'-d-first' * d_first}"
             yield pytest.param(case, row, reason, d_first, id=text)
 
 
-@pytest.mark.parametrize(("case", "phases", "reason", "d_first"), endings())
+@pytest.mark.parametrize(("case", "phases", "reason", "d_first"), list(endings()))
 def test_an_end_from_outside_gives_all_blocks_back(
     case: Case, phases: str, reason: FinishReason, d_first: bool
 ) -> None:
@@ -250,6 +267,39 @@ def test_an_end_by_itself_gives_all_blocks_back(phases: str, end: str) -> None:
             await check_what_is_kept(both)
 
     run(scenario())
+
+
+def test_blocks_that_were_on_their_way_when_their_owner_was_preempted_are_not_published() -> None:
+    long = prompt(150)
+
+    async def scenario() -> None:
+        async with pair(p_blocks=12, step_tokens=16, overlap=Overlap.CHUNKS) as both:
+            # The first hand-over opens the link, so that the next ones begin at once.
+            both.ask("warm", prompt(20, 8), 2)
+            await both.closed("warm")
+            # "other" decodes on P and needs its third block while "r" is being computed and sent ahead.
+            both.decode_on = None
+            both.ask("other", prompt(26, 9), 12)
+            await both.until(lambda: bool(both.answer("other")))
+            both.decode_on = D
+            both.p.copying.close()
+            both.ask("r", long, ANSWER)
+            await both.spin(lambda: both.p.copying.held >= 1 and unplaced(both.p))
+            overwrite_what_is_free(both.p)
+            both.p.copying.open()
+            await both.closed("r")
+            assert both.answer("r") == await answer_alone(long)
+            await settle(both)
+
+    run(scenario())
+
+
+def overwrite_what_is_free(node: Node) -> None:
+    stats = node.pool.stats()
+    taken = node.pool.alloc_mem(stats.free + stats.historical)
+    for pointer in node.pool.pointers(taken).tolist():
+        ctypes.memset(pointer, 0x3C, node.pool.layout.block_bytes)
+    node.pool.free_mem(taken)
 
 
 def unplaced(node: Node) -> bool:

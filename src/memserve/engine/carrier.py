@@ -56,10 +56,10 @@ class Carrier(Protocol):
         """Give a prefilled sequence to ``sequence.decode_on``. Raises ``MemServeError`` if it stays here."""
         ...
 
-    async def send_ahead(self, sequence: Sequence, blocks: int) -> int:
+    async def send_ahead(self, sequence: Sequence, blocks: int) -> Transferred:
         """Publish the first ``blocks`` blocks, which are computed, on ``sequence.decode_on``.
 
-        Returns how many it lacked. Raises ``MemServeError``.
+        Raises ``MemServeError``.
         """
         ...
 
@@ -95,15 +95,14 @@ class PoolCarrier:
             await head.adoption
         return Delivered(Overlap.NONE, await self._send_late(sequence, with_insert=with_insert))
 
-    async def send_ahead(self, sequence: Sequence, blocks: int) -> int:
+    async def send_ahead(self, sequence: Sequence, blocks: int) -> Transferred:
         assert sequence.decode_on is not None and sequence.addrs is not None
-        done = await self._pool.transfer_with_insert(
+        return await self._pool.transfer_with_insert(
             sequence.decode_on,
             sequence.buffer[: blocks * self._pool.layout.block_tokens],
             sequence.addrs[:blocks],
             sequence.namespace,
         )
-        return done.sent
 
     async def _send_early(self, sequence: Sequence, head: HeadStart, *, with_insert: bool) -> Transferred:
         return await self._send(
@@ -171,7 +170,7 @@ class NoPeers:
     ) -> Delivered:
         raise PeerLost(f"{sequence.decode_on} is unknown to an instance without peers")
 
-    async def send_ahead(self, sequence: Sequence, blocks: int) -> int:
+    async def send_ahead(self, sequence: Sequence, blocks: int) -> Transferred:
         raise PeerLost(f"{sequence.decode_on} is unknown to an instance without peers")
 
     async def send_back(self, sequence: Sequence) -> int:

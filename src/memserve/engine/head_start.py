@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -47,7 +46,7 @@ class _Started:
 
 @dataclass(slots=True)
 class _Ahead:
-    """What has gone of a prompt's finished chunks: ``blocks`` in all, and a transfer under way."""
+    """What has gone or is going of a prompt's finished chunks: ``blocks`` in all, and the transfer under way."""
 
     blocks: int = 0
     refused: bool = False
@@ -141,8 +140,8 @@ class HeadStarts:
         """A hand-over has ended ``tail`` seconds after the first token. Returns what to tell of it."""
         self._counts[done.overlap] += 1
         sent = done.transferred
-        if done.overlap is not Overlap.NONE and sequence.decode_on is not None:
-            self._costs_of(sequence.decode_on).learn(done.overlap, sent.bytes, tail=tail, work=sent.seconds)
+        if done.overlap is not Overlap.NONE:
+            self._costs_of(sequence).learn(done.overlap, sent.bytes, tail=tail, work=sent.seconds)
         ahead = self._ahead.get(sequence.request, _Ahead()).blocks
         return (
             f"handed over: overlap {done.overlap.value}, {ahead} blocks ahead, then {sent.sent} of "
@@ -184,10 +183,8 @@ class HeadStarts:
         if self._overlap is not Overlap.AUTO:
             return self._overlap
         sequence = chunk.sequence
-        assert sequence.decode_on is not None, "who is handed over has somewhere to go"
         seconds = self._times.prefill_seconds(sequence.computed, chunk.count)
-        busy = min(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
-        return self._costs_of(sequence.decode_on).choose(size, seconds, busy)
+        return self._costs_of(sequence).choose(size, seconds)
 
     def _gone(self, sequence: Sequence) -> int:
         """Blocks that the peer has: sent ahead, and probably what of a chat was cached here."""
@@ -204,27 +201,29 @@ class HeadStarts:
         blocks = sequence.computed // self._layout.block_tokens
         if ahead.refused or ahead.task is not None or not self._pays_ahead(chunk, blocks):
             return
-        ahead.task = asyncio.get_running_loop().create_task(self._publish_ahead(sequence, ahead, blocks))
+        publishing = self._publish_ahead(sequence, ahead, ahead.blocks)
+        ahead.blocks = blocks
+        ahead.task = asyncio.get_running_loop().create_task(publishing)
 
     def _pays_ahead(self, chunk: Chunk, blocks: int) -> bool:
         sequence = chunk.sequence
         fresh = blocks - self._gone(sequence)
         if fresh <= 0 or self._overlap is Overlap.CHUNKS:
             return fresh > 0
-        assert sequence.decode_on is not None, "who is handed over has somewhere to go"
         rest = sequence.pending - chunk.count
         # The last chunk is what hides best: it is the only one after which nothing else is left to do.
         last = (rest - 1) % chunk.count + 1 if rest else 0
         left = self._times.prefill_seconds(sequence.prompt_length - last, last)
-        return self._costs_of(sequence.decode_on).pays_ahead(fresh * self._layout.block_bytes, left)
+        return self._costs_of(sequence).pays_ahead(fresh * self._layout.block_bytes, left)
 
-    async def _publish_ahead(self, sequence: Sequence, ahead: _Ahead, blocks: int) -> None:
+    async def _publish_ahead(self, sequence: Sequence, ahead: _Ahead, before: int) -> None:
         try:
-            self._ahead_blocks += await self._carrier.send_ahead(sequence, blocks)
-            ahead.blocks = blocks
+            sent = await self._carrier.send_ahead(sequence, ahead.blocks)
+            self._ahead_blocks += sent.sent
+            self._costs_of(sequence).learn_ahead(sent.bytes, sent.seconds)
         except MemServeError as error:
             # The hand-over itself will try again, and say what is wrong if it still is.
-            ahead.refused = True
+            ahead.refused, ahead.blocks = True, before
             log.info("blocks of %s did not go ahead: %s", sequence.request, error)
         ahead.task = None
 
@@ -242,8 +241,9 @@ class HeadStarts:
             if ready > started.head.ready.layers:
                 started.head.ready.open(ready)
 
-    def _costs_of(self, peer: InstanceId) -> HandoffCosts:
-        return self._costs.setdefault(peer, HandoffCosts())
+    def _costs_of(self, sequence: Sequence) -> HandoffCosts:
+        assert sequence.decode_on is not None, "who is handed over has somewhere to go"
+        return self._costs.setdefault(sequence.decode_on, HandoffCosts())
 
     def _end(self, task: asyncio.Task[Delivered] | asyncio.Task[None]) -> None:
         task.cancel()

@@ -49,8 +49,8 @@ class _Way:
 class HandoffCosts:
     """What handing over to one peer has cost, whole and by layer.
 
-    *Tail* is what a request waits for: from its first token to the publication. *Work* is what the transfer
-    takes of processors and links, hidden or not.
+    *Tail* is what a request waits for: from its first token to the publication. *Work* is how long a transfer
+    is on its way, hidden or not. Both are measured, so the load on processors and links is in them.
     """
 
     def __init__(self) -> None:
@@ -68,18 +68,18 @@ class HandoffCosts:
         taken.work.learn(amounts, work)
         other.tail.learn(amounts, other.tail.predict(amounts) * _RETRY)
 
-    def choose(self, size: int, step_seconds: float, busy: float) -> Overlap:
-        """``WHOLE`` or ``LAYERS`` for ``size`` bytes, of which the layers are computed in ``step_seconds``.
+    def learn_ahead(self, size: int, work: float) -> None:
+        """``size`` bytes of whole blocks have taken so long while others were computed."""
+        self._whole.work.learn((1, size), work)
 
-        ``busy`` is the share of the processors that have other work: there a transfer's work slows others.
-        """
-        whole, layers = self._whole.work.predict((1, size)), self._layers.work.predict((1, size))
-        if whole < SHORT_SECONDS:
+    def choose(self, size: int, step_seconds: float) -> Overlap:
+        """``WHOLE`` or ``LAYERS`` for ``size`` bytes, whose last layers are computed in ``step_seconds``."""
+        amounts = (1, size)
+        if self._whole.work.predict(amounts) < SHORT_SECONDS:
             return Overlap.WHOLE
-        late = max(0.0, layers - step_seconds)
-        cost_whole = self._whole.tail.predict((1, size)) + busy * whole
-        cost_layers = self._layers.tail.predict((1, size)) + late + busy * layers
-        return Overlap.LAYERS if cost_layers < cost_whole else Overlap.WHOLE
+        late = self._layers.work.predict(amounts) - step_seconds
+        layers = max(self._layers.tail.predict(amounts), late)
+        return Overlap.LAYERS if layers < self._whole.tail.predict(amounts) else Overlap.WHOLE
 
     def pays_ahead(self, size: int, left_seconds: float) -> bool:
         """Whether ``size`` bytes that are computed go now, with ``left_seconds`` of prefill to come.

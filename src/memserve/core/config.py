@@ -169,6 +169,12 @@ def check_config(config: Config) -> Config:
     _require(0 <= server.port <= 65535, "server.port", server.port, "0 (any free port) to 65535")
     _require(server.max_body >= 1024, "server.max_body", server.max_body, "at least 1024 bytes")
     _require(server.max_waiting >= 1, "server.max_waiting", server.max_waiting, "at least 1")
+    _require(
+        server.request_timeout > 0,
+        "server.request_timeout",
+        server.request_timeout,
+        "a positive number of seconds",
+    )
     for name in ("heartbeat", "dead_after", "start_timeout"):
         value = getattr(cluster, name)
         _require(value > 0, f"cluster.{name}", value, "a positive number of seconds")

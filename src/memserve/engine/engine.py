@@ -25,6 +25,7 @@ from memserve.core.messages import (
 from memserve.core.types import (
     FinishReason,
     InstanceId,
+    Ledger,
     RequestId,
     Tokens,
     unpack_tokens,
@@ -337,11 +338,10 @@ class Engine:
             (result.token,),
             (result.logprob,) if result.logprob is not None else (),
             finish,
-            None if sequence.ledger_sent else sequence.ledger,
+            self._blocks.settle_account(sequence),
         )
-        sequence.ledger_sent = True
         if first:
-            self._trace(sequence, "engine.prefill", "prefilled")
+            self._trace(sequence, "engine.prefill", "prefilled", chunk.ledger)
             self._blocks.publish(sequence)
             self._trace(sequence, "mempool.insert", "insert")
         self._emit(chunk)
@@ -399,9 +399,9 @@ class Engine:
                 field="max_tokens",
             )
 
-    def _trace(self, sequence: Sequence, room: str, event: str) -> None:
+    def _trace(self, sequence: Sequence, room: str, event: str, ledger: Ledger | None = None) -> None:
         if sequence.trace:
-            self._emit(Trace(sequence.request, self._instance, room, event, self._clock.now()))
+            self._emit(Trace(sequence.request, self._instance, room, event, self._clock.now(), ledger))
 
 
 _MISSING = object()

@@ -189,8 +189,8 @@ class HeadStarts:
     def _gone(self, sequence: Sequence) -> int:
         """Blocks that the peer has: sent ahead, and probably what of a chat was cached here."""
         ahead = self._ahead.get(sequence.request)
-        cached = 0 if sequence.ledger is None else sequence.prompt_length - sequence.ledger.computed
-        return max(cached // self._layout.block_tokens, 0 if ahead is None else ahead.blocks)
+        cached = 0 if sequence.account is None else sequence.account.cached_blocks
+        return max(cached, 0 if ahead is None else ahead.blocks)
 
     def _send_ahead(self, chunk: Chunk) -> None:
         """Have the blocks of finished chunks go while this one is computed, where that is wanted."""

@@ -50,9 +50,11 @@ class Journeys:
         self._trace = trace
         self._emit = emit
         self._departed: dict[RequestId, asyncio.Task[RequestClosed | None]] = {}
+        self._handing_over: set[RequestId] = set()
 
     def hand_over(self, sequence: Sequence) -> None:
         """P to D. When it cannot be done the request fails; the prompt's KV stays here for the next try."""
+        self._handing_over.add(sequence.request)
         self._depart(sequence, self._hand_over(sequence, self._heads.take(sequence)))
 
     def send_back(self, sequence: Sequence) -> None:
@@ -62,8 +64,8 @@ class Journeys:
     def cancel(self, request: RequestId, reason: FinishReason) -> bool:
         """End a request's journey early, if it is on one; whether it is."""
         journey = self._departed.get(request)
-        # After a stop the KV is still worth moving; after a disconnect nobody waits for it.
-        if journey is not None and reason is FinishReason.CANCELLED:
+        # After a stop an answer's KV is still worth moving; a prompt that nobody decodes any more is not.
+        if journey is not None and (reason is FinishReason.CANCELLED or request in self._handing_over):
             self._stop(request, journey)
         return journey is not None
 
@@ -88,6 +90,7 @@ class Journeys:
     def _arrive(self, sequence: Sequence, journey: asyncio.Task[RequestClosed | None]) -> None:
         """However a journey ended: let go of the blocks, and close the request unless it goes on at D."""
         del self._departed[sequence.request]
+        self._handing_over.discard(sequence.request)
         self._release(sequence)
         closed: RequestClosed | None = RequestClosed(sequence.request, self._instance)
         if not journey.cancelled():

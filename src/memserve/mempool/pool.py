@@ -361,6 +361,7 @@ class MemPool(LocalPool):
         """For the transport: a transfer was published by ``peer``."""
         self._counters.sent += 1
         self._counters.sent_bytes += done.bytes
+        self._counters.spared_bytes += done.held * self.layout.block_bytes
         self._traffic.count(peer, done)
 
     def stats(self) -> PoolStats:

@@ -22,11 +22,13 @@ from memserve.cluster.membership import (
     MemberLost,
     MemberReady,
     MemberRecovered,
+    MemberRoleChanged,
     MembersChanged,
     Membership,
     MemberSuspected,
     MemberView,
     ProcessExited,
+    RoleChanged,
     Tick,
 )
 from memserve.core.clock import Clock
@@ -41,9 +43,10 @@ from memserve.core.messages import (
     Members,
     Message,
     Ready,
+    SetRole,
     Shutdown,
 )
-from memserve.core.types import InstanceId
+from memserve.core.types import InstanceId, Role
 from memserve.wire import Connection, listen
 
 log = logging.getLogger(__name__)
@@ -59,6 +62,8 @@ class ClusterListener(Protocol):
     def on_suspected(self, instance: InstanceId) -> None: ...
 
     def on_recovered(self, instance: InstanceId) -> None: ...
+
+    def on_role_changed(self, member: Member) -> None: ...
 
     def on_lost(self, instance: InstanceId, reason: str) -> None: ...
 
@@ -135,6 +140,13 @@ class ClusterManager:
         """Ask an instance; see :meth:`Connection.call`."""
         return await self._connection(instance).call(message, timeout)
 
+    async def set_role(self, instance: InstanceId, role: Role, timeout: float) -> None:
+        """Let an instance do other work; everybody is told once it has agreed. Raises ``PeerLost``."""
+        connection = self._connection(instance)
+        incarnation = self._links[instance].join.incarnation
+        await connection.call(SetRole(role), timeout)
+        self._apply(RoleChanged(instance, incarnation, role))
+
     def process_exited(self, instance: InstanceId, incarnation: int, reason: str) -> None:
         """The launcher saw a child end."""
         self._apply(ProcessExited(instance, incarnation, reason))
@@ -196,6 +208,8 @@ class ClusterManager:
             self._listener.on_suspected(effect.instance)
         elif isinstance(effect, MemberRecovered):
             self._listener.on_recovered(effect.instance)
+        elif isinstance(effect, MemberRoleChanged):
+            self._listener.on_role_changed(effect.member)
         elif isinstance(effect, MemberLost):
             self._lose(effect)
         elif isinstance(effect, MembersChanged):

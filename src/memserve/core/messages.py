@@ -115,6 +115,12 @@ class LoadReport(msgspec.Struct, frozen=True, array_like=True):
     blocks: int = 0
 
 
+class SetRole(Message, frozen=True):
+    """Do this kind of work from now on; answered by ``Ok``. What runs goes on as it was begun."""
+
+    role: Role
+
+
 class Shutdown(Message, frozen=True):
     """Stop now; requests in flight are cancelled."""
 
@@ -398,6 +404,7 @@ ControlMessage = (
     | Ready
     | Members
     | Heartbeat
+    | SetRole
     | Shutdown
     | Submit
     | Cancel

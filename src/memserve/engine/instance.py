@@ -32,8 +32,10 @@ from memserve.core.messages import (
     LoadReport,
     Members,
     Message,
+    Ok,
     RequestError,
     ResizePool,
+    SetRole,
     Shutdown,
     StartFailed,
     Submit,
@@ -120,6 +122,10 @@ class Instance:
             return self._assembled.pool.snapshot()
         if isinstance(message, ResizePool):
             return await self._assembled.resize(message)
+        if isinstance(message, SetRole):
+            # Requests say what is to be done with them, so there is nothing to stop and nothing to wait for.
+            log.info("%s: %s from now on", self._settings.instance, message.role)
+            return Ok()
         raise ProtocolError(f"an instance does not answer {type(message).__name__}")
 
     def on_close(self, connection: Connection, reason: str) -> None:

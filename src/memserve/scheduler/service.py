@@ -67,6 +67,10 @@ class GlobalScheduler:
         """Give it no new request; what it holds stays known."""
         self.state.set_admission(instance, Admission.CLOSED)
 
+    def member_role_changed(self, member: Member) -> None:
+        """Route to it by its new role; what it holds stays known."""
+        self.state.set_role(member.instance, member.role)
+
     def member_lost(self, instance: InstanceId) -> None:
         """Forget it and all it held."""
         self.state.drop_instance(instance)

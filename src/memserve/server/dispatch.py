@@ -164,6 +164,9 @@ class Dispatcher:
     def on_recovered(self, instance: InstanceId) -> None:
         self._scheduler.member_recovered(instance)
 
+    def on_role_changed(self, member: Member) -> None:
+        self._scheduler.member_role_changed(member)
+
     def on_lost(self, instance: InstanceId, reason: str) -> None:
         self._scheduler.member_lost(instance)
         for request, stream in list(self._streams.items()):

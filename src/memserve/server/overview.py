@@ -28,6 +28,7 @@ from memserve.server.backend import (
     TreeView,
 )
 from memserve.server.dispatch import Dispatcher
+from memserve.server.roles import RoleSwitch, missing_legs, unknown_instance
 
 _STATS_SECONDS = 2.0
 _RESIZE_SECONDS = 60.0
@@ -50,6 +51,7 @@ class ClusterOverview:
         self._scheduler = scheduler
         self._config = config
         self._model = model
+        self._roles = RoleSwitch(manager, config.engine.phases)
         self._clock_offset = time.time() - time.monotonic()
 
     def generate(self, request: GenerationRequest) -> AsyncGenerator[Generated, None]:
@@ -72,7 +74,7 @@ class ClusterOverview:
             for view in views
             if view.state is MemberState.DEAD
         )
-        missing = self._missing_roles(views)
+        missing = missing_legs(view.role for view in views if view.state.serves)
         counts = tuple(StateCount(state, count) for state, count in sorted(tally.items()))
         if missing:
             return Health("unavailable", f"no {' and no '.join(missing)} instance is alive", counts, lost)
@@ -100,18 +102,16 @@ class ClusterOverview:
     async def resize(self, instance: str, tier: TierName, memory: int) -> TierSize:
         name = InstanceId(instance)
         if self._manager.link(name) is None:
-            known = ", ".join(link.join.instance for link in self._manager.links())
-            raise InvalidRequest(
-                f"There is no instance {instance!r}; living ones: {known}.",
-                field="instance",
-                code="not_found",
-            )
+            raise unknown_instance(instance, self._manager)
         try:
             resized = await self._manager.call(name, ResizePool(tier, memory), _RESIZE_SECONDS)
         except (ConfigError, InvalidRequest) as error:
             raise InvalidRequest(str(error), field=tier) from error
         assert isinstance(resized, PoolResized)
         return TierSize(tier, resized.blocks, resized.blocks * resized.block_bytes, resized.draining)
+
+    async def set_role(self, instance: str, role: Role) -> Role:
+        return await self._roles.switch(InstanceId(instance), role)
 
     def _trees(self) -> tuple[TreeView, ...]:
         held = dict.fromkeys(Role, 0)
@@ -127,12 +127,6 @@ class ClusterOverview:
             return None
         assert isinstance(stats, Stats)
         return stats
-
-    def _missing_roles(self, views: tuple[MemberView, ...]) -> list[str]:
-        alive = {view.role for view in views if view.state.serves}
-        if Role.COLOCATED in alive:
-            return []
-        return [role for role in (Role.PREFILL, Role.DECODE) if role not in alive]
 
 
 def _describe(view: MemberView, link: Link | None, stats: Stats | None) -> InstanceView:

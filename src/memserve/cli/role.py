@@ -18,7 +18,7 @@ def role(
         str | None, typer.Option(envvar="MEMSERVE_API_KEY", help="Key that the server asks for.")
     ] = None,
 ) -> None:
-    """Change what an instance does while it runs; requests go on and its cache is kept.
+    """Prefill, decode or both: change it for one of the instances. Requests go on, caches stay.
 
     Requests that it has begun under its old role it finishes.
     """

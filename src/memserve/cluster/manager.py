@@ -19,6 +19,8 @@ from memserve.cluster.membership import (
     Event,
     Heard,
     Joined,
+    LeaveRequested,
+    MemberDraining,
     MemberLost,
     MemberReady,
     MemberRecovered,
@@ -38,6 +40,7 @@ from memserve.core.messages import (
     ControlMessage,
     Heartbeat,
     Join,
+    Leave,
     LoadProgress,
     Member,
     Members,
@@ -62,6 +65,8 @@ class ClusterListener(Protocol):
     def on_suspected(self, instance: InstanceId) -> None: ...
 
     def on_recovered(self, instance: InstanceId) -> None: ...
+
+    def on_draining(self, instance: InstanceId) -> None: ...
 
     def on_role_changed(self, member: Member) -> None: ...
 
@@ -190,6 +195,8 @@ class ClusterManager:
         elif isinstance(message, Ready):
             link.ready = message
             self._apply(BecameReady(message.instance, link.join.incarnation, message.peer_address))
+        elif isinstance(message, Leave):
+            self._apply(LeaveRequested(link.join.instance))
         else:
             self._listener.on_message(link.join.instance, message)
 
@@ -208,6 +215,8 @@ class ClusterManager:
             self._listener.on_suspected(effect.instance)
         elif isinstance(effect, MemberRecovered):
             self._listener.on_recovered(effect.instance)
+        elif isinstance(effect, MemberDraining):
+            self._listener.on_draining(effect.instance)
         elif isinstance(effect, MemberRoleChanged):
             self._listener.on_role_changed(effect.member)
         elif isinstance(effect, MemberLost):

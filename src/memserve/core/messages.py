@@ -59,6 +59,12 @@ class Join(Message, frozen=True):
     pid: int
 
 
+class Leave(Message, frozen=True):
+    """The instance has been told to end: no new request for it, and ``Shutdown`` when it has none left."""
+
+    instance: InstanceId
+
+
 class LoadProgress(Message, frozen=True):
     """What an instance is doing before it is ready, for people: a stage's name and 0..1."""
 
@@ -399,6 +405,7 @@ ControlMessage = (
     Ok
     | Failed
     | Join
+    | Leave
     | LoadProgress
     | StartFailed
     | Ready

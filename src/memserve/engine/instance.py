@@ -28,6 +28,7 @@ from memserve.core.messages import (
     GetSnapshot,
     GetStats,
     Join,
+    Leave,
     LoadProgress,
     LoadReport,
     Members,
@@ -61,6 +62,7 @@ class Instance:
         self._stopped = asyncio.Event()
         self._load = LoadReport()
         self._members: Members | None = None
+        self._leaving = False
 
     async def run(self) -> None:
         """Serve until told to stop or left alone. Raises ``MemServeError`` when it cannot start."""
@@ -97,6 +99,15 @@ class Instance:
 
     def stop(self) -> None:
         self._stopped.set()
+
+    def leave(self) -> None:
+        """Ask the server for leave and go on until it is given; at once when there is nothing to finish."""
+        if self._assembled is None or self._leaving:
+            self.stop()
+            return
+        self._leaving = True
+        self._emit(Leave(self._settings.instance))
+        asyncio.get_running_loop().call_later(self._settings.config.cluster.leave_timeout, self.stop)
 
     # --- control messages ---
 
@@ -209,7 +220,7 @@ def run_from_stdin() -> int:
 async def _run(settings: InstanceSettings) -> None:
     instance = Instance(settings)
     for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, instance.stop)
+        asyncio.get_running_loop().add_signal_handler(number, instance.leave)
     await instance.run()
 
 

@@ -295,6 +295,11 @@ class SchedulerState:
         for state, work in self._bookings.pop(request, []):
             state.unbook(work)
 
+    def is_booked(self, instance: InstanceId) -> bool:
+        """Whether work is booked on an instance; unknown ones have none."""
+        state = self._instances.get(instance)
+        return state is not None and any(state.booked)
+
     def check(self) -> None:
         """Raise ``AssertionError`` if trees or bookings contradict the instances. Costs a full pass."""
         booked = {state.instance: _NO_WORK for state in self._instances.values()}

@@ -28,7 +28,7 @@ from memserve.server.backend import (
     TreeView,
 )
 from memserve.server.dispatch import Dispatcher
-from memserve.server.roles import RoleSwitch, missing_legs, unknown_instance
+from memserve.server.roles import RoleSwitch, missing_legs, require_ready
 
 _STATS_SECONDS = 2.0
 _RESIZE_SECONDS = 60.0
@@ -74,13 +74,16 @@ class ClusterOverview:
             for view in views
             if view.state is MemberState.DEAD
         )
-        missing = missing_legs(view.role for view in views if view.state.serves)
         counts = tuple(StateCount(state, count) for state, count in sorted(tally.items()))
+        missing = missing_legs(view.role for view in views if view.state.serves)
+        loading = [view.instance for view in views if view.state is MemberState.JOINING]
+        coming = f"; starting: {', '.join(loading)}" if loading else ""
         if missing:
-            return Health("unavailable", f"no {' and no '.join(missing)} instance is alive", counts, lost)
-        if lost:
-            names = ", ".join(entry.instance for entry in lost)
-            return Health("degraded", f"serving without {names}", counts, lost)
+            text = f"no {' and no '.join(missing)} instance is alive{coming}"
+            return Health("unavailable", text, counts, lost)
+        if lost or loading:
+            names = ", ".join(sorted([*loading, *(entry.instance for entry in lost)]))
+            return Health("degraded", f"serving without {names}{coming}", counts, lost)
         return Health("ok", "all instances are ready", counts, lost)
 
     async def cluster(self) -> ClusterView:
@@ -101,8 +104,7 @@ class ClusterOverview:
 
     async def resize(self, instance: str, tier: TierName, memory: int) -> TierSize:
         name = InstanceId(instance)
-        if self._manager.link(name) is None:
-            raise unknown_instance(instance, self._manager)
+        require_ready(name, self._manager)
         try:
             resized = await self._manager.call(name, ResizePool(tier, memory), _RESIZE_SECONDS)
         except (ConfigError, InvalidRequest) as error:
@@ -121,6 +123,9 @@ class ClusterOverview:
         return tuple(TreeView(role, sizes[role], held[role]) for role in Role if sizes[role] or held[role])
 
     async def _ask(self, instance: InstanceId) -> Stats | None:
+        link = self._manager.link(instance)
+        if link is None or link.ready is None:
+            return None
         try:
             stats = await self._manager.call(instance, GetStats(), _STATS_SECONDS)
         except PeerLost:

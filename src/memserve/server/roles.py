@@ -40,12 +40,9 @@ class RoleSwitch:
             return before
 
     def _require(self, instance: InstanceId, role: Role) -> Role:
-        views = {view.instance: view for view in self._manager.view() if not view.state.gone}
-        if instance not in views:
-            raise unknown_instance(instance, self._manager)
+        require_ready(instance, self._manager)
+        views = {view.instance: view for view in self._manager.view()}
         view = views[instance]
-        if view.state is MemberState.JOINING:
-            raise _conflict(f"{instance} is still loading; try again when `memserve status` calls it ready")
         if view.state is MemberState.DRAINING:
             raise _conflict(f"{instance} is leaving; choose another instance")
         if role is not Role.COLOCATED and self._phases.handoff is Handoff.NONE:
@@ -68,12 +65,18 @@ def missing_legs(roles: Iterable[Role]) -> list[str]:
     return missing
 
 
-def unknown_instance(instance: str, manager: ClusterManager) -> InvalidRequest:
-    """The error for a name that no living instance has."""
-    known = ", ".join(link.join.instance for link in manager.links())
-    return InvalidRequest(
-        f"There is no instance {instance!r}; living ones: {known}.", field="instance", code="not_found"
-    )
+def require_ready(instance: InstanceId, manager: ClusterManager) -> None:
+    """Raise ``InvalidRequest`` unless an instance of this name lives and has been loaded."""
+    link = manager.link(instance)
+    if link is None:
+        known = ", ".join(link.join.instance for link in manager.links())
+        raise InvalidRequest(
+            f"There is no instance {instance!r}; living ones: {known}.", field="instance", code="not_found"
+        )
+    if link.ready is None:
+        raise _conflict(
+            f"{instance} is still loading; try again when `memserve status` calls it ready", "instance"
+        )
 
 
 def _require_both_legs(views: dict[InstanceId, MemberView], instance: InstanceId, role: Role) -> None:
@@ -91,5 +94,5 @@ def _require_both_legs(views: dict[InstanceId, MemberView], instance: InstanceId
         )
 
 
-def _conflict(text: str) -> InvalidRequest:
-    return InvalidRequest(f"{text[:1].upper()}{text[1:]}.", field="role", code="conflict")
+def _conflict(text: str, field: str = "role") -> InvalidRequest:
+    return InvalidRequest(f"{text[:1].upper()}{text[1:]}.", field=field, code="conflict")

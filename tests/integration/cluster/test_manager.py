@@ -62,6 +62,9 @@ class Listener:
     def on_recovered(self, instance: InstanceId) -> None:
         self._tell("recovered", instance)
 
+    def on_draining(self, instance: InstanceId) -> None:
+        self._tell("draining", instance)
+
     def on_role_changed(self, member: Member) -> None:
         self._tell("role", (member.instance, member.role))
 

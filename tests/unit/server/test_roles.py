@@ -7,16 +7,19 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from memserve.cluster.manager import Link
 from memserve.cluster.membership import (
     BecameReady,
     Joined,
     LeaveRequested,
     Membership,
+    MemberState,
     MemberView,
     RoleChanged,
 )
 from memserve.core.config import ClusterConfig
 from memserve.core.errors import InvalidRequest
+from memserve.core.messages import Join, Ready
 from memserve.core.types import InstanceId, Role
 from memserve.server.roles import RoleSwitch, missing_legs
 
@@ -39,8 +42,17 @@ class Members:
     def view(self) -> tuple[MemberView, ...]:
         return self.membership.view()
 
-    def links(self) -> tuple[object, ...]:
-        return ()
+    def links(self) -> tuple[Link, ...]:
+        return tuple(link for view in self.view() if (link := self.link(view.instance)) is not None)
+
+    def link(self, instance: InstanceId) -> Link | None:
+        view = next((view for view in self.view() if view.instance == instance), None)
+        if view is None or view.state.gone:
+            return None
+        join = Join(instance, view.incarnation, view.role, 0)
+        loading = view.state is MemberState.JOINING
+        ready = Ready(instance, f"@{instance}", "m", 512, 16, 64, 4096, "layout", "reference")
+        return Link(join, None, None if loading else ready)  # type: ignore[arg-type]
 
     async def set_role(self, instance: InstanceId, role: Role, timeout: float) -> None:
         await self.agree.wait()

@@ -67,7 +67,11 @@ class EngineConfig(_Section, frozen=True):
 
 
 class ClusterConfig(_Section, frozen=True):
-    """Instances to start here, and how fast silence counts as death (seconds)."""
+    """Instances to start here, and how fast silence counts as death (seconds).
+
+    With ``restart_lost`` an instance that dies is started again, at most ``max_restarts`` times in a row.
+    One that is asked to end finishes what it runs, for at most ``leave_timeout`` seconds.
+    """
 
     prefill: int = 1
     decode: int = 1
@@ -75,6 +79,9 @@ class ClusterConfig(_Section, frozen=True):
     heartbeat: float = 0.25
     dead_after: float = 1.5
     start_timeout: float = 300.0
+    leave_timeout: float = 30.0
+    restart_lost: bool = True
+    max_restarts: int = 5
 
 
 class ServerConfig(_Section, frozen=True):
@@ -175,9 +182,10 @@ def check_config(config: Config) -> Config:
         server.request_timeout,
         "a positive number of seconds",
     )
-    for name in ("heartbeat", "dead_after", "start_timeout"):
+    for name in ("heartbeat", "dead_after", "start_timeout", "leave_timeout"):
         value = getattr(cluster, name)
         _require(value > 0, f"cluster.{name}", value, "a positive number of seconds")
+    _require(cluster.max_restarts >= 0, "cluster.max_restarts", cluster.max_restarts, "0 (never) or more")
     _require(
         cluster.dead_after >= 2 * cluster.heartbeat,
         "cluster.dead_after",

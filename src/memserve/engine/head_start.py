@@ -46,7 +46,7 @@ class _Started:
 
 @dataclass(slots=True)
 class _Ahead:
-    """What has gone or is going of a prompt's finished chunks: ``blocks`` in all, and the transfer under way."""
+    """What has gone or goes of a prompt's finished chunks: ``blocks`` in all, and the transfer under way."""
 
     blocks: int = 0
     refused: bool = False

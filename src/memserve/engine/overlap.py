@@ -12,7 +12,7 @@ from memserve.engine.cost import LinearCost
 
 SHORT_SECONDS = 2e-3
 """A transfer that takes less is not cut into layers: it is over before the calls for them would be."""
-_RETRY = 0.98
+_RETRY = 0.95
 """The way that was not taken counts as having been this much quicker than expected: it is tried again."""
 _HIDDEN = 0.5
 """Of the last chunk's time, what may be planned to hide transfers behind."""
@@ -57,9 +57,16 @@ class HandoffCosts:
         self._whole, self._layers = (
             _Way(LinearCost(tail), LinearCost(work)) for tail, work in zip(_TAIL, _WORK, strict=True)
         )
+        self._linked = False
 
     def learn(self, overlap: Overlap, size: int, *, tail: float, work: float) -> None:
-        """A transfer of ``size`` bytes by ``overlap`` (``WHOLE`` or ``LAYERS``) has taken so many seconds."""
+        """A transfer of ``size`` bytes by ``overlap`` (``WHOLE`` or ``LAYERS``) has taken so many seconds.
+
+        The first of all does not count: it has opened the link and touched pages for the first time.
+        """
+        if not self._linked:
+            self._linked = True
+            return
         amounts = (1, size)
         taken, other = self._whole, self._layers
         if overlap is Overlap.LAYERS:

@@ -6,7 +6,7 @@ import asyncio
 import math
 import threading
 import uuid
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -78,17 +78,22 @@ class Gate:
 
 
 class GatedRunner(ReferenceRunner):
-    """Can be held before each forward pass, and counts rows."""
+    """Can be held before each forward pass, fails at the end of one, and counts rows."""
 
     def __init__(self) -> None:
         super().__init__(WEIGHTS)
         self.gate = Gate()
         self.rows = 0
+        self.fails = False
 
     def forward(self, batch: ForwardBatch, *more: Any) -> NDArray[np.float32]:
         self.gate.pass_through()
         self.rows += len(batch.tokens)
-        return super().forward(batch, *more)
+        logits = super().forward(batch, *more)
+        if self.fails:
+            self.fails = False
+            raise MemoryError("no memory for activations")
+        return logits
 
 
 @dataclass
@@ -137,9 +142,18 @@ class Pair:
         """Where answers are decoded."""
         return self.p if self.decode_on is None else self.d
 
-    def ask(self, name: str, prompt: Tokens, max_tokens: int = 8, stop: tuple[int, ...] = ()) -> None:
+    def ask(
+        self,
+        name: str,
+        prompt: Tokens,
+        max_tokens: int = 8,
+        stop: tuple[int, ...] = (),
+        trace: bool = False,
+    ) -> None:
         sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, stop_token_ids=stop)
-        self.p.engine.submit(Submit(RequestId(name), SPACE, pack_tokens(prompt), sampling, self.decode_on))
+        self.p.engine.submit(
+            Submit(RequestId(name), SPACE, pack_tokens(prompt), sampling, self.decode_on, trace)
+        )
 
     def cancel(self, name: str, reason: FinishReason, nodes: tuple[Node, ...]) -> None:
         """What the server does: tell both, in any order."""
@@ -193,6 +207,7 @@ async def node(
     max_running: int = 4,
     overlap: Overlap = Overlap.AUTO,
     backflow_tokens: int = 256,
+    limits: Mapping[str, float] | None = None,
 ) -> AsyncIterator[Node]:
     runner, clock, copying = GatedRunner(), MonotonicClock(), Gate()
     on_step: list[Callable[[str], None]] = []
@@ -205,7 +220,7 @@ async def node(
                 listener(step)
 
     pool = MemPool(runner.layout, blocks, instance=name, incarnation=1, clock=clock, host_blocks=host_blocks)
-    endpoint = TransferEndpoint(pool, clock, observe=observe)
+    endpoint = TransferEndpoint(pool, clock, observe=observe, **(limits or {}))
     address = f"@memserve-test-{uuid.uuid4().hex}"
     await endpoint.start(address)
     carrier = PoolCarrier(name, pool, clock, timeout=timeout)
@@ -250,6 +265,7 @@ async def pair(
     max_running: int = 4,
     overlap: Overlap = Overlap.AUTO,
     backflow_tokens: int = 256,
+    limits: Mapping[str, float] | None = None,
 ) -> AsyncIterator[Pair]:
     made: list[Pair] = []
 
@@ -264,6 +280,7 @@ async def pair(
         "max_running": max_running,
         "overlap": overlap,
         "backflow_tokens": backflow_tokens,
+        "limits": limits,
     }
     async with AsyncExitStack() as stack:
         p = await stack.enter_async_context(node(P, Role.PREFILL, phases, p_blocks, emit, **more))

@@ -53,6 +53,7 @@ class EngineConfig(_Section, frozen=True):
     ``threads`` 0 means: cores divided by the instances on this machine, at least one.
     ``weights``: ``stored`` keeps what the file has in 4 or 8 bits as it is; ``bf16`` expands it, which takes
     more memory and gives the same answers; ``int8`` also turns 16-bit weights into 8-bit groups.
+    ``backflow_tokens``: a running answer's KV goes back to P at least so much at a time; 0: only at its end.
     ``overlap`` is what of a prompt's way to D goes on while it is computed: see ``engine.overlap.Overlap``.
     """
 
@@ -64,6 +65,7 @@ class EngineConfig(_Section, frozen=True):
     phases: str = "pd-caching-3"
     handoff_timeout: float = 60.0
     overlap: str = "auto"
+    backflow_tokens: int = 256
 
 
 class ClusterConfig(_Section, frozen=True):
@@ -130,6 +132,12 @@ def check_config(config: Config) -> Config:
     cluster, engine, pool, server = config.cluster, config.engine, config.pool, config.server
     _require(engine.phases in PHASES, "engine.phases", engine.phases, f"one of {', '.join(PHASES)}")
     _require(engine.weights in WEIGHTS, "engine.weights", engine.weights, f"one of {', '.join(WEIGHTS)}")
+    _require(
+        engine.backflow_tokens == 0 or engine.backflow_tokens >= pool.block_tokens,
+        "engine.backflow_tokens",
+        engine.backflow_tokens,
+        f"0 (only at the end of an answer), or at least {pool.block_tokens}, a block",
+    )
     _require(engine.overlap in OVERLAPS, "engine.overlap", engine.overlap, f"one of {', '.join(OVERLAPS)}")
     _require(server.policy in POLICIES, "server.policy", server.policy, f"one of {', '.join(POLICIES)}")
     runners = ("native", "reference")

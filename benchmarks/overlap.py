@@ -1,6 +1,6 @@
 """What is gained by handing a prompt over while it is computed: one prefill and one decode instance.
 
-    python benchmarks/overlap.py [--lengths N ...] [--rounds N] [--threads N] [--backend shm|tcp] [--output FILE]
+    python benchmarks/overlap.py [--lengths N ...] [--rounds N] [--threads N] [--backend shm|tcp] [--output F]
 
 Prompts that neither side has seen, each way of overlap in turns. Per prompt: from the first token, sampled on
 P, to the beginning of D's first decode step (``handoff_ms``); time to the first and from there to the second

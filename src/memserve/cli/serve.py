@@ -40,6 +40,7 @@ class ServeOptions:
     target_tpot: float | None = None
     host: str | None = None
     port: int | None = None
+    request_timeout: float | None = None
     api_key: str | None = None
 
 
@@ -63,6 +64,7 @@ def serve(
     target_tpot: options.TargetTpot = None,
     host: options.Host = None,
     port: options.Port = None,
+    request_timeout: options.RequestTimeout = None,
     api_key: options.ApiKey = None,
     config: options.Config = None,
 ) -> None:
@@ -87,6 +89,7 @@ def serve(
         target_tpot=target_tpot,
         host=host,
         port=port,
+        request_timeout=request_timeout,
         api_key=api_key or None,
     )
     try:
@@ -122,6 +125,7 @@ def build_config(said: ServeOptions, file: Path | None) -> Config:
         "server",
         host=said.host,
         port=said.port,
+        request_timeout=said.request_timeout,
         policy=said.policy,
         api_key=said.api_key,
     )

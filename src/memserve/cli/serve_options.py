@@ -139,6 +139,14 @@ Host = Annotated[
 Port = Annotated[
     int | None, typer.Option(help="Port. Default 8000; 0 takes a free one.", rich_help_panel=_HTTP)
 ]
+RequestTimeout = Annotated[
+    float | None,
+    typer.Option(
+        help="Longest time for one answer; what takes longer is cancelled. Default 600.",
+        metavar="SECONDS",
+        rich_help_panel=_HTTP,
+    ),
+]
 ApiKey = Annotated[
     str | None,
     typer.Option(

@@ -12,6 +12,7 @@ from memserve.core.errors import ConfigError
 PHASES = ("pd-basic", "pd-caching-1", "pd-caching-2", "pd-caching-3", "colocated")
 EVICTION = ("hit-density", "lru", "slru", "lfu", "gdsf")
 WEIGHTS = ("stored", "bf16", "int8")
+OVERLAPS = ("auto", "none", "whole", "layers", "chunks")
 POLICIES = ("round-robin", "least-load", "session-id", "prompt-tree")
 
 
@@ -52,6 +53,7 @@ class EngineConfig(_Section, frozen=True):
     ``threads`` 0 means: cores divided by the instances on this machine, at least one.
     ``weights``: ``stored`` keeps what the file has in 4 or 8 bits as it is; ``bf16`` expands it, which takes
     more memory and gives the same answers; ``int8`` also turns 16-bit weights into 8-bit groups.
+    ``overlap`` is what of a prompt's way to D goes on while it is computed: see ``engine.overlap.Overlap``.
     """
 
     step_tokens: int = 512
@@ -61,6 +63,7 @@ class EngineConfig(_Section, frozen=True):
     weights: str = "stored"
     phases: str = "pd-caching-3"
     handoff_timeout: float = 60.0
+    overlap: str = "auto"
 
 
 class ClusterConfig(_Section, frozen=True):
@@ -127,6 +130,7 @@ def check_config(config: Config) -> Config:
     cluster, engine, pool, server = config.cluster, config.engine, config.pool, config.server
     _require(engine.phases in PHASES, "engine.phases", engine.phases, f"one of {', '.join(PHASES)}")
     _require(engine.weights in WEIGHTS, "engine.weights", engine.weights, f"one of {', '.join(WEIGHTS)}")
+    _require(engine.overlap in OVERLAPS, "engine.overlap", engine.overlap, f"one of {', '.join(OVERLAPS)}")
     _require(server.policy in POLICIES, "server.policy", server.policy, f"one of {', '.join(POLICIES)}")
     runners = ("native", "reference")
     _require(config.model.runner in runners, "model.runner", config.model.runner, "native or reference")
@@ -172,6 +176,12 @@ def check_config(config: Config) -> Config:
     _require(0 <= server.port <= 65535, "server.port", server.port, "0 (any free port) to 65535")
     _require(server.max_body >= 1024, "server.max_body", server.max_body, "at least 1024 bytes")
     _require(server.max_waiting >= 1, "server.max_waiting", server.max_waiting, "at least 1")
+    _require(
+        server.request_timeout > 0,
+        "server.request_timeout",
+        server.request_timeout,
+        "a positive number of seconds",
+    )
     for name in ("heartbeat", "dead_after", "start_timeout", "leave_timeout"):
         value = getattr(cluster, name)
         _require(value > 0, f"cluster.{name}", value, "a positive number of seconds")

@@ -183,13 +183,17 @@ class RequestClosed(Message, frozen=True):
 
 
 class Trace(Message, frozen=True):
-    """A traced request entered a room of ``docs/data-path.md``. ``at`` is the sender's monotonic clock, s."""
+    """A traced request entered a room of ``docs/data-path.md``. ``at`` is the sender's monotonic clock, s.
+
+    ``ledger`` comes with the room where the prompt is all there.
+    """
 
     request: RequestId
     instance: InstanceId
     room: str
     event: str
     at: float
+    ledger: Ledger | None = None
 
 
 # --- control: pool events -----------------------------------------------------------------------------

@@ -22,10 +22,9 @@ from memserve.server.views import (
     MemoryBody,
     RoleAnswer,
     RoleBody,
-    TraceBody,
-    TraceEntry,
     cluster_body,
     health_body,
+    trace_body,
 )
 
 log = logging.getLogger(__name__)
@@ -88,8 +87,7 @@ class OperationEndpoints:
         traces = self._door.backend.trace(RequestId(request_id))
         if not traces:
             raise _not_kept("trace", request_id, f"send the request with the header {TRACE_HEADER}: 1")
-        entries = tuple(TraceEntry(one.instance, one.room, one.event, one.at) for one in traces)
-        return json_response(TraceBody(request_id, entries))
+        return json_response(trace_body(request_id, traces))
 
     async def show_health(self) -> Response:
         """200 while requests can be served, also with fewer instances than configured; else 503."""

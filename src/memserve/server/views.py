@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-import msgspec
+from collections.abc import Sequence
 
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from memserve.core.messages import Trace
+from memserve.core.types import Ledger
 from memserve.server.backend import ClusterView, Health, InstanceView, LostInstance, TierSize, TreeView
 
 
@@ -82,12 +87,16 @@ class RoleAnswer(msgspec.Struct, frozen=True):
 
 
 class TraceEntry(msgspec.Struct, frozen=True):
-    """A room that a request entered; ``at`` is a monotonic clock shared by this machine, s."""
+    """A room that a request entered; ``at`` is a monotonic clock shared by this machine, s.
+
+    ``ledger`` where the prompt was computed: the same as in the answer's usage.
+    """
 
     instance: str
     room: str
     event: str
     at: float
+    ledger: Ledger | UnsetType = UNSET
 
 
 class TraceBody(msgspec.Struct, frozen=True):
@@ -95,6 +104,12 @@ class TraceBody(msgspec.Struct, frozen=True):
 
     request: str
     entries: tuple[TraceEntry, ...]
+
+
+def trace_body(request: str, traces: Sequence[Trace]) -> TraceBody:
+    """A trace as clients see it."""
+    entries = (TraceEntry(x.instance, x.room, x.event, x.at, x.ledger or UNSET) for x in traces)
+    return TraceBody(request, tuple(entries))
 
 
 def health_body(health: Health) -> HealthBody:

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import httpx
@@ -23,7 +24,7 @@ PROMPT = [2000 + 7 * at for at in range(600)]
 class Answer:
     """What a client has read of a stream so far; ``done`` when it ended as it should."""
 
-    text: str = ""
+    texts: dict[int, str] = field(default_factory=dict)
     events: int = 0
     usage: dict[str, object] = field(default_factory=dict)
     error: str = ""
@@ -49,7 +50,9 @@ def read(served: Served, asked: dict[str, object], at: Callable[[Answer], None] 
                 break
             event = json.loads(line.removeprefix("data: "))
             answer.error = event.get("error", {}).get("message", "")
-            answer.text += "".join(choice["text"] for choice in event.get("choices", ()))
+            for choice in event.get("choices", ()):
+                index = choice["index"]
+                answer.texts[index] = answer.texts.get(index, "") + choice["text"]
             answer.usage = event.get("usage") or answer.usage
             answer.events += 1
             at(answer)
@@ -82,7 +85,7 @@ def after(events: int, act: Callable[[], object]) -> Callable[[Answer], None]:
 
 def same(found: Answer, expected: Answer) -> None:
     assert (found.error, found.done) == ("", True)
-    assert found.text == expected.text
+    assert found.texts == expected.texts
     for name in ("prompt_tokens", "completion_tokens"):
         assert found.usage[name] == expected.usage[name]
     ledger = found.usage["prompt_tokens_details"]["memserve"]  # type: ignore[index]
@@ -99,3 +102,89 @@ def test_a_stream_goes_on_when_the_only_one_of_a_kind_is_killed_and_comes_back(v
         until_back(served, victim, killed[0])
         same(read(served, body(120, PROMPT)), expected)
         served.wait_idle()
+
+
+SAMPLED = {"temperature": 0.9, "top_p": 0.95, "seed": 11, "logprobs": 2, "n": 2, "stop": ["zzzz"]}
+
+
+def test_many_streams_of_a_cluster_in_which_one_after_the_other_is_killed() -> None:
+    """During prefill, at a handoff, while decoding."""
+    prompts = [[(1000 + 37 * at + 211 * number) % 40000 + 1000 for at in range(300)] for number in range(5)]
+    asked = [body(60, tokens) for tokens in prompts] + [body(60, prompts[0], **SAMPLED)]
+    with serving("--prefill", "2", "--decode", "2", *SMALL) as served, ThreadPoolExecutor(8) as threads:
+        expected = list(threads.map(lambda one: read(served, one), asked))
+        at_prefill = [[number + 1 for number in tokens] for tokens in prompts]
+        asked += [body(60, tokens) for tokens in at_prefill]
+        found = [threads.submit(read, served, one) for one in asked]
+        wait_for(lambda: busy(served, "prefill") is not None, "nobody prefills")
+        first = busy(served, "prefill") or "prefill-0"
+        lives = {first: kill(served, first)}
+        at_handoff = after(1, lambda: lives.update({"decode-1": kill(served, "decode-1")}))
+        handed_over = threads.submit(read, served, body(60, PROMPT), at_handoff)
+        until_back(served, first, lives[first])
+        lives["decode-0"] = kill(served, "decode-0")
+        answers = [one.result(110) for one in found]
+        for one, other in zip(answers, expected, strict=False):
+            same(one, other)
+        unkilled = handed_over.result(110)
+        for instance, incarnation in lives.items():
+            until_back(served, instance, incarnation)
+        for one, tokens in zip(answers[len(expected) :], at_prefill, strict=True):
+            same(one, read(served, body(60, tokens)))
+        same(unkilled, read(served, body(60, PROMPT)))
+        assert all(entry["blocks"]["active"] == 0 for entry in served.wait_idle().values())
+
+
+def test_a_stream_outlives_any_number_of_decode_instances_as_long_as_it_gets_on() -> None:
+    with serving("--prefill", "1", "--decode", "2", *SMALL) as served:
+        expected = read(served, body(150, PROMPT[:100]))
+        kills: list[str] = []
+
+        def kill_whoever_decodes(answer: Answer) -> None:
+            if answer.events % 25 == 0 and (runs := busy(served, "decode")) is not None:
+                kill(served, runs)
+                kills.append(runs)
+
+        same(read(served, body(150, PROMPT[:100]), kill_whoever_decodes), expected)
+        assert len(kills) >= 4
+        served.wait_idle()
+
+
+def busy(served: Served, kind: str) -> str | None:
+    """An instance of a kind that runs something."""
+    instances = served.instances().values()
+    return next((one["instance"] for one in instances if one["role"] == kind and one["running"]), None)
+
+
+def test_a_colocated_instance_that_is_killed_hands_its_streams_to_the_other() -> None:
+    with serving("--colocated", "2", *SMALL) as served:
+        expected = read(served, body(80, PROMPT))
+
+        def kill_whoever_runs() -> None:
+            runs = busy(served, "colocated")
+            assert runs is not None
+            kill(served, runs)
+
+        same(read(served, body(80, PROMPT), after(20, kill_whoever_runs)), expected)
+        served.wait_idle()
+
+
+def test_an_instance_that_is_asked_to_end_finishes_first_and_stays_away() -> None:
+    with serving("--prefill", "1", "--decode", "2", *SMALL) as served:
+        expected = read(served, body(80, PROMPT[:100]))
+        leaving: list[str] = []
+
+        def ask_to_end() -> None:
+            runs = busy(served, "decode")
+            assert runs is not None
+            leaving.append(runs)
+            os.kill(served.instances()[runs]["pid"], signal.SIGTERM)
+            wait_for(lambda: served.instances()[runs]["state"] == "draining", "it does not say so")
+
+        found = read(served, body(80, PROMPT[:100]), after(10, ask_to_end))
+        same(found, expected)
+        wait_for(lambda: served.instances()[leaving[0]]["state"] == "left", "it does not end")
+        assert not [line for line in served.lines if "moved" in line]
+        same(read(served, body(80, PROMPT[:100])), expected)
+        assert served.get("/health")["status"] == "ok"
+        assert served.instances()[leaving[0]]["state"] == "left"

@@ -21,7 +21,7 @@ from memserve.server.stream import Interrupted, Stream
 log = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 4
-"""A request is moved three times: one that kills whoever runs it must not kill them all, again and again."""
+"""So many in a row may bring no token: a request that kills whoever runs it must not kill them all."""
 _PAUSE_SECONDS = 0.05
 """Before an attempt after which nobody is known to be lost; doubled each time, while the loss gets known."""
 _LOOK_SECONDS = 0.25
@@ -86,16 +86,18 @@ class Placement:
 
         Raises ``PeerLost`` after too many attempts, ``NoInstance`` when nobody is left and nobody comes.
         """
-        while stream.attempts < MAX_ATTEMPTS:
+        while stream.fruitless < MAX_ATTEMPTS:
             if not why.lost:
-                await asyncio.sleep(_PAUSE_SECONDS * 2**stream.attempts)
+                await asyncio.sleep(_PAUSE_SECONDS * 2**stream.fruitless)
             self._note(stream.request.request, "server.failover", why.reason)
             log.warning("request %s is moved: %s", stream.request.request, why.reason)
             try:
                 return await self._begin_when_possible(stream)
             except PeerLost as error:
                 why = Interrupted(str(error), lost=False)
-        raise PeerLost(f"{why.reason}; the request had been moved {MAX_ATTEMPTS - 1} times; try again later")
+            except NoInstance as error:
+                raise NoInstance(f"{why.reason}; {error}") from error
+        raise PeerLost(f"{why.reason}; that was attempt {MAX_ATTEMPTS} without a token; try again later")
 
     def arrived(self) -> None:
         """An instance has become ready: whoever waits for one may try again."""

@@ -44,6 +44,8 @@ class Stream:
         self.request = request
         self.decision: Decision | None = None
         self.attempts = 0
+        self.fruitless = 0
+        """Attempts in a row, the present one included, that have brought no token."""
         self.ended = False
         self._arrived: asyncio.Queue[TokenChunk | Interrupted | MemServeError] = asyncio.Queue()
         self._answered: list[int] = []
@@ -76,6 +78,7 @@ class Stream:
     def begin(self, decision: Decision) -> None:
         """The next attempt is the present one now; it goes on behind the tokens that have come."""
         self.attempts += 1
+        self.fruitless += 1
         self.decision = decision
         self._base = len(self._answered)
         self._early.clear()
@@ -88,8 +91,9 @@ class Stream:
         self._early[chunk.offset] = chunk
         while (ready := self._early.pop(len(self._answered) - self._base, None)) is not None:
             if self._base:
-                ready = msgspec.structs.replace(ready, offset=ready.offset + self._base, ledger=None)
+                ready = msgspec.structs.replace(ready, ledger=None)
             self._answered += ready.tokens
+            self.fruitless = 0
             self._arrived.put_nowait(ready)
             if ready.finish is not None:
                 self.decision = None

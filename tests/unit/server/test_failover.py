@@ -97,7 +97,7 @@ def test_nobody_left_and_nobody_coming_is_an_error_at_once() -> None:
         dispatcher, outbox = cluster()
         task = await start(dispatcher, outbox)
         lose(dispatcher, outbox, D)
-        with pytest.raises(NoInstance, match="decode"):
+        with pytest.raises(NoInstance, match=r"decode-0 was lost .*; no decode or colocated"):
             await task
         assert [state.load for state in dispatcher._scheduler.state.instances()] == [(0, 0, 0)]
 
@@ -162,7 +162,7 @@ def test_a_request_that_kills_whoever_runs_it_is_given_up() -> None:
         for attempt in range(1, MAX_ATTEMPTS + 1):
             await until(lambda count=attempt: len(outbox.submitted()) == count)  # type: ignore[misc]
             lose(dispatcher, outbox, outbox.submitted()[-1][0])
-        with pytest.raises(PeerLost, match=r"was lost .*it died.* moved 3 times"):
+        with pytest.raises(PeerLost, match=r"was lost .*it died.* attempt 4 without a token"):
             await task
         assert len(outbox.submitted()) == MAX_ATTEMPTS
 

@@ -78,6 +78,8 @@ class Driver:
         Raises ``EngineRefused`` if the engine says no, ``DriverError`` if nothing sensible came within
         ``seconds``, in which case the process has been ended.
         """
+        if self._requests.closed:
+            raise DriverError("the process has been ended")
         try:
             self._requests.write(encode(request))
             self._requests.flush()

@@ -7,7 +7,9 @@
 Installs each engine into an environment of its own below build/peers (once), writes the model in the format
 that each reads, and starts a process per engine. In every round each figure is measured on each engine, in
 changing order, one engine at work at a time. Prompts are random tokens, never the same twice; peers' prefix
-caches are off. What the settings are and why: docs/decisions/0018-engine-against-peers.md.
+caches are off. With --clock processor times are the engine's processor time divided by its threads: of use
+with one thread on a machine that is busy with other things, and nowhere else.
+What the settings are and why: docs/decisions/0018-engine-against-peers.md.
 """
 
 from __future__ import annotations
@@ -92,6 +94,7 @@ class Plan:
     pythons: dict[str, Path]
     missing: dict[str, str]
     rounds: int
+    clock: str
 
 
 def install_engines(engines: Sequence[EngineSpec], cache: Path) -> tuple[dict[str, Path], dict[str, str]]:
@@ -111,7 +114,14 @@ def take_seat(plan: Plan, engine: EngineSpec, weights: str, threads: int) -> Sea
     path = model_path(engine, plan.files, weights)
     python = plan.pythons.get(engine.label)
     load = Load(
-        str(path), weights, threads, CONTEXT, KV_TOKENS, plan.files.spec.vocabulary, engine_options(engine)
+        str(path),
+        weights,
+        threads,
+        CONTEXT,
+        KV_TOKENS,
+        plan.files.spec.vocabulary,
+        engine_options(engine),
+        plan.clock,
     )
     log = CACHE / "logs" / f"{engine.label.replace(':', '_')}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -262,12 +272,17 @@ def main() -> None:
         sys.exit(f"no figure matches {asked.only}; there are: {[f.name for f in figures_of(asked.model)]}")
     files = prepare_model(asked.model, CACHE / "models")
     pythons, missing = install_engines(engines, CACHE)
-    plan = Plan(files, figures, engines, pythons, missing, asked.rounds)
+    plan = Plan(files, figures, engines, pythons, missing, asked.rounds, asked.clock)
     minutes = asked.minutes or (QUICK_MINUTES if asked.quick else MINUTES[asked.model])
     begun = time.monotonic()
     threads = [int(count) for count in asked.threads.split(",")]
     found = run(plan, asked.weights.split(","), threads, 60 * minutes)
-    about = {"model": asked.model, "isa": _native.isa(), "seconds": round(time.monotonic() - begun)}
+    about = {
+        "model": asked.model,
+        "clock": asked.clock,
+        "isa": _native.isa(),
+        "seconds": round(time.monotonic() - begun),
+    }
     print(f"\n{write_result('engine_vs_peers', about | found, output)}")
 
 

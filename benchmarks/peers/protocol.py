@@ -16,6 +16,7 @@ class Load:
     """Load ``model`` (a path); room for ``kv_tokens`` tokens of KV, sequences of at most ``context``.
 
     ``weights``: ``4bit`` (as the file has them) or ``bf16``. ``options`` are the engine's own.
+    ``clock``: ``wall``, or ``processor``: the driver's processor time divided by its threads.
     """
 
     model: str
@@ -25,6 +26,7 @@ class Load:
     kv_tokens: int
     vocabulary: int
     options: dict[str, str] = field(default_factory=dict)
+    clock: str = "wall"
 
 
 @dataclass(frozen=True, slots=True)

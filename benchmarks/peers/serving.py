@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -76,6 +77,12 @@ def _answer_line(line: bytes, answer: Callable[[Request], Answer | None]) -> Ans
         return Failed(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
 
 
+def _clock(load: Load) -> Callable[[], float]:
+    if load.clock == "processor":
+        return lambda: time.process_time() / load.threads
+    return time.perf_counter
+
+
 class _Driver:
     def __init__(self, opener: Opener) -> None:
         self._opener = opener
@@ -85,7 +92,7 @@ class _Driver:
     def answer(self, asked: Request) -> Answer | None:
         if isinstance(asked, Load):
             self._opened = self._opener(asked)
-            self._bench = Bench(self._opened.engine, asked.vocabulary)
+            self._bench = Bench(self._opened.engine, asked.vocabulary, _clock(asked))
             return Loaded(self._opened.about)
         bench = self._bench
         if bench is None:

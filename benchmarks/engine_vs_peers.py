@@ -247,6 +247,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--only", action="append", default=[], help="figures whose name matches; repeatable")
     parser.add_argument("--rounds", type=int, default=9, help="at most; the time may allow fewer")
     parser.add_argument("--minutes", type=float, help="for the whole run; default 25, 20 for llama-1b")
+    parser.add_argument("--clock", choices=("wall", "processor"), default="wall")
     parser.add_argument("--quick", action="store_true", help="few and small figures, 5 minutes")
     parser.add_argument(
         "--output", type=Path, help="default: benchmarks/results/engine_vs_peers[_MODEL].json"

@@ -159,7 +159,7 @@ def _row(metric: str, engines: dict[str, dict[int, float]], ours: str) -> Row:
     high = higher_is_better(metric)
     own = engines.get(ours, {})
     # Other ways of running our own engine are no peers of it.
-    peers = {name: rounds for name, rounds in engines.items() if name.split(":")[0] != ours}
+    peers = {name: rounds for name, rounds in engines.items() if _kind(name) != _kind(ours)}
     ratios: dict[str, Spread] = {}
     for name, rounds in engines.items():
         paired = [_advantage(own[turn], value, high) for turn, value in rounds.items() if turn in own]
@@ -172,6 +172,11 @@ def _row(metric: str, engines: dict[str, dict[int, float]], ours: str) -> Row:
     ]
     figures = {name: spread_of(list(rounds.values())) for name, rounds in engines.items()}
     return Row(metric, high, figures, ratios, spread_of(best) if best else None)
+
+
+def _kind(label: str) -> str:
+    """The engine's name without its options."""
+    return label.partition(":")[0]
 
 
 def _advantage(own: float, other: float, high: bool) -> float:

@@ -116,6 +116,10 @@ def environment_for(engine: EngineSpec, python: Path, threads: int) -> dict[str,
         # What its manual recommends: Intel's OpenMP, whose threads sleep a millisecond after their work.
         environment["LD_PRELOAD"] = str(python.parent.parent / "lib" / "libiomp5.so")
         environment["KMP_BLOCKTIME"] = "1"
+        # What it compiles is kept with its installation, for the next start.
+        cache = python.parent.parent.parent / "cache"
+        environment["VLLM_CACHE_ROOT"] = str(cache)
+        environment["TORCHINDUCTOR_CACHE_DIR"] = str(cache / "inductor")
         environment["PATH"] = os.pathsep.join([str(python.parent), environment.get("PATH", "")])
     return environment
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from memserve.core.errors import RequestFailed
 from memserve.engine.batcher import Chunk
-from memserve.engine.runners.base import ForwardBatch, Runner
+from memserve.engine.runners.base import ForwardBatch, LayerSignal, Runner
 from memserve.engine.sampling import Floats, SampledToken, sample_row
 
 Run = tuple[SampledToken, ...]
@@ -43,12 +43,14 @@ def build_batch(chunks: Seq[Chunk]) -> ForwardBatch:
     return ForwardBatch(tokens, positions, starts, blocks, np.array(wanted, np.int32))
 
 
-def compute_step(runner: Runner, chunks: Seq[Chunk]) -> list[Run | RequestFailed]:
+def compute_step(
+    runner: Runner, chunks: Seq[Chunk], signal: LayerSignal | None = None
+) -> list[Run | RequestFailed]:
     """Run the model on ``chunks`` and sample for each chunk that is its sequence's last.
 
     A row whose logits cannot be sampled from yields its error; its batch mates are not concerned.
     """
-    logits = iter(runner.forward(build_batch(chunks)))
+    logits = iter(runner.forward(build_batch(chunks), signal))
     return [sample_run(chunk, logits) for chunk in chunks if chunk.last]
 
 

@@ -146,6 +146,19 @@ class GlobalPromptTree:
             self._held_blocks[instance] -= freed
         self._forget_if_empty(namespace)
 
+    def move_instance(self, instance: InstanceId, other: GlobalPromptTree) -> None:
+        """Let ``other`` know all that ``instance`` holds, and forget it here: one pass over the edges."""
+        number = self._numbering.numbers.get(instance)
+        if number is None:
+            return
+        for namespace, tree in self._trees.items():
+            for node in tree.nodes():
+                if held := _longest_held(tree, node, 1 << number):
+                    tokens = tree.path_tokens(node)
+                    above = len(tokens) - len(node.key)
+                    other.store(instance, namespace, tokens[: above + held * self._block_tokens])
+        self.drop_instance(instance)
+
     def drop_instance(self, instance: InstanceId) -> None:
         """Forget everything ``instance`` holds: one pass over the tree's edges."""
         number = self._numbering.numbers.get(instance)
@@ -244,6 +257,13 @@ def _credit(tree: RadixTree[Holders], path: Path[Holders], bit: int) -> int:
         if before < matched:
             node.payload.set_depth(bit, matched, size)
     return held
+
+
+def _longest_held(tree: RadixTree[Holders], node: Node[Holders], bit: int) -> int:
+    """Blocks of ``node``'s edge that ``bit`` holds, if it holds nothing below; else 0."""
+    if any(child.payload.mask & bit for child in node.children.values()):
+        return 0
+    return node.payload.depth(bit, tree.blocks_of(node))
 
 
 def _release(tree: RadixTree[Holders], node: Node[Holders], bit: int, keep: int) -> int:

@@ -9,7 +9,7 @@ from collections import OrderedDict
 
 from memserve.core.clock import Clock
 from memserve.core.messages import Heartbeat, Member, PoolEvents, Ready, Snapshot
-from memserve.core.types import InstanceId, RequestId, Role
+from memserve.core.types import InstanceId, RequestId
 from memserve.scheduler.decision import Decision, RouteRequest, decide
 from memserve.scheduler.policies import Policy
 from memserve.scheduler.state import Admission, EventOutcome, SchedulerState
@@ -30,7 +30,9 @@ class GlobalScheduler:
     def route(self, request: RouteRequest) -> Decision:
         """Decide, book the load and remember why. Raises ``NoInstance``."""
         decision = decide(request, self.state, self._policy, self._clock.now())
-        self.state.book(decision.request, decision.prefill_share(), decision.decode_share())
+        self.state.book(
+            decision.request, decision.prefill_share(), decision.decode_share(), decision.decided_at
+        )
         self._decisions.pop(decision.request, None)
         self._decisions[decision.request] = decision
         if len(self._decisions) > self._history:
@@ -39,11 +41,11 @@ class GlobalScheduler:
 
     def first_token(self, request: RequestId) -> None:
         """The request's prefill is done: its load at the prefill place ends."""
-        self.state.finish_prefill(request)
+        self.state.finish_prefill(request, self._clock.now())
 
     def finish(self, request: RequestId) -> None:
         """The request ended, however: nothing of it is load any more. May be repeated."""
-        self.state.unbook(request)
+        self.state.unbook(request, self._clock.now())
 
     def decision(self, request: RequestId) -> Decision | None:
         """Why the request runs where it runs; None when unknown or forgotten."""
@@ -86,9 +88,3 @@ class GlobalScheduler:
     def on_snapshot(self, snapshot: Snapshot) -> bool:
         """Apply a snapshot; True when another one is needed because events were lost meanwhile."""
         return self.state.apply_snapshot(snapshot) is EventOutcome.NEEDS_SNAPSHOT
-
-    # --- for people ---
-
-    def tree_sizes(self) -> dict[Role, int]:
-        """Compressed edges of each role's global prompt tree."""
-        return {role: self.state.tree(role).nodes for role in Role}

@@ -43,6 +43,7 @@ from memserve.core.types import (
 )
 from memserve.scheduler.policies import policy_by_name
 from memserve.scheduler.service import GlobalScheduler
+from memserve.scheduler.state import Work
 from memserve.server.backend import Generated, GenerationRequest
 from memserve.server.dispatch import Dispatcher
 
@@ -197,7 +198,7 @@ def test_leaving_cancels_on_both_instances_and_unbooks() -> None:
         assert sorted(outbox.cancelled()) == [(D, cancelled), (P, cancelled)]
         dispatcher.on_message(D, chunk(1, 11))
         load = [state.load for state in dispatcher._scheduler.state.instances()]
-        assert load == [(0, 0, 0), (0, 0, 0)]
+        assert load == [Work(), Work()]
 
     run(scenario())
 
@@ -273,7 +274,7 @@ def test_a_gap_in_the_events_asks_for_one_snapshot() -> None:
         outbox.snapshot = Snapshot(P, 1, 6, (path,))
         for seq in (4, 5):
             dispatcher.on_message(P, PoolEvents(P, 1, seq, (path,)))
-        tree = dispatcher._scheduler.state.tree(Role.PREFILL)
+        tree = dispatcher._scheduler.state.tree
         await until(lambda: tree.held_tokens(P) == 64)
         dispatcher._scheduler.state.check()
 

@@ -12,7 +12,16 @@ from memserve.core.errors import ConfigError
 PHASES = ("pd-basic", "pd-caching-1", "pd-caching-2", "pd-caching-3", "colocated")
 EVICTION = ("hit-density", "lru", "slru", "lfu", "gdsf")
 WEIGHTS = ("stored", "bf16", "int8")
-POLICIES = ("round-robin", "least-load", "session-id", "prompt-tree", "cost")
+POLICIES = (
+    "round-robin",
+    "least-load",
+    "session-id",
+    "prompt-tree",
+    "cost",
+    "weighted-overlap",
+    "cache-aware",
+    "exploit-explore",
+)
 
 
 class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -14,12 +14,13 @@ from memserve.scheduler.tree import Holdings
 
 @dataclass(frozen=True, slots=True)
 class LegQuery:
-    """The places for one leg, at least one, and what instances hold of the prompt."""
+    """The places for one leg, at least one, and what instances hold of the prompt of ``prompt`` tokens."""
 
     places: Places
     held: Holdings
     session: str | None
     turn: int
+    prompt: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,7 @@ class Query:
     def leg(self, leg: Leg) -> LegQuery:
         """The part of it that concerns one leg."""
         places = self.prefill if leg is Leg.PREFILL else self.decode
-        return LegQuery(places, self.held, self.session, self.turn)
+        return LegQuery(places, self.held, self.session, self.turn, self.prompt)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ from memserve.core.config import POLICIES
 from memserve.core.errors import ConfigError
 from memserve.scheduler.policies.classic import LeastLoad, PromptTree, RoundRobin, SessionId
 from memserve.scheduler.policies.cost import LeastCost
+from memserve.scheduler.policies.peers import CacheAware, ExploitExplore, WeightedOverlap
 from memserve.scheduler.policies.plan import Policy
 
 
@@ -17,6 +18,14 @@ def policy_by_name(name: str) -> Policy:
         raise ConfigError(f"server.policy is {name!r}; accepted: {', '.join(POLICIES)}") from None
 
 
-_BY_NAME: dict[str, Policy] = {
-    policy.name: policy for policy in (RoundRobin(), LeastLoad(), SessionId(), PromptTree(), LeastCost())
-}
+_ALL: tuple[Policy, ...] = (
+    RoundRobin(),
+    LeastLoad(),
+    SessionId(),
+    PromptTree(),
+    LeastCost(),
+    WeightedOverlap(),
+    CacheAware(),
+    ExploitExplore(),
+)
+_BY_NAME = {policy.name: policy for policy in _ALL}

@@ -21,8 +21,6 @@ from memserve.scheduler.tree import Holdings
 
 MAX_CANDIDATES = 8
 """Candidates recorded per leg: all of a small cluster, of a large one those that explain the choice."""
-_ANSWER_TOKENS = 256.0
-"""Length of an answer where nothing is known of it."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -94,7 +92,7 @@ class Decision(msgspec.Struct, frozen=True, gc=False):
 
 
 def decide(
-    request: RouteRequest, state: SchedulerState, policy: Policy, now: float, answer: float = _ANSWER_TOKENS
+    request: RouteRequest, state: SchedulerState, policy: Policy, now: float, answer: float = 128.0
 ) -> Decision:
     """Choose the places of ``request``; changes nothing. Raises ``NoInstance`` naming the missing role.
 
@@ -146,6 +144,7 @@ def _ask(request: RouteRequest, state: SchedulerState, now: float, answer: float
         decode=decode,
         fleet=state.fleet,
         wire=state.wire,
+        error=state.predictions.typical,
     )
 
 

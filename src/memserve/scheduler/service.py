@@ -14,6 +14,10 @@ from memserve.scheduler.decision import Decision, RouteRequest, decide
 from memserve.scheduler.policies import Policy
 from memserve.scheduler.state import Admission, EventOutcome, SchedulerState
 
+_ANSWER_TOKENS = 128.0
+_ANSWER_RATE = 0.02
+"""Length of answers to begin with, and the weight of a new one in their mean."""
+
 
 class GlobalScheduler:
     """Places requests on instances. ``history`` is the number of decisions remembered."""
@@ -23,13 +27,14 @@ class GlobalScheduler:
         self._policy = policy
         self._clock = clock
         self._history = history
+        self._answer = _ANSWER_TOKENS
         self._decisions: OrderedDict[RequestId, Decision] = OrderedDict()
 
     # --- requests ---
 
     def route(self, request: RouteRequest) -> Decision:
         """Decide, book the load and remember why. Raises ``NoInstance``."""
-        decision = decide(request, self.state, self._policy, self._clock.now())
+        decision = decide(request, self.state, self._policy, self._clock.now(), self._answer)
         self.state.book(
             decision.request, decision.prefill_share(), decision.decode_share(), decision.decided_at
         )
@@ -41,7 +46,14 @@ class GlobalScheduler:
 
     def first_token(self, request: RequestId) -> None:
         """The request's prefill is done: its load at the prefill place ends."""
-        self.state.finish_prefill(request, self._clock.now())
+        now, decision = self._clock.now(), self._decisions.get(request)
+        if decision is not None:
+            self.state.predictions.learn(decision.predicted_ttft, now - decision.decided_at)
+        self.state.finish_prefill(request, now)
+
+    def answered(self, tokens: int) -> None:
+        """An answer had so many tokens: others are expected to be like it."""
+        self._answer += _ANSWER_RATE * (tokens - self._answer)
 
     def finish(self, request: RequestId) -> None:
         """The request ended, however: nothing of it is load any more. May be repeated."""

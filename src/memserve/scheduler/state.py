@@ -25,6 +25,7 @@ from memserve.core.types import (
 from memserve.scheduler.costs import Wire
 from memserve.scheduler.fleet import Flags, Fleet, Slots, stretch_of
 from memserve.scheduler.line import PrefillLine
+from memserve.scheduler.predictions import Predictions
 from memserve.scheduler.tree import GlobalPromptTree, Holdings
 
 MAX_EARLY_BATCHES = 64
@@ -179,6 +180,7 @@ class SchedulerState:
         """Who holds what; change it through events only."""
         self.fleet = Fleet()
         """The instances as columns; read only."""
+        self.predictions = Predictions()
         self.wire = Wire()
         """How KV travels between instances."""
         self._bookings: dict[RequestId, list[tuple[InstanceState, Work]]] = {}

@@ -84,7 +84,7 @@ class Simulation:
     def __init__(self, site: Site, policy: Policy, on_done: Callable[[Outcome], None]) -> None:
         self._clock = VirtualClock()
         self._wire = site.wire
-        self._scheduler = GlobalScheduler(policy, self._clock, history=1)
+        self._scheduler = GlobalScheduler(policy, self._clock, history=1 << 16)
         self._on_done = on_done
         self._order = itertools.count()
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
@@ -199,6 +199,7 @@ class Simulation:
         outcome.ended = self._clock.now()
         self._open -= 1
         self._scheduler.finish(job.request)
+        self._scheduler.answered(len(job.answer))
         if job.decode_on is not None:
             source = self._engines[outcome.decision.prefill]
             said, seconds = job.said, self._wire.seconds(len(job.answer))

@@ -19,12 +19,14 @@ from memserve.scheduler.costs import (
     tokens_by_slot,
 )
 from memserve.scheduler.fleet import Flags, Floats, Indices, Slots
+from memserve.scheduler.policies.classic import PromptTree
 from memserve.scheduler.policies.plan import Choice, Fetch, Plan, Query, Weighed
 
 RECORDED = 8
 """Places that are recorded per leg: all of a small cluster, of a large one the cheapest."""
 _FETCHED_TIERS = 3
 """Prefixes of so many lengths are looked at for fetching, longest first."""
+_WORST_ERROR = 1.0
 _LEAST_GAIN = 0.9
 """A fetch must bring the first token to this part of the time it takes without: forecasts err."""
 
@@ -44,15 +46,22 @@ class Weights:
 
 
 class LeastCost:
-    """See the module. ``fetches``: instances can bring KV from peers before they prefill."""
+    """See the module. ``fetches``: instances can bring KV from peers before they prefill.
+
+    While predictions are worse than ``_WORST_ERROR`` it decides as ``prompt-tree``, which never waits longer
+    for a prefix than computing it would take, in tokens.
+    """
 
     name = "cost"
 
     def __init__(self, weights: Weights | None = None, *, fetches: bool = False) -> None:
         self._weights = weights or Weights()
         self._fetches = fetches
+        self._fallback = PromptTree()
 
     def plan(self, query: Query) -> Plan:
+        if query.error > _WORST_ERROR:
+            return self._fallback.plan(query)
         held = tokens_by_slot(query.held, query.fleet.rows, query.prompt - 1)
         first = self._weigh_prefill(query, held)
         second = self._weigh_decode(query, held) if query.decode.instances else None

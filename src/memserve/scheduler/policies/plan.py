@@ -28,7 +28,8 @@ class Query:
     """A request and the state of the cluster, as far as policies look at them.
 
     ``prompt`` in tokens, at least 1; ``answer``: how many tokens are expected. ``decode`` may be empty where
-    ``prefill`` has places that decode themselves.
+    ``prefill`` has places that decode themselves. ``error``: the relative error of what was predicted of
+    late.
     """
 
     prompt: int
@@ -41,6 +42,7 @@ class Query:
     decode: Places
     fleet: Fleet
     wire: Wire
+    error: float = 0.0
 
     def leg(self, leg: Leg) -> LegQuery:
         """The part of it that concerns one leg."""

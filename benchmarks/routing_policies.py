@@ -1,13 +1,13 @@
 """Which routing policy serves a trace best: time to first token, by the real scheduler in simulation.
 
     python benchmarks/routing_policies.py --traces DIR [--trace conversation] [--instances 8]
-                                          [--loads 0.75,0.95] [--requests 4000] [--policies NAMES] [--out FILE]
+        [--loads 0.75,0.95] [--requests 4000] [--policies NAMES] [--out FILE]
 
-``--instances`` prefill and as many decode. Engines are modelled by the prices of a 70 B dense model on eight
-A800-class GPUs at half of their peak (2 x 70e9 FLOP per token, attention 2 x 80 x 8192 FLOP per pair of
-tokens); KV of 320 KiB per token travels at 100 Gb/s. A load of 1 is what the prefill instances would get done
-without any cache. Larger clusters get copies of the trace with other tokens. ``cost+fetch`` may bring a prefix
-from a peer; the simulator carries that out, live instances cannot yet.
+``--instances`` prefill and as many decode. Engines are modelled by the prices of a 70 B dense model on
+eight A800-class GPUs at half of their peak (2 x 70e9 FLOP per token, attention 2 x 80 x 8192 FLOP per pair
+of tokens); KV of 320 KiB per token travels at 100 Gb/s. A load of 1 is what the prefill instances would get
+done without any cache. Larger clusters get copies of the trace with other tokens. ``cost+fetch`` may bring a
+prefix from a peer; the simulator carries that out, live instances cannot yet.
 """
 
 from __future__ import annotations

@@ -35,10 +35,12 @@ class ServeOptions:
     host_memory: str | None = None
     disk: str | None = None
     disk_memory: str | None = None
+    restart_lost: bool | None = None
     threads: int | None = None
     target_tpot: float | None = None
     host: str | None = None
     port: int | None = None
+    request_timeout: float | None = None
     api_key: str | None = None
 
 
@@ -57,10 +59,12 @@ def serve(
     host_memory: options.HostMemory = None,
     disk: options.Disk = None,
     disk_memory: options.DiskMemory = None,
+    restart_lost: options.RestartLost = None,
     threads: options.Threads = None,
     target_tpot: options.TargetTpot = None,
     host: options.Host = None,
     port: options.Port = None,
+    request_timeout: options.RequestTimeout = None,
     api_key: options.ApiKey = None,
     config: options.Config = None,
 ) -> None:
@@ -80,10 +84,12 @@ def serve(
         host_memory=host_memory,
         disk=disk,
         disk_memory=disk_memory,
+        restart_lost=restart_lost,
         threads=threads,
         target_tpot=target_tpot,
         host=host,
         port=port,
+        request_timeout=request_timeout,
         api_key=api_key or None,
     )
     try:
@@ -113,12 +119,13 @@ def build_config(said: ServeOptions, file: Path | None) -> Config:
         weights=said.weights,
         target_tpot=said.target_tpot,
     )
-    config = override_config(config, "cluster", **_counts(said))
+    config = override_config(config, "cluster", restart_lost=said.restart_lost, **_counts(said))
     config = override_config(
         config,
         "server",
         host=said.host,
         port=said.port,
+        request_timeout=said.request_timeout,
         policy=said.policy,
         api_key=said.api_key,
     )

@@ -109,6 +109,14 @@ DiskMemory = Annotated[
         rich_help_panel=_INSTANCES,
     ),
 ]
+RestartLost = Annotated[
+    bool | None,
+    typer.Option(
+        "--restart-lost/--no-restart-lost",
+        help="Start an instance again that has died. Default: yes, 5 times in a row at most.",
+        rich_help_panel=_INSTANCES,
+    ),
+]
 Threads = Annotated[
     int | None,
     typer.Option(
@@ -130,6 +138,14 @@ Host = Annotated[
 ]
 Port = Annotated[
     int | None, typer.Option(help="Port. Default 8000; 0 takes a free one.", rich_help_panel=_HTTP)
+]
+RequestTimeout = Annotated[
+    float | None,
+    typer.Option(
+        help="Longest time for one answer; what takes longer is cancelled. Default 600.",
+        metavar="SECONDS",
+        rich_help_panel=_HTTP,
+    ),
 ]
 ApiKey = Annotated[
     str | None,

@@ -60,6 +60,12 @@ class Join(Message, frozen=True):
     pid: int
 
 
+class Leave(Message, frozen=True):
+    """The instance has been told to end: no new request for it, and ``Shutdown`` when it has none left."""
+
+    instance: InstanceId
+
+
 class LoadProgress(Message, frozen=True):
     """What an instance is doing before it is ready, for people: a stage's name and 0..1."""
 
@@ -126,6 +132,12 @@ class LoadReport(msgspec.Struct, frozen=True, array_like=True):
     prices: StepPrices | None = None
 
 
+class SetRole(Message, frozen=True):
+    """Do this kind of work from now on; answered by ``Ok``. What runs goes on as it was begun."""
+
+    role: Role
+
+
 class Shutdown(Message, frozen=True):
     """Stop now; requests in flight are cancelled."""
 
@@ -182,13 +194,17 @@ class RequestClosed(Message, frozen=True):
 
 
 class Trace(Message, frozen=True):
-    """A traced request entered a room of ``docs/data-path.md``. ``at`` is the sender's monotonic clock, s."""
+    """A traced request entered a room of ``docs/data-path.md``. ``at`` is the sender's monotonic clock, s.
+
+    ``ledger`` comes with the room where the prompt is all there.
+    """
 
     request: RequestId
     instance: InstanceId
     room: str
     event: str
     at: float
+    ledger: Ledger | None = None
 
 
 # --- control: pool events -----------------------------------------------------------------------------
@@ -404,11 +420,13 @@ ControlMessage = (
     Ok
     | Failed
     | Join
+    | Leave
     | LoadProgress
     | StartFailed
     | Ready
     | Members
     | Heartbeat
+    | SetRole
     | Shutdown
     | Submit
     | Cancel

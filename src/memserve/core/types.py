@@ -51,7 +51,8 @@ class SamplingParams(msgspec.Struct, frozen=True):
     """How to choose tokens and when to stop.
 
     ``temperature`` 0 is greedy. ``top_k`` 0 and ``top_p`` 1 switch the filters off. ``logprobs`` is the
-    number of alternatives to report per token (0: the chosen token only, None: nothing).
+    number of alternatives to report per token (0: the chosen token only, None: nothing). ``first_index``
+    numbers the first sampled token: a continuation goes on with the random numbers of what it continues.
     """
 
     max_tokens: int
@@ -61,6 +62,7 @@ class SamplingParams(msgspec.Struct, frozen=True):
     seed: int = 0
     stop_token_ids: tuple[int, ...] = ()
     logprobs: int | None = None
+    first_index: int = 0
 
 
 class Ledger(msgspec.Struct, frozen=True):

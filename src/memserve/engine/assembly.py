@@ -19,6 +19,7 @@ from memserve.engine.batcher import Batcher
 from memserve.engine.carrier import PoolCarrier
 from memserve.engine.engine import Engine
 from memserve.engine.models.loader import ModelSource, open_model
+from memserve.engine.overlap import Overlap
 from memserve.engine.pace import Pace
 from memserve.engine.phases import PHASES
 from memserve.engine.runners.base import Runner
@@ -134,6 +135,8 @@ async def assemble(
         vocabulary=source.spec.vocabulary,
         clock=clock,
         emit=emit,
+        overlap=Overlap(config.engine.overlap),
+        backflow_tokens=config.engine.backflow_tokens,
     )
     endpoint.on_adopt = engine.adopt
     ready = Ready(

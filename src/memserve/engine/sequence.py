@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from memserve.core.types import (
     FinishReason,
     InstanceId,
-    Ledger,
     Namespace,
     RequestId,
     SamplingParams,
@@ -19,6 +18,7 @@ from memserve.core.types import (
     pack_tokens,
     unpack_tokens,
 )
+from memserve.engine.account import PromptAccount
 from memserve.mempool.address import Addresses
 
 
@@ -68,8 +68,8 @@ class Sequence:
     pointers: NDArray[np.uint64] = field(default_factory=lambda: np.empty(0, np.uint64))
     decode_on: InstanceId | None = None
     prefilled_on: InstanceId | None = None
-    ledger: Ledger | None = None
-    ledger_sent: bool = False
+    account: PromptAccount | None = None
+    """Where the prompt's KV came from; None before any was looked for and after the ledger was sent."""
     ended: FinishReason | None = None
     patience: float | None = None
     """Until when to wait for KV on its way here, in the engine's clock; None if there was none so far."""
@@ -152,5 +152,4 @@ def from_adoption(raw: bytes) -> Sequence:
         sequence.append(int(token))
     sequence.computed = sequence.length - 1
     sequence.prefilled_on = adoption.prefilled_on
-    sequence.ledger_sent = True
     return sequence

@@ -11,7 +11,7 @@ import numpy as np
 
 from memserve.core.errors import RequestFailed
 from memserve.engine.batcher import Chunk
-from memserve.engine.runners.base import ForwardBatch, Runner
+from memserve.engine.runners.base import ForwardBatch, LayerSignal, Runner
 from memserve.engine.sampling import SampledToken, sample_row
 
 
@@ -33,12 +33,14 @@ def build_batch(chunks: Seq[Chunk]) -> ForwardBatch:
     return ForwardBatch(tokens, positions, starts, blocks, logit_rows)
 
 
-def compute_step(runner: Runner, chunks: Seq[Chunk]) -> list[SampledToken | RequestFailed]:
+def compute_step(
+    runner: Runner, chunks: Seq[Chunk], signal: LayerSignal | None = None
+) -> list[SampledToken | RequestFailed]:
     """Run the model on ``chunks`` and sample one token for each chunk that is its sequence's last.
 
     A row whose logits cannot be sampled from yields its error; its batch mates are not concerned.
     """
-    logits = runner.forward(build_batch(chunks))
+    logits = runner.forward(build_batch(chunks), signal)
     sampled: list[SampledToken | RequestFailed] = []
     for row, chunk in zip(logits, (chunk for chunk in chunks if chunk.last), strict=True):
         sequence = chunk.sequence

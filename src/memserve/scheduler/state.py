@@ -252,6 +252,16 @@ class SchedulerState:
             state.admission = admission
             self._refresh_places()
 
+    def set_role(self, instance: InstanceId, role: Role) -> None:
+        """The instance does other work from now on and holds what it held; unknown names are ignored.
+
+        How far its events have been applied, what is booked on it and its admission stay as they are.
+        """
+        state = self._instances.get(instance)
+        if state is not None and state.role is not role:
+            state.role = role
+            self._refresh_places()
+
     def apply_load(self, heartbeat: Heartbeat) -> None:
         """Take a load report in; one of another incarnation is ignored."""
         state = self._instances.get(heartbeat.instance)
@@ -337,6 +347,11 @@ class SchedulerState:
         """The request ended, however. Unknown requests are ignored."""
         for state, work in self._bookings.pop(request, []):
             self._unbook(request, state, work, now)
+
+    def is_booked(self, instance: InstanceId) -> bool:
+        """Whether work is booked on an instance; unknown ones have none."""
+        state = self._instances.get(instance)
+        return state is not None and any(state.booked)
 
     def check(self) -> None:
         """Raise ``AssertionError`` if trees or bookings contradict the instances. Costs a full pass."""

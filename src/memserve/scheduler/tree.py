@@ -252,6 +252,13 @@ def _credit(tree: RadixTree[Holders], path: Path[Holders], bit: int) -> int:
     return held
 
 
+def _longest_held(tree: RadixTree[Holders], node: Node[Holders], bit: int) -> int:
+    """Blocks of ``node``'s edge that ``bit`` holds, if it holds nothing below; else 0."""
+    if any(child.payload.mask & bit for child in node.children.values()):
+        return 0
+    return node.payload.depth(bit, tree.blocks_of(node))
+
+
 def _release(tree: RadixTree[Holders], node: Node[Holders], bit: int, keep: int) -> int:
     """Leave ``bit`` only the first ``keep`` blocks of ``node``'s edge and nothing below it.
 

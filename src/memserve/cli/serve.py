@@ -26,6 +26,8 @@ class ServeOptions:
     context: int | None = None
     runner: str | None = None
     weights: str | None = None
+    speculative_method: str | None = None
+    num_speculative_tokens: int | None = None
     prefill: int | None = None
     decode: int | None = None
     colocated: int | None = None
@@ -50,6 +52,8 @@ def serve(
     context: options.Context = None,
     runner: options.Runner = None,
     weights: options.Weights = None,
+    speculative_method: options.SpeculativeMethod = None,
+    num_speculative_tokens: options.NumSpeculativeTokens = None,
     prefill: options.Prefill = None,
     decode: options.Decode = None,
     colocated: options.Colocated = None,
@@ -75,6 +79,8 @@ def serve(
         context=context,
         runner=runner,
         weights=weights,
+        speculative_method=speculative_method,
+        num_speculative_tokens=num_speculative_tokens,
         prefill=prefill,
         decode=decode,
         colocated=colocated,
@@ -117,6 +123,8 @@ def build_config(said: ServeOptions, file: Path | None) -> Config:
         threads=said.threads,
         phases=said.phases,
         weights=said.weights,
+        speculative_method=said.speculative_method,
+        num_speculative_tokens=said.num_speculative_tokens,
         target_tpot=said.target_tpot,
     )
     config = override_config(config, "cluster", restart_lost=said.restart_lost, **_counts(said))

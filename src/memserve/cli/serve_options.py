@@ -50,6 +50,18 @@ Weights = Annotated[
         rich_help_panel=_MODEL,
     ),
 ]
+SpeculativeMethod = Annotated[
+    str | None,
+    typer.Option(
+        help="**ngram**: several tokens per step where an answer repeats what was said; the same answers. "
+        "Default **off**.",
+        rich_help_panel=_MODEL,
+    ),
+]
+NumSpeculativeTokens = Annotated[
+    int | None,
+    typer.Option(help="At most so many per step with ngram. Default 8.", rich_help_panel=_MODEL),
+]
 Prefill = Annotated[
     int | None, typer.Option(help="Instances that only read prompts. Default 1.", rich_help_panel=_INSTANCES)
 ]

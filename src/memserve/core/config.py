@@ -12,6 +12,7 @@ from memserve.core.errors import ConfigError
 PHASES = ("pd-basic", "pd-caching-1", "pd-caching-2", "pd-caching-3", "colocated")
 EVICTION = ("hit-density", "lru", "slru", "lfu", "gdsf")
 WEIGHTS = ("stored", "bf16", "int8")
+SPECULATIVE_METHODS = ("off", "ngram")
 RUNNERS = ("native", "reference")
 OVERLAPS = ("auto", "none", "whole", "layers", "chunks")
 POLICIES = (
@@ -63,6 +64,9 @@ class EngineConfig(_Section, frozen=True):
     ``threads`` 0 means: cores divided by the instances on this machine, at least one.
     ``weights``: ``stored`` keeps what the file has in 4 or 8 bits as it is; ``bf16`` expands it, which takes
     more memory and gives the same answers; ``int8`` also turns 16-bit weights into 8-bit groups.
+    ``speculative_method``: ``ngram`` proposes up to ``num_speculative_tokens`` tokens per step, where they
+    pay; the last ``prompt_lookup_max`` tokens of a sequence, or fewer, down to ``prompt_lookup_min``, find
+    them in itself. Answers are the same as with ``off``.
     ``backflow_tokens``: a running answer's KV goes back to P at least so much at a time; 0: only at its end.
     ``overlap`` is what of a prompt's way to D goes on while it is computed: see ``engine.overlap.Overlap``.
     """
@@ -72,6 +76,10 @@ class EngineConfig(_Section, frozen=True):
     max_running: int = 64
     threads: int = 0
     weights: str = "stored"
+    speculative_method: str = "off"
+    num_speculative_tokens: int = 8
+    prompt_lookup_max: int = 6
+    prompt_lookup_min: int = 1
     phases: str = "pd-caching-3"
     handoff_timeout: float = 60.0
     overlap: str = "auto"
@@ -141,6 +149,7 @@ def check_config(config: Config) -> Config:
     """Return ``config`` if every value makes sense, else raise ``ConfigError`` naming field and remedy."""
     cluster, engine, pool, server = config.cluster, config.engine, config.pool, config.server
     _check_names(config)
+    _check_engine(engine)
     _require(
         engine.backflow_tokens == 0 or engine.backflow_tokens >= pool.block_tokens,
         "engine.backflow_tokens",
@@ -166,11 +175,6 @@ def check_config(config: Config) -> Config:
     total = cluster.prefill + cluster.decode + cluster.colocated
     _require(total > 0, "cluster", "0 instances", "at least one colocated, or one prefill and one decode")
     _check_pool(pool)
-    _require(engine.step_tokens >= 16, "engine.step_tokens", engine.step_tokens, "at least 16")
-    paced = 0 <= engine.target_tpot <= 60
-    _require(paced, "engine.target_tpot", engine.target_tpot, "0 (no pacing) to 60 seconds")
-    _require(engine.max_running >= 1, "engine.max_running", engine.max_running, "at least 1")
-    _require(engine.threads >= 0, "engine.threads", engine.threads, "0 (automatic) or more")
     _require(0 <= server.port <= 65535, "server.port", server.port, "0 (any free port) to 65535")
     _require(server.max_body >= 1024, "server.max_body", server.max_body, "at least 1024 bytes")
     _require(server.max_waiting >= 1, "server.max_waiting", server.max_waiting, "at least 1")
@@ -200,6 +204,7 @@ def _check_names(config: Config) -> None:
         ("model.runner", config.model.runner, RUNNERS),
         ("engine.phases", engine.phases, PHASES),
         ("engine.weights", engine.weights, WEIGHTS),
+        ("engine.speculative_method", engine.speculative_method, SPECULATIVE_METHODS),
         ("engine.overlap", engine.overlap, OVERLAPS),
         ("server.policy", config.server.policy, POLICIES),
         ("pool.eviction", config.pool.eviction, EVICTION),
@@ -223,6 +228,19 @@ def _check_pool(pool: PoolConfig) -> None:
         pool.disk_memory,
         "0, or a size together with pool.disk_path",
     )
+
+
+def _check_engine(engine: EngineConfig) -> None:
+    _require(engine.step_tokens >= 16, "engine.step_tokens", engine.step_tokens, "at least 16")
+    paced = 0 <= engine.target_tpot <= 60
+    _require(paced, "engine.target_tpot", engine.target_tpot, "0 (no pacing) to 60 seconds")
+    _require(engine.max_running >= 1, "engine.max_running", engine.max_running, "at least 1")
+    _require(engine.threads >= 0, "engine.threads", engine.threads, "0 (automatic) or more")
+    most, least = engine.prompt_lookup_max, engine.prompt_lookup_min
+    tokens = engine.num_speculative_tokens
+    _require(1 <= tokens <= 16, "engine.num_speculative_tokens", tokens, "1 to 16")
+    _require(1 <= most <= 16, "engine.prompt_lookup_max", most, "1 to 16")
+    _require(1 <= least <= most, "engine.prompt_lookup_min", least, "1 to engine.prompt_lookup_max")
 
 
 def _require(condition: bool, field: str, value: object, accepted: str) -> None:

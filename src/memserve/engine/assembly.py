@@ -24,6 +24,7 @@ from memserve.engine.pace import Pace
 from memserve.engine.phases import PHASES
 from memserve.engine.runners.base import Runner
 from memserve.engine.settings import InstanceSettings
+from memserve.engine.speculation import Lookup
 from memserve.mempool import DiskTier, MemPool, Tier, TransferEndpoint
 
 Progress = Callable[[str, float], None]
@@ -166,8 +167,17 @@ def _require_memory(more: int) -> None:
 
 def build_batcher(config: EngineConfig) -> Batcher:
     """The batcher that the configuration asks for."""
-    pace = Pace(config.target_tpot or None)
-    return Batcher(step_tokens=config.step_tokens, max_running=config.max_running, pace=pace)
+    lookup = None
+    if config.speculative_method == "ngram":
+        lookup = Lookup(
+            config.num_speculative_tokens, longest=config.prompt_lookup_max, shortest=config.prompt_lookup_min
+        )
+    return Batcher(
+        step_tokens=config.step_tokens,
+        max_running=config.max_running,
+        pace=Pace(config.target_tpot or None),
+        lookup=lookup,
+    )
 
 
 def disk_tier(config: PoolConfig, instance: InstanceId, block_bytes: int) -> DiskTier | None:

@@ -13,7 +13,7 @@ import pytest
 
 from e2e.serving import Served, serving
 
-pytestmark = [pytest.mark.processes, pytest.mark.model]
+pytestmark = [pytest.mark.processes, pytest.mark.model, pytest.mark.timeout(300)]
 
 WORKERS = 8
 REQUESTS = 8

@@ -14,7 +14,7 @@ import pytest
 
 from e2e.serving import Served, serving
 
-pytestmark = [pytest.mark.processes, pytest.mark.model]
+pytestmark = [pytest.mark.processes, pytest.mark.model, pytest.mark.timeout(300)]
 
 SOURCES = ("computed", "local", "host", "disk", "peer", "backflow")
 SESSIONS = 6

@@ -12,6 +12,7 @@ from memserve.core.errors import ConfigError
 PHASES = ("pd-basic", "pd-caching-1", "pd-caching-2", "pd-caching-3", "colocated")
 EVICTION = ("hit-density", "lru", "slru", "lfu", "gdsf")
 WEIGHTS = ("stored", "bf16", "int8")
+RUNNERS = ("native", "reference")
 OVERLAPS = ("auto", "none", "whole", "layers", "chunks")
 POLICIES = ("round-robin", "least-load", "session-id", "prompt-tree")
 
@@ -53,6 +54,7 @@ class EngineConfig(_Section, frozen=True):
     ``threads`` 0 means: cores divided by the instances on this machine, at least one.
     ``weights``: ``stored`` keeps what the file has in 4 or 8 bits as it is; ``bf16`` expands it, which takes
     more memory and gives the same answers; ``int8`` also turns 16-bit weights into 8-bit groups.
+    ``backflow_tokens``: a running answer's KV goes back to P at least so much at a time; 0: only at its end.
     ``overlap`` is what of a prompt's way to D goes on while it is computed: see ``engine.overlap.Overlap``.
     """
 
@@ -64,6 +66,7 @@ class EngineConfig(_Section, frozen=True):
     phases: str = "pd-caching-3"
     handoff_timeout: float = 60.0
     overlap: str = "auto"
+    backflow_tokens: int = 256
 
 
 class ClusterConfig(_Section, frozen=True):
@@ -128,12 +131,13 @@ def override_config(config: Config, section: str, **values: Any) -> Config:
 def check_config(config: Config) -> Config:
     """Return ``config`` if every value makes sense, else raise ``ConfigError`` naming field and remedy."""
     cluster, engine, pool, server = config.cluster, config.engine, config.pool, config.server
-    _require(engine.phases in PHASES, "engine.phases", engine.phases, f"one of {', '.join(PHASES)}")
-    _require(engine.weights in WEIGHTS, "engine.weights", engine.weights, f"one of {', '.join(WEIGHTS)}")
-    _require(engine.overlap in OVERLAPS, "engine.overlap", engine.overlap, f"one of {', '.join(OVERLAPS)}")
-    _require(server.policy in POLICIES, "server.policy", server.policy, f"one of {', '.join(POLICIES)}")
-    runners = ("native", "reference")
-    _require(config.model.runner in runners, "model.runner", config.model.runner, "native or reference")
+    _check_names(config)
+    _require(
+        engine.backflow_tokens == 0 or engine.backflow_tokens >= pool.block_tokens,
+        "engine.backflow_tokens",
+        engine.backflow_tokens,
+        f"0 (only at the end of an answer), or at least {pool.block_tokens}, a block",
+    )
     for name in ("prefill", "decode", "colocated"):
         count = getattr(cluster, name)
         _require(0 <= count <= 64, f"cluster.{name}", count, "a count from 0 to 64")
@@ -152,22 +156,7 @@ def check_config(config: Config) -> Config:
     )
     total = cluster.prefill + cluster.decode + cluster.colocated
     _require(total > 0, "cluster", "0 instances", "at least one colocated, or one prefill and one decode")
-    _require(pool.block_tokens == 16, "pool.block_tokens", pool.block_tokens, "16 (the kernels' block size)")
-    _require(pool.eviction in EVICTION, "pool.eviction", pool.eviction, f"one of {', '.join(EVICTION)}")
-    _require(pool.memory >= 1 << 20, "pool.memory", pool.memory, "at least 1 MiB")
-    _require(pool.host_memory >= 0, "pool.host_memory", pool.host_memory, "0 (no host tier) or more bytes")
-    _require(
-        pool.disk_path is None or pool.disk_memory >= 1 << 20,
-        "pool.disk_memory",
-        pool.disk_memory,
-        "at least 1 MiB where pool.disk_path is set",
-    )
-    _require(
-        pool.disk_path is not None or pool.disk_memory == 0,
-        "pool.disk_memory",
-        pool.disk_memory,
-        "0, or a size together with pool.disk_path",
-    )
+    _check_pool(pool)
     _require(engine.step_tokens >= 16, "engine.step_tokens", engine.step_tokens, "at least 16")
     paced = 0 <= engine.target_tpot <= 60
     _require(paced, "engine.target_tpot", engine.target_tpot, "0 (no pacing) to 60 seconds")
@@ -193,6 +182,38 @@ def check_config(config: Config) -> Config:
         "at least two heartbeats",
     )
     return config
+
+
+def _check_names(config: Config) -> None:
+    """The fields that name one of a few things."""
+    engine = config.engine
+    for field, value, accepted in (
+        ("model.runner", config.model.runner, RUNNERS),
+        ("engine.phases", engine.phases, PHASES),
+        ("engine.weights", engine.weights, WEIGHTS),
+        ("engine.overlap", engine.overlap, OVERLAPS),
+        ("server.policy", config.server.policy, POLICIES),
+        ("pool.eviction", config.pool.eviction, EVICTION),
+    ):
+        _require(value in accepted, field, value, f"one of {', '.join(accepted)}")
+
+
+def _check_pool(pool: PoolConfig) -> None:
+    _require(pool.block_tokens == 16, "pool.block_tokens", pool.block_tokens, "16 (the kernels' block size)")
+    _require(pool.memory >= 1 << 20, "pool.memory", pool.memory, "at least 1 MiB")
+    _require(pool.host_memory >= 0, "pool.host_memory", pool.host_memory, "0 (no host tier) or more bytes")
+    _require(
+        pool.disk_path is None or pool.disk_memory >= 1 << 20,
+        "pool.disk_memory",
+        pool.disk_memory,
+        "at least 1 MiB where pool.disk_path is set",
+    )
+    _require(
+        pool.disk_path is not None or pool.disk_memory == 0,
+        "pool.disk_memory",
+        pool.disk_memory,
+        "0, or a size together with pool.disk_path",
+    )
 
 
 def _require(condition: bool, field: str, value: object, accepted: str) -> None:

@@ -135,6 +135,7 @@ async def assemble(
         clock=clock,
         emit=emit,
         overlap=Overlap(config.engine.overlap),
+        backflow_tokens=config.engine.backflow_tokens,
     )
     endpoint.on_adopt = engine.adopt
     ready = Ready(

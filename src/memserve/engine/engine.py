@@ -30,6 +30,7 @@ from memserve.core.types import (
     Tokens,
     unpack_tokens,
 )
+from memserve.engine.backflow import PIECE_TOKENS, Backflow
 from memserve.engine.batcher import Batcher, Chunk, work_of
 from memserve.engine.carrier import Carrier
 from memserve.engine.head_start import HeadStarts
@@ -63,7 +64,8 @@ _STARVED_SECONDS = 0.05
 class Engine:
     """Runs sequences on ``runner`` with KV in ``pool``; everything it has to say goes to ``emit``.
 
-    ``context`` is the longest sequence in tokens, prompt and answer together.
+    ``context`` is the longest sequence in tokens, prompt and answer together; ``backflow_tokens`` how much of
+    a running answer is sent back to P at least at a time, 0: only at its end.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class Engine:
         clock: Clock,
         emit: Callable[[Message], None],
         overlap: Overlap = Overlap.AUTO,
+        backflow_tokens: int = PIECE_TOKENS,
     ) -> None:
         if pool.layout.arrangement is not Arrangement.AGGREGATED:
             raise ConfigError(
@@ -93,11 +96,13 @@ class Engine:
         self._phases = phases
         self._blocks = SequenceBlocks(pool, phases, batcher.pace.times, clock)
         self._heads = HeadStarts(instance, runner, phases, carrier, batcher.pace.times, overlap)
+        self._backflow = Backflow(carrier, backflow_tokens if phases.backflow else 0, self._blocks_came_free)
         self._journeys = Journeys(
             instance,
             phases,
             carrier,
             self._heads,
+            self._backflow,
             clock,
             release=self._release,
             trace=self._trace,
@@ -125,7 +130,7 @@ class Engine:
     def counters(self) -> Mapping[str, float]:
         """What has been done so far, for metrics."""
         own = {"steps": float(self._steps), "shared_prefills": float(self._shared)}
-        return {**own, **self._blocks.counters(), **self._heads.counters()}
+        return {**own, **self._blocks.counters(), **self._heads.counters(), **self._backflow.counters()}
 
     def submit(self, message: Submit) -> None:
         """Queue a new request; a bad one is answered with a ``RequestError``."""
@@ -210,6 +215,7 @@ class Engine:
             self._steps += 1
             self._batcher.pace.times.learn(work, self._clock.now() - started)
             self._apply(chunks, sampled)
+            self._backflow.send_early(self._batcher.admitted())
 
     async def _sleep(self) -> None:
         """Until something arrives or is given back. What peers bring or free is looked for in between."""
@@ -224,6 +230,7 @@ class Engine:
         await asyncio.get_running_loop().run_in_executor(None, self._thread.shutdown)
         await self._journeys.close()
         await self._heads.close()
+        await self._backflow.close()
         for sequence in list(self._batcher):
             self._batcher.remove(sequence)
             self._release(sequence)
@@ -306,6 +313,7 @@ class Engine:
 
     def _release(self, sequence: Sequence) -> None:
         self._heads.call_off(sequence.request)
+        self._backflow.forget(sequence.request)
         self._blocks.release(sequence)
         self._blocks_came_free()
 

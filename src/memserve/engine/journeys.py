@@ -13,6 +13,7 @@ from memserve.core.clock import Clock
 from memserve.core.errors import MemServeError
 from memserve.core.messages import Message, RequestClosed, RequestError
 from memserve.core.types import FinishReason, InstanceId, RequestId
+from memserve.engine.backflow import Backflow
 from memserve.engine.carrier import Carrier, Delivered
 from memserve.engine.head_start import HeadStarts
 from memserve.engine.phases import Handoff, Phases
@@ -35,6 +36,7 @@ class Journeys:
         phases: Phases,
         carrier: Carrier,
         heads: HeadStarts,
+        backflow: Backflow,
         clock: Clock,
         *,
         release: Callable[[Sequence], None],
@@ -45,6 +47,7 @@ class Journeys:
         self._phases = phases
         self._carrier = carrier
         self._heads = heads
+        self._backflow = backflow
         self._clock = clock
         self._release = release
         self._trace = trace
@@ -117,8 +120,8 @@ class Journeys:
     async def _send_back(self, sequence: Sequence) -> RequestClosed:
         sent = 0
         try:
-            sent = await self._carrier.send_back(sequence)
-            self._trace(sequence, "mempool.backflow", "sent back")
+            sent = await self._backflow.send_rest(sequence)
+            self._trace(sequence, "mempool.backflow", f"sent back: {sent} bytes in all")
         except MemServeError as error:
             log.info("the answer's KV of %s did not go back: %s", sequence.request, error)
         return RequestClosed(sequence.request, self._instance, sent)

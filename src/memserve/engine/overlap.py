@@ -57,9 +57,16 @@ class HandoffCosts:
         self._whole, self._layers = (
             _Way(LinearCost(tail), LinearCost(work)) for tail, work in zip(_TAIL, _WORK, strict=True)
         )
+        self._linked = False
 
     def learn(self, overlap: Overlap, size: int, *, tail: float, work: float) -> None:
-        """A transfer of ``size`` bytes by ``overlap`` (``WHOLE`` or ``LAYERS``) has taken so many seconds."""
+        """A transfer of ``size`` bytes by ``overlap`` (``WHOLE`` or ``LAYERS``) has taken so many seconds.
+
+        The first of all does not count: it has opened the link and touched pages for the first time.
+        """
+        if not self._linked:
+            self._linked = True
+            return
         amounts = (1, size)
         taken, other = self._whole, self._layers
         if overlap is Overlap.LAYERS:

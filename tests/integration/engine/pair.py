@@ -42,6 +42,7 @@ P, D = InstanceId("prefill-0"), InstanceId("decode-0")
 SPACE = Namespace("tiny")
 CONTEXT = 256
 WEIGHTS = tiny_weights(11, context=CONTEXT)
+BLOCK_BYTES = ReferenceRunner(WEIGHTS).layout.block_bytes
 SECONDS = 30.0
 """Longest that anything here may take."""
 
@@ -205,6 +206,7 @@ async def node(
     step_tokens: int = 64,
     max_running: int = 4,
     overlap: Overlap = Overlap.AUTO,
+    backflow_tokens: int = 256,
     limits: Mapping[str, float] | None = None,
 ) -> AsyncIterator[Node]:
     runner, clock, copying = GatedRunner(), MonotonicClock(), Gate()
@@ -234,6 +236,7 @@ async def node(
         clock=clock,
         emit=emit,
         overlap=overlap,
+        backflow_tokens=backflow_tokens,
     )
     endpoint.on_adopt = engine.adopt
     running = asyncio.create_task(engine.run())
@@ -261,6 +264,7 @@ async def pair(
     step_tokens: int = 64,
     max_running: int = 4,
     overlap: Overlap = Overlap.AUTO,
+    backflow_tokens: int = 256,
     limits: Mapping[str, float] | None = None,
 ) -> AsyncIterator[Pair]:
     made: list[Pair] = []
@@ -275,6 +279,7 @@ async def pair(
         "step_tokens": step_tokens,
         "max_running": max_running,
         "overlap": overlap,
+        "backflow_tokens": backflow_tokens,
         "limits": limits,
     }
     async with AsyncExitStack() as stack:

@@ -187,6 +187,14 @@ async def copying_to_p(both: Pair, cancel: Cancel) -> None:
     both.d.copying.open()
 
 
+async def sending_a_piece_back(both: Pair, cancel: Cancel, step: str) -> None:
+    at_step(both.d, step, cancel)
+    both.ask("r", PROMPT, 100)
+    await both.closed("r")
+    assert not both.d.on_step, "the step was never reached"
+    assert len(both.answer("r")) < 100, "it had ended before"
+
+
 STEPS = ("reserved", "copied", "published")
 CASES = (
     Case("queued on P", queued),
@@ -221,6 +229,15 @@ CASES = (
     Case("preempted above a host tier", preempted, ALL, {"host_blocks": 64}),
     *(
         Case(f"sending back, {step}", functools.partial(sending_back, step=step), FLOWING_BACK)
+        for step in STEPS
+    ),
+    *(
+        Case(
+            f"sending a piece back, {step}",
+            functools.partial(sending_a_piece_back, step=step),
+            FLOWING_BACK,
+            {"backflow_tokens": 16},
+        )
         for step in STEPS
     ),
     Case("copying to P", copying_to_p, FLOWING_BACK),

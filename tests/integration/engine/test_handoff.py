@@ -7,9 +7,8 @@ import asyncio
 import numpy as np
 import pytest
 
-from integration.engine.pair import WEIGHTS, pair, prompt, run
+from integration.engine.pair import BLOCK_BYTES, pair, prompt, run
 from memserve.core.types import FinishReason, Ledger, RequestId
-from memserve.engine.runners.reference import ReferenceRunner
 
 
 def turns(phases: str) -> tuple[list[list[int]], list[Ledger], tuple[int, int], int]:
@@ -31,9 +30,6 @@ def turns(phases: str) -> tuple[list[list[int]], list[Ledger], tuple[int, int], 
 
     run(scenario())
     return result[0]
-
-
-BLOCK_BYTES = ReferenceRunner(WEIGHTS).layout.block_bytes
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """What is gained by handing a prompt over while it is computed: one prefill and one decode instance.
 
-    python benchmarks/overlap.py [--rounds N] [--threads N] [--backend shm|tcp] [--output FILE]
+    python benchmarks/overlap.py [--lengths N ...] [--rounds N] [--threads N] [--backend shm|tcp] [--output F]
 
 Prompts that neither side has seen, each way of overlap in turns. Per prompt: from the first token, sampled on
 P, to the beginning of D's first decode step (``handoff_ms``); time to the first and from there to the second
@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import json
 import os
+import random
 import statistics
 import sys
 import time
@@ -41,7 +42,6 @@ from memserve.mempool import MemPool, TransferEndpoint
 from recording import write_result
 from transfer_backends import SECURITY
 
-LENGTHS = (512, 2048, 4096)
 CONTEXT = 4200
 BLOCKS = 600
 STEP_TOKENS = 512
@@ -172,7 +172,9 @@ async def side(
         await endpoint.close()
 
 
-async def measure(rounds: int, threads: int, backend: str, model: str) -> dict[str, list[Run]]:
+async def measure(
+    lengths: list[int], rounds: int, threads: int, backend: str, model: str
+) -> dict[str, list[Run]]:
     """All runs by way and length, in turns; the first round only warms up."""
     addresses = [f"@memserve-benchmark-{os.getpid()}-{name}" for name in (P, D)]
     runner, vocabulary = load(model, threads)
@@ -194,8 +196,8 @@ async def measure(rounds: int, threads: int, backend: str, model: str) -> dict[s
         tasks = [asyncio.create_task(engine.run()) for engine in prefill.engines.values()]
         tasks.append(asyncio.create_task(listen(child.stdout, prefill.heard)))
         for at in range(rounds + 1):
-            for length in LENGTHS:
-                for way in (*Overlap,) if at % 2 else (*reversed(Overlap),):
+            for length in lengths:
+                for way in random.Random(at).sample(list(Overlap), len(Overlap)):
                     run = await prefill.ask(way, length, child.stdin)
                     print(at, way.value, length, run, file=sys.stderr, flush=True)
                     if at:
@@ -273,6 +275,7 @@ def summarise(runs: list[Run]) -> dict[str, object]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 2048, 4096])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--backend", choices=("shm", "tcp"), default="shm")
@@ -283,7 +286,7 @@ def main() -> None:
     if asked.peer:
         uvloop.run(serve_peer(asked.peer, asked.backend, asked.threads, asked.model))
         return
-    runs = uvloop.run(measure(asked.rounds, asked.threads, asked.backend, asked.model))
+    runs = uvloop.run(measure(asked.lengths, asked.rounds, asked.threads, asked.backend, asked.model))
     figures = {name: summarise(each) for name, each in runs.items()}
     about = {"backend": asked.backend, "threads": asked.threads, "step_tokens": STEP_TOKENS}
     print(write_result(f"overlap_{asked.backend}", about | {"figures": figures}, asked.output))

@@ -35,6 +35,7 @@ class ServeOptions:
     host_memory: str | None = None
     disk: str | None = None
     disk_memory: str | None = None
+    restart_lost: bool | None = None
     threads: int | None = None
     target_tpot: float | None = None
     host: str | None = None
@@ -58,6 +59,7 @@ def serve(
     host_memory: options.HostMemory = None,
     disk: options.Disk = None,
     disk_memory: options.DiskMemory = None,
+    restart_lost: options.RestartLost = None,
     threads: options.Threads = None,
     target_tpot: options.TargetTpot = None,
     host: options.Host = None,
@@ -82,6 +84,7 @@ def serve(
         host_memory=host_memory,
         disk=disk,
         disk_memory=disk_memory,
+        restart_lost=restart_lost,
         threads=threads,
         target_tpot=target_tpot,
         host=host,
@@ -116,7 +119,7 @@ def build_config(said: ServeOptions, file: Path | None) -> Config:
         weights=said.weights,
         target_tpot=said.target_tpot,
     )
-    config = override_config(config, "cluster", **_counts(said))
+    config = override_config(config, "cluster", restart_lost=said.restart_lost, **_counts(said))
     config = override_config(
         config,
         "server",

@@ -109,6 +109,14 @@ DiskMemory = Annotated[
         rich_help_panel=_INSTANCES,
     ),
 ]
+RestartLost = Annotated[
+    bool | None,
+    typer.Option(
+        "--restart-lost/--no-restart-lost",
+        help="Start an instance again that has died. Default: yes, 5 times in a row at most.",
+        rich_help_panel=_INSTANCES,
+    ),
+]
 Threads = Annotated[
     int | None,
     typer.Option(

@@ -12,8 +12,18 @@ from memserve.core.errors import ConfigError
 PHASES = ("pd-basic", "pd-caching-1", "pd-caching-2", "pd-caching-3", "colocated")
 EVICTION = ("hit-density", "lru", "slru", "lfu", "gdsf")
 WEIGHTS = ("stored", "bf16", "int8")
+RUNNERS = ("native", "reference")
 OVERLAPS = ("auto", "none", "whole", "layers", "chunks")
-POLICIES = ("round-robin", "least-load", "session-id", "prompt-tree")
+POLICIES = (
+    "round-robin",
+    "least-load",
+    "session-id",
+    "prompt-tree",
+    "cost",
+    "weighted-overlap",
+    "cache-aware",
+    "exploit-explore",
+)
 
 
 class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -69,7 +79,11 @@ class EngineConfig(_Section, frozen=True):
 
 
 class ClusterConfig(_Section, frozen=True):
-    """Instances to start here, and how fast silence counts as death (seconds)."""
+    """Instances to start here, and how fast silence counts as death (seconds).
+
+    With ``restart_lost`` an instance that dies is started again, at most ``max_restarts`` times in a row.
+    One that is asked to end finishes what it runs, for at most ``leave_timeout`` seconds.
+    """
 
     prefill: int = 1
     decode: int = 1
@@ -77,6 +91,9 @@ class ClusterConfig(_Section, frozen=True):
     heartbeat: float = 0.25
     dead_after: float = 1.5
     start_timeout: float = 300.0
+    leave_timeout: float = 30.0
+    restart_lost: bool = True
+    max_restarts: int = 5
 
 
 class ServerConfig(_Section, frozen=True):
@@ -123,18 +140,13 @@ def override_config(config: Config, section: str, **values: Any) -> Config:
 def check_config(config: Config) -> Config:
     """Return ``config`` if every value makes sense, else raise ``ConfigError`` naming field and remedy."""
     cluster, engine, pool, server = config.cluster, config.engine, config.pool, config.server
-    _require(engine.phases in PHASES, "engine.phases", engine.phases, f"one of {', '.join(PHASES)}")
-    _require(engine.weights in WEIGHTS, "engine.weights", engine.weights, f"one of {', '.join(WEIGHTS)}")
+    _check_names(config)
     _require(
         engine.backflow_tokens == 0 or engine.backflow_tokens >= pool.block_tokens,
         "engine.backflow_tokens",
         engine.backflow_tokens,
         f"0 (only at the end of an answer), or at least {pool.block_tokens}, a block",
     )
-    _require(engine.overlap in OVERLAPS, "engine.overlap", engine.overlap, f"one of {', '.join(OVERLAPS)}")
-    _require(server.policy in POLICIES, "server.policy", server.policy, f"one of {', '.join(POLICIES)}")
-    runners = ("native", "reference")
-    _require(config.model.runner in runners, "model.runner", config.model.runner, "native or reference")
     for name in ("prefill", "decode", "colocated"):
         count = getattr(cluster, name)
         _require(0 <= count <= 64, f"cluster.{name}", count, "a count from 0 to 64")
@@ -153,22 +165,7 @@ def check_config(config: Config) -> Config:
     )
     total = cluster.prefill + cluster.decode + cluster.colocated
     _require(total > 0, "cluster", "0 instances", "at least one colocated, or one prefill and one decode")
-    _require(pool.block_tokens == 16, "pool.block_tokens", pool.block_tokens, "16 (the kernels' block size)")
-    _require(pool.eviction in EVICTION, "pool.eviction", pool.eviction, f"one of {', '.join(EVICTION)}")
-    _require(pool.memory >= 1 << 20, "pool.memory", pool.memory, "at least 1 MiB")
-    _require(pool.host_memory >= 0, "pool.host_memory", pool.host_memory, "0 (no host tier) or more bytes")
-    _require(
-        pool.disk_path is None or pool.disk_memory >= 1 << 20,
-        "pool.disk_memory",
-        pool.disk_memory,
-        "at least 1 MiB where pool.disk_path is set",
-    )
-    _require(
-        pool.disk_path is not None or pool.disk_memory == 0,
-        "pool.disk_memory",
-        pool.disk_memory,
-        "0, or a size together with pool.disk_path",
-    )
+    _check_pool(pool)
     _require(engine.step_tokens >= 16, "engine.step_tokens", engine.step_tokens, "at least 16")
     paced = 0 <= engine.target_tpot <= 60
     _require(paced, "engine.target_tpot", engine.target_tpot, "0 (no pacing) to 60 seconds")
@@ -183,9 +180,10 @@ def check_config(config: Config) -> Config:
         server.request_timeout,
         "a positive number of seconds",
     )
-    for name in ("heartbeat", "dead_after", "start_timeout"):
+    for name in ("heartbeat", "dead_after", "start_timeout", "leave_timeout"):
         value = getattr(cluster, name)
         _require(value > 0, f"cluster.{name}", value, "a positive number of seconds")
+    _require(cluster.max_restarts >= 0, "cluster.max_restarts", cluster.max_restarts, "0 (never) or more")
     _require(
         cluster.dead_after >= 2 * cluster.heartbeat,
         "cluster.dead_after",
@@ -193,6 +191,38 @@ def check_config(config: Config) -> Config:
         "at least two heartbeats",
     )
     return config
+
+
+def _check_names(config: Config) -> None:
+    """The fields that name one of a few things."""
+    engine = config.engine
+    for field, value, accepted in (
+        ("model.runner", config.model.runner, RUNNERS),
+        ("engine.phases", engine.phases, PHASES),
+        ("engine.weights", engine.weights, WEIGHTS),
+        ("engine.overlap", engine.overlap, OVERLAPS),
+        ("server.policy", config.server.policy, POLICIES),
+        ("pool.eviction", config.pool.eviction, EVICTION),
+    ):
+        _require(value in accepted, field, value, f"one of {', '.join(accepted)}")
+
+
+def _check_pool(pool: PoolConfig) -> None:
+    _require(pool.block_tokens == 16, "pool.block_tokens", pool.block_tokens, "16 (the kernels' block size)")
+    _require(pool.memory >= 1 << 20, "pool.memory", pool.memory, "at least 1 MiB")
+    _require(pool.host_memory >= 0, "pool.host_memory", pool.host_memory, "0 (no host tier) or more bytes")
+    _require(
+        pool.disk_path is None or pool.disk_memory >= 1 << 20,
+        "pool.disk_memory",
+        pool.disk_memory,
+        "at least 1 MiB where pool.disk_path is set",
+    )
+    _require(
+        pool.disk_path is not None or pool.disk_memory == 0,
+        "pool.disk_memory",
+        pool.disk_memory,
+        "0, or a size together with pool.disk_path",
+    )
 
 
 def _require(condition: bool, field: str, value: object, accepted: str) -> None:

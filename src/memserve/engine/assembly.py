@@ -59,6 +59,7 @@ class Assembled:
             historical_blocks=blocks.historical,
             incoming_blocks=blocks.incoming,
             blocks=blocks.blocks,
+            prices=batcher.pace.times.prices,
         )
 
     def read_stats(self) -> Stats:
@@ -148,6 +149,8 @@ async def assemble(
         runner.layout.block_bytes,
         runner.layout.fingerprint,
         runner.isa,
+        config.engine.step_tokens,
+        config.engine.target_tpot,
     )
     return Assembled(settings, runner, pool, endpoint, carrier, engine, ready)
 

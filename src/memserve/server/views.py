@@ -72,6 +72,20 @@ class MemoryAnswer(msgspec.Struct, frozen=True):
     tiers: tuple[TierSize, ...]
 
 
+class RoleBody(msgspec.Struct, frozen=True):
+    """Body of ``PUT /v1/cluster/{instance}/role``: ``prefill``, ``decode`` or ``colocated``."""
+
+    role: str
+
+
+class RoleAnswer(msgspec.Struct, frozen=True):
+    """Its answer: what the instance does from now on, and what it did before."""
+
+    instance: str
+    role: str
+    before: str
+
+
 class TraceEntry(msgspec.Struct, frozen=True):
     """A room that a request entered; ``at`` is a monotonic clock shared by this machine, s.
 

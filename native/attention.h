@@ -79,17 +79,17 @@ struct Pieces {
 };
 
 template <class Stored>
-struct Segment {
+struct Stretch {
   Pieces<Stored> keys;
   Pieces<Stored> values;
 };
 
 // `skip`: bytes in front of a head's values.
 template <class Stored>
-inline Segment<Stored> segment_of(const Attention& job, int index, size_t skip) {
+inline Stretch<Stored> stretch_of(const Attention& job, int index, size_t skip) {
   const int first = index * kSegmentBlocks;
   const int last = job.last_position() / kBlockTokens;
-  Segment<Stored> found;
+  Stretch<Stored> found;
   found.keys.count = found.values.count = smaller(kSegmentBlocks, last + 1 - first);
   for (int b = 0; b < found.keys.count; ++b) {
     const uint64_t block = job.blocks[first + b];

@@ -16,15 +16,15 @@ struct Bf16Kv {
       std::memcpy(s.queries_of(v), query_of(job, v), static_cast<size_t>(job.heads.dim) * sizeof(Bf16));
   }
 
-  static Segment<Bf16> find_segment(const Attention& job, const Scratch& s, int index) {
-    Segment<Bf16> found = segment_of<Bf16>(job, index, 0);
+  static Stretch<Bf16> find_segment(const Attention& job, const Scratch& s, int index) {
+    Stretch<Bf16> found = stretch_of<Bf16>(job, index, 0);
     const int last = job.last_position() / kBlockTokens - index * kSegmentBlocks;
     if (last < kSegmentBlocks) found.values.blocks[last] = cleaned_values(job, s, found.values.blocks[last]);
     return found;
   }
 
   // Scores of one vector become weights: zero beyond its first `tokens` tokens.
-  static void weights_of_scores(const Attention& job, const Scratch& s, const Segment<Bf16>& segment, int vector,
+  static void weights_of_scores(const Attention& job, const Scratch& s, const Stretch<Bf16>& segment, int vector,
                                 int tokens) {
     const float* scores = s.scores_of(vector);
     Bf16* weights = s.weights_of(vector);

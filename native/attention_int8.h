@@ -38,37 +38,55 @@ struct Int8Kv {
     }
   }
 
-  static Segment<int8_t> find_segment(const Attention& job, const Scratch&, int index) {
-    return segment_of<int8_t>(job, index, kScaleBytes);
+  struct Segment : Stretch<int8_t> {
+    int sound;  // tokens before the first one with a broken scale
+  };
+
+  static Segment find_segment(const Attention& job, const Scratch&, int index) {
+    Segment found{stretch_of<int8_t>(job, index, kScaleBytes), kSegmentTokens};
+    const int tokens = smaller(job.last_position() + 1 - index * kSegmentTokens, kSegmentTokens);
+    Floats broken = zeros();
+    for (int b = 0; b < found.values.count; ++b)
+      broken = multiply_add(first_lanes(value_scales(found, b), visible_lanes(tokens, b), zeros()), zeros(), broken);
+    if (sum_of_lanes(broken) == 0.0f) return found;
+    for (found.sound = 0; is_sound(found, found.sound); ++found.sound) {
+    }
+    return found;
   }
 
   // Scores of one vector become weights: zero beyond its first `tokens` tokens.
-  static void weights_of_scores(const Attention& job, const Scratch& s, const Segment<int8_t>& segment, int vector,
+  static void weights_of_scores(const Attention& job, const Scratch& s, const Segment& segment, int vector,
                                 int tokens) {
     float* scores = s.scores_of(vector);
     float* partial = s.segment_of(vector);
     const int blocks = segment.keys.count;
-    const float top = scale_scores(scores, segment.keys, tokens, s.query_units[vector] * job.scale);
-    const Floats tops = splat(top);
-    Floats sum = zeros(), weighted = zeros(), largest = zeros();
-    for (int b = 0; b < blocks; ++b) {
-      const int lanes = visible_lanes(tokens, b);
-      float* at = scores + b * kLanes16;
-      const Floats weight = exp2(first_lanes(subtract(load(at), tops), lanes, splat(kMinusInfinity)));
-      const Floats scaled = multiply(weight, first_lanes(load(scales_of(segment.values.blocks[b])), lanes, zeros()));
+    const int whole = tokens / kLanes16;
+    const float unit = s.query_units[vector] * job.scale;
+    const float top = scale_scores(scores, segment, tokens) * unit;
+    const Floats units = splat(unit), minus_top = splat(-top);
+    Floats sum = zeros(), largest = zeros();
+    const auto weigh = [&](int b, Floats exponent, Floats scales) {
+      const Floats weight = exp2(exponent);
+      const Floats scaled = multiply(weight, scales);
       sum = add(sum, weight);
-      weighted = add(weighted, scaled);
       largest = larger(largest, scaled);
-      store(at, scaled);
+      store(scores + b * kLanes16, scaled);
+    };
+    const auto exponents = [&](int b) { return multiply_add(load(scores + b * kLanes16), units, minus_top); };
+    for (int b = 0; b < whole; ++b) weigh(b, exponents(b), value_scales(segment, b));
+    for (int b = whole; b < blocks; ++b) {
+      const int lanes = visible_lanes(tokens, b);
+      weigh(b, first_lanes(exponents(b), lanes, splat(kMinusInfinity)),
+            first_lanes(value_scales(segment, b), lanes, zeros()));
     }
     sum_of(partial) = sum_of_lanes(sum);
     largest_of(partial) = top;
-    const bool finite = sum_of_lanes(weighted) * 0.0f == 0.0f;
-    const float most = finite ? largest_lane(largest) : 0.0f;
-    unit_of(partial) = finite ? most / kLargestInt16 : __builtin_nanf("");
+    const bool sound = tokens <= segment.sound;
+    const float most = largest_lane(largest);
+    unit_of(partial) = sound ? most / kLargestInt16 : __builtin_nanf("");
     const Floats steps = splat(steps_of(most));
     for (int b = 0; b < blocks; ++b)
-      store_int16(s.weights_of(vector) + b * kLanes16, finite ? multiply(load(scores + b * kLanes16), steps) : zeros());
+      store_int16(s.weights_of(vector) + b * kLanes16, sound ? multiply(load(scores + b * kLanes16), steps) : zeros());
   }
 
   static Sum no_sum() { return no_ints(); }
@@ -81,21 +99,27 @@ struct Int8Kv {
   // What multiplies numbers of up to `largest` to fill int16.
   static float steps_of(float largest) { return largest >= 0x1p-100f ? kLargestInt16 / largest : 0.0f; }
 
-  static const float* scales_of(const int8_t* values) {
-    return reinterpret_cast<const float*>(values - kScaleBytes);
+  static Floats scales_of(const int8_t* values) { return load(reinterpret_cast<const float*>(values - kScaleBytes)); }
+  static Floats value_scales(const Segment& segment, int block) { return scales_of(segment.values.blocks[block]); }
+
+  static bool is_sound(const Segment& segment, int token) {
+    float scales[kLanes16];
+    store(scales, value_scales(segment, token / kBlockTokens));
+    return scales[token % kBlockTokens] * 0.0f == 0.0f;
   }
 
-  // Sums of integers become scores; returns the largest.
-  static float scale_scores(float* scores, const Pieces<int8_t>& keys, int tokens, float unit) {
-    const Floats units = splat(unit);
+  // Scores get the scales of their tokens; returns the largest.
+  static float scale_scores(float* scores, const Segment& segment, int tokens) {
     const Floats nothing = splat(kMinusInfinity);
     Floats largest = nothing;
-    for (int b = 0; b * kLanes16 < tokens; ++b) {
-      float* at = scores + b * kLanes16;
-      const Floats score = multiply(load(at), multiply(load(scales_of(keys.blocks[b])), units));
-      store(at, score);
-      largest = larger(largest, first_lanes(score, visible_lanes(tokens, b), nothing));
-    }
+    const auto scale = [&](int b) {
+      const Floats score = multiply(load(scores + b * kLanes16), scales_of(segment.keys.blocks[b]));
+      store(scores + b * kLanes16, score);
+      return score;
+    };
+    const int whole = tokens / kLanes16;
+    for (int b = 0; b < whole; ++b) largest = larger(largest, scale(b));
+    if (tokens % kLanes16 != 0) largest = larger(largest, first_lanes(scale(whole), tokens % kLanes16, nothing));
     return largest_lane(largest);
   }
 };

@@ -55,10 +55,12 @@ struct VectorProducts {
     const uint16_t* queries = s.queries_of(vector);
     for (int pair = 0; pair < dim / 2; pair += kChunkPairs)
 #pragma GCC unroll 4
-      for (int i = pair; i < pair + kChunkPairs; ++i)
-        take_pair<kVectors, kBlocks>(sums, queries + 2 * i, s.query_stride, columns,
-                                     static_cast<size_t>(i) * 2 * kBlockTokens);
+      for (int i = 0; i < kChunkPairs; ++i)
+        take_pair<kVectors, kBlocks>(sums, queries + 2 * (pair + i), s.query_stride, columns,
+                                     static_cast<size_t>(pair + i) * 2 * kBlockTokens);
+#pragma GCC unroll 32
     for (int v = 0; v < kVectors; ++v)
+#pragma GCC unroll 32
       for (int c = 0; c < kBlocks; ++c)
         store(s.scores_of(vector + v) + (block + c) * kBlockTokens, Kv::score_of(sums[v][c]));
   }
@@ -86,8 +88,10 @@ struct VectorProducts {
         take_pair<kVectors, kColumns>(sums, weights + 2 * pair, kSegmentTokens, columns,
                                       static_cast<size_t>(pair) * dim * 2);
     }
+#pragma GCC unroll 32
     for (int v = 0; v < kVectors; ++v) {
       float* partial = s.segment_of(vector + v);
+#pragma GCC unroll 32
       for (int c = 0; c < kColumns; ++c)
         store(values_of(partial) + (column + c) * kLanes16, Kv::values_of_sum(sums[v][c], partial));
     }

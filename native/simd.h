@@ -77,7 +77,11 @@ inline Pairs load_byte_pairs(const int8_t* from) {
   return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 }
 inline Ints no_ints() { return _mm512_setzero_si512(); }
-inline Ints dot_int_pairs(Ints sum, Pairs a, Pairs b) { return _mm512_dpwssd_epi32(sum, a, b); }
+// gcc 12 copies the sum before and after the intrinsic, which fills a register block with moves.
+inline Ints dot_int_pairs(Ints sum, Pairs a, Pairs b) {
+  __asm__("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+  return sum;
+}
 inline Floats floats_of(Ints x) { return _mm512_cvtepi32_ps(x); }
 // Round to nearest even; numbers that fit.
 inline void store_int16(uint16_t* to, Floats x) {

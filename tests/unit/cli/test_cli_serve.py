@@ -57,6 +57,7 @@ def test_options_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) ->
         (["--policy", "best"], "server.policy"),
         (["--runner", "gpu"], "model.runner"),
         (["--weights", "int3"], "engine.weights"),
+        (["--kv-cache-dtype", "int4"], "pool.kv_cache_dtype"),
         (["--prefill", "0"], "cluster.prefill/decode"),
         (["--colocated", "-1"], "cluster.colocated"),
         (["--port", "70000"], "server.port"),

@@ -1,8 +1,7 @@
 """Speed and bytes of KV in int8 beside bf16, on SmolLM2-135M's shape, and the time to move its blocks.
 
 Every round runs each workload with both, the order changing; ratios pair times of one round. Weights are
-random: values do not change speed. ``transfer`` is the copy with checksums that a transfer within a host makes,
-into blocks that are written for the first time in that round.
+random: values do not change speed. ``transfer`` is the copy with checksums that transfers within a host make.
 
     python benchmarks/kv_dtype.py [--rounds N] [--threads 1,2] [--weights stored|bf16] [--isa NAME]
 """
@@ -30,6 +29,9 @@ RESULTS = Path(__file__).parent / "results" / "kv_dtype.json"
 DTYPES = ("bf16", "int8")
 CONTEXT = 8192
 TRANSFER_BLOCKS = 64
+
+Times = dict[str, list[tuple[float, float]]]
+"""Seconds of the clock and of processors, of each dtype in each round."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,9 +134,7 @@ def measure(threads: int, weights: str, isa: str | None, rounds: int) -> list[Fi
         for workload in WORKLOADS
     }
     work[f"transfer of {TRANSFER_BLOCKS} blocks"] = {dtype: side.transfer for dtype, side in sides.items()}
-    times: dict[str, dict[str, list[tuple[float, float]]]] = {
-        name: {dtype: [] for dtype in DTYPES} for name in work
-    }
+    times: dict[str, Times] = {name: {dtype: [] for dtype in DTYPES} for name in work}
     for each in work.values():
         for dtype in DTYPES:
             each[dtype]()
@@ -147,7 +147,7 @@ def measure(threads: int, weights: str, isa: str | None, rounds: int) -> list[Fi
     return [figure_of(threads, name, taken) for name, taken in times.items()]
 
 
-def figure_of(threads: int, name: str, taken: dict[str, list[tuple[float, float]]]) -> Figure:
+def figure_of(threads: int, name: str, taken: Times) -> Figure:
     pairs = list(zip(taken["bf16"], taken["int8"], strict=True))
     ratios, cpu_ratios = ([a[clock] / b[clock] for a, b in pairs] for clock in (0, 1))
     bf16, int8 = (statistics.median(wall for wall, _ in taken[dtype]) for dtype in DTYPES)

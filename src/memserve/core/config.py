@@ -35,8 +35,8 @@ class PoolConfig(_Section, frozen=True):
     ``memory`` is where kernels read. What it has no room for goes to ``host_memory``, then to files below
     ``disk_path``, of at most ``disk_memory`` per instance, which a restart finds again.
     ``eviction`` names what decides which historical KV is given up first.
-    ``kv_cache_dtype``: ``bf16``; ``int8``, which takes 0.53 of the bytes and changes answers a little; ``auto``:
-    what the runner has by itself, bf16 (the reference runner: float32).
+    ``kv_cache_dtype``: ``bf16``; ``int8``, which takes about half the bytes and changes answers a little;
+    ``auto``: what the runner has by itself, bf16 (the reference runner: float32).
     """
 
     memory: int = 1 << 30

@@ -32,9 +32,9 @@ class KVLayout:
                neighbouring pairs are what bf16 dot-product instructions and AMX tiles read in place.
     ``plain``  K: [kv_heads][block_tokens][head_dim], V: the same.
 
-    With ``dtype`` ``int8`` each head's values follow its scales, float32[block_tokens], so that whatever moves a
-    layer's K or V moves both: a value is int8 x the scale of its token and head, which is the largest absolute
-    value / 127. With 16 tokens per block and head_dim a multiple of 4 every head stays aligned to 64 bytes.
+    With ``dtype`` ``int8`` each head's values follow its scales, float32[block_tokens]: what moves a layer's
+    K or V moves both. A number is its int8 times the scale of its token and head, which is the largest
+    absolute one / 127. In blocks of 16 tokens heads stay aligned to 64 bytes if head_dim is a multiple of 4.
 
     ``model`` identifies the weights: KV of different models is never exchanged.
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -29,6 +29,8 @@ from memserve.engine.carrier import PoolCarrier
 from memserve.engine.engine import Engine
 from memserve.engine.models.tiny import tiny_weights
 from memserve.engine.phases import PHASES
+from memserve.engine.runners.base import Runner
+from memserve.engine.runners.native import NativeRunner
 from memserve.engine.runners.reference import ReferenceRunner
 from memserve.mempool import MemPool, TransferEndpoint
 
@@ -59,9 +61,11 @@ class Pair:
     said: list[Message]
     heard: asyncio.Event = field(default_factory=asyncio.Event)
 
+    decode_on: InstanceId | None = D
+
     def ask(self, name: str, prompt: Tokens, max_tokens: int = 8) -> None:
         sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0)
-        self.p.engine.submit(Submit(RequestId(name), SPACE, pack_tokens(prompt), sampling, D))
+        self.p.engine.submit(Submit(RequestId(name), SPACE, pack_tokens(prompt), sampling, self.decode_on))
 
     async def until(self, condition: Callable[[], bool]) -> None:
         async with asyncio.timeout(30):
@@ -91,9 +95,16 @@ class Pair:
 
 @asynccontextmanager
 async def node(
-    name: InstanceId, role: Role, phases: str, blocks: int, emit: Callable[[Message], None], timeout: float
+    name: InstanceId,
+    role: Role,
+    phases: str,
+    blocks: int,
+    emit: Callable[[Message], None],
+    timeout: float,
+    make_runner: Callable[[], Runner] = lambda: ReferenceRunner(WEIGHTS),
+    step_tokens: int = 64,
 ) -> AsyncIterator[Node]:
-    runner, clock = ReferenceRunner(WEIGHTS), MonotonicClock()
+    runner, clock = make_runner(), MonotonicClock()
     pool = MemPool(runner.layout, blocks, instance=name, incarnation=1, clock=clock)
     endpoint = TransferEndpoint(pool, clock)
     address = f"@memserve-test-{uuid.uuid4().hex}"
@@ -103,7 +114,7 @@ async def node(
         name,
         pool,
         runner,
-        Batcher(step_tokens=64, max_running=4),
+        Batcher(step_tokens=step_tokens, max_running=4),
         PHASES[phases],
         carrier,
         context=CONTEXT,
@@ -122,11 +133,16 @@ async def node(
         await endpoint.close()
         pool.check(())
         pool.close()
+        runner.close()
 
 
 @asynccontextmanager
 async def pair(
-    phases: str = "pd-caching-3", *, d_blocks: int = 64, timeout: float = 20.0
+    phases: str = "pd-caching-3",
+    *,
+    d_blocks: int = 64,
+    timeout: float = 20.0,
+    make_runner: Callable[[], Runner] = lambda: ReferenceRunner(WEIGHTS),
 ) -> AsyncIterator[Pair]:
     made: list[Pair] = []
 
@@ -135,8 +151,10 @@ async def pair(
         made[0].heard.set()
 
     async with AsyncExitStack() as stack:
-        p = await stack.enter_async_context(node(P, Role.PREFILL, phases, 64, emit, timeout))
-        d = await stack.enter_async_context(node(D, Role.DECODE, phases, d_blocks, emit, timeout))
+        p, d = [
+            await stack.enter_async_context(node(name, role, phases, blocks, emit, timeout, make_runner))
+            for name, role, blocks in ((P, Role.PREFILL, 64), (D, Role.DECODE, d_blocks))
+        ]
         made.append(Pair(p, d, []))
         for each in (p, d):
             each.carrier.set_members((p.member, d.member))
@@ -291,5 +309,68 @@ def test_decode_preempts_and_recovers_when_its_pool_is_small() -> None:
                 roomy.ask(f"r{at}", prompt(40, seed=at), 100)
                 await roomy.closed(f"r{at}")
             assert found == [roomy.answer(f"r{at}") for at in range(4)]
+
+    run(scenario())
+
+
+# --- KV in int8 -----------------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def alone(make_runner: Callable[[], Runner], step_tokens: int) -> AsyncIterator[Pair]:
+    """One instance that does both, in the words of a pair."""
+    made: list[Pair] = []
+
+    def emit(message: Message) -> None:
+        made[0].said.append(message)
+        made[0].heard.set()
+
+    parts = (InstanceId("colocated-0"), Role.COLOCATED, "colocated", 64, emit, 20.0, make_runner, step_tokens)
+    async with node(*parts) as both:
+        made.append(Pair(both, both, [], decode_on=None))
+        yield made[0]
+
+
+def native_int8() -> Runner:
+    return NativeRunner(WEIGHTS, threads=1, context=CONTEXT, kv_dtype="int8")
+
+
+def reference_int8() -> Runner:
+    return ReferenceRunner(WEIGHTS, layout_dtype="int8")
+
+
+@pytest.mark.parametrize("make_runner", [native_int8, reference_int8])
+def test_int8_kv_gives_the_same_tokens_wherever_it_is_computed(make_runner: Callable[[], Runner]) -> None:
+    """Two turns: each on an instance of its own; in chunks beside others, from the cache; P to D and back."""
+
+    async def turns_on(there: Pair, beside: Sequence[int]) -> tuple[list[list[int]], list[Ledger]]:
+        history, answers, ledgers = prompt(70), [], []
+        for turn in ("one", "two"):
+            for mate in beside:
+                there.ask(f"{turn} beside {mate}", prompt(mate, seed=mate), 20)
+            there.ask(turn, history, 30)
+            for name in (turn, *(f"{turn} beside {mate}" for mate in beside)):
+                await there.closed(name)
+            answers.append(there.answer(turn))
+            ledgers.append(there.ledger(turn))
+            history = np.concatenate([history, np.array(answers[-1], np.int32), prompt(10, seed=5)])
+        return answers, ledgers
+
+    async def scenario() -> None:
+        expected = []
+        history = prompt(70)
+        for _ in range(2):
+            async with alone(make_runner, 4096) as fresh:
+                fresh.ask("only", history, 30)
+                await fresh.closed("only")
+                expected.append(fresh.answer("only"))
+                history = np.concatenate([history, np.array(expected[-1], np.int32), prompt(10, seed=5)])
+        async with alone(make_runner, 16) as chunked:
+            answers, ledgers = await turns_on(chunked, (33, 17))
+            assert (answers, ledgers[1].local) == (expected, 96)
+        async with pair(make_runner=make_runner) as both:
+            answers, ledgers = await turns_on(both, ())
+            assert (answers, ledgers[1].backflow) == (expected, 32)
+            assert both.d.pool.stats().received > 0
 
     run(scenario())

@@ -150,7 +150,7 @@ def rounded_int8(values: Double) -> Double:
 
 
 def oracle_logits(weights: ModelWeights, tokens: NDArray[np.int32], kv_dtype: str = "bf16") -> Double:
-    """Logits of all rows: float64, rounded exactly where the kernels round (weights of int8 V: not at all)."""
+    """Logits of all rows: float64, rounded exactly where the kernels round (not: weights of V in int8)."""
     x = weights.embedding[tokens].astype(np.float64)
     for layer in weights.layers:
         x = x + _attention(weights, layer, rounded(_normed(weights, x, layer.attention_norm)), kv_dtype)

@@ -41,7 +41,7 @@ SHAPES = [
 
 def assert_close(logits: np.ndarray, expected: np.ndarray) -> None:
     """Logits have a spread of about 1. The kernels sum in float32 (errors of 1e-6), which now and then tips
-    an input to the neighbouring bf16 (2^-9 of its size), or KV to the neighbouring int8 (1/127 of the largest);
+    an input to the neighbouring bf16 (2^-9 of its size), or KV to the next int8 (1/127 of the largest);
     a wrong position, head or mask costs 0.1 or more."""
     assert np.isfinite(logits).all()
     error = logits - expected

@@ -38,8 +38,8 @@ class NativeRunner:
     weights : copied into packed form; the caller may drop them afterwards.
     keep : ``stored``: GGML blocks as they are, all else as bf16; ``bf16``: everything, which gives the same
         bits from more memory; ``int8``: float32 becomes groups of 8 bits, which changes the model a little.
-    kv_dtype : ``bf16`` or ``int8``, how KV is kept. Rows of int8 are rounded once, when they are written, and all
-        attention reads what was written. A row that is not finite makes all NaN that attends to it.
+    kv_dtype : ``bf16`` or ``int8``, how KV is kept. Rows are rounded once, when they are written, and all
+        attention reads what was written. An int8 row that is not finite makes all NaN that attends to it.
     threads : threads per pass, the caller's included; at most the cores this process may use.
     context : longest position + 1 that will be asked for, in tokens.
     isa : one of ``_native.supported_isas()``; by default the best.

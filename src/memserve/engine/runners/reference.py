@@ -24,8 +24,8 @@ Double = NDArray[np.float64]
 class ReferenceRunner:
     """Forward passes of Llama-like models on blocks in ``plain`` order.
 
-    ``layout_dtype`` is how KV is stored: ``f32``, ``bf16`` or ``int8``. ``bf16_math`` also rounds weights, and the
-    inputs of every matrix product, to bf16: close to what a bf16 runner with float32 sums computes.
+    ``layout_dtype`` is how KV is stored: ``f32``, ``bf16`` or ``int8``. ``bf16_math`` also rounds weights,
+    and the inputs of every matrix product, to bf16: close to what a bf16 runner with float32 sums computes.
     """
 
     isa = "reference"

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
 from memserve.core.clock import Clock, MonotonicClock
@@ -216,7 +217,7 @@ async def measure(
             found = await compare(bench, tasks, batch, lookup, asked.rounds, asked.temperature)
             times = bench.engine.batcher.pace.times
             found["recorded"] = follow_recorded(maker.make(name, RECORDED_TASKS), batch, lookup, times)
-            found["prices"] = times.prices
+            found["prices"] = msgspec.structs.asdict(times.prices)
             figures[f"b{batch} {name}"] = found
             print(f"{weights} b{batch} {name}: {line(found)}", flush=True)
             record()

@@ -54,17 +54,11 @@ class TreeAgainstSets(RuleBasedStateMachine):
         for namespace in NAMESPACES:
             self.held[instance, namespace] = set()
 
-    @rule(instance=instances, there_before=st.lists(paths, max_size=2))
-    def move_to_another_tree_and_back(self, instance: InstanceId, there_before: list[Blocks]) -> None:
-        other = GlobalPromptTree(BLOCK)
-        for blocks in there_before:
-            other.store(InstanceId("another"), NAMESPACES[0], tokens_of(blocks))
-        held = self.tree.held_tokens(instance)
-        self.tree.move_instance(instance, other)
-        assert (self.tree.held_tokens(instance), other.held_tokens(instance)) == (0, held)
-        self.tree.check()
-        other.check()
-        other.move_instance(instance, self.tree)
+    @rule(instance=instances)
+    def forget(self, instance: InstanceId) -> None:
+        self.tree.forget(instance)
+        for namespace in NAMESPACES:
+            self.held[instance, namespace] = set()
 
     @rule(instance=instances, snapshot=st.lists(paths, max_size=3))
     def replace_by_snapshot(self, instance: InstanceId, snapshot: list[Blocks]) -> None:

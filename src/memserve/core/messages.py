@@ -19,6 +19,7 @@ from memserve.core.types import (
     RequestId,
     Role,
     SamplingParams,
+    StepPrices,
     TokenLogprob,
 )
 
@@ -81,7 +82,11 @@ class StartFailed(Message, frozen=True):
 
 
 class Ready(Message, frozen=True):
-    """The instance can take requests. ``blocks`` of ``block_bytes`` bytes, ``context`` in tokens."""
+    """The instance can take requests. ``blocks`` of ``block_bytes`` bytes, ``context`` in tokens.
+
+    A step computes up to ``step_tokens`` prompt tokens, and fewer where streams would wait longer than
+    ``target_tpot`` seconds for their next token (0: they wait).
+    """
 
     instance: InstanceId
     peer_address: str
@@ -92,6 +97,8 @@ class Ready(Message, frozen=True):
     block_bytes: int
     layout_fingerprint: str
     isa: str
+    step_tokens: int = 512
+    target_tpot: float = 0.0
 
 
 class Members(Message, frozen=True):
@@ -109,7 +116,10 @@ class Heartbeat(Message, frozen=True):
 
 
 class LoadReport(msgspec.Struct, frozen=True, array_like=True):
-    """Requests waiting and running, prompt tokens still to prefill, blocks of the device, those by state."""
+    """Requests waiting and running, prompt tokens still to prefill, blocks of the device, those by state.
+
+    ``prices`` is what the engine's steps have cost of late.
+    """
 
     waiting: int = 0
     running: int = 0
@@ -119,6 +129,7 @@ class LoadReport(msgspec.Struct, frozen=True, array_like=True):
     historical_blocks: int = 0
     incoming_blocks: int = 0
     blocks: int = 0
+    prices: StepPrices | None = None
 
 
 class SetRole(Message, frozen=True):

@@ -60,6 +60,7 @@ class Assembled:
             historical_blocks=blocks.historical,
             incoming_blocks=blocks.incoming,
             blocks=blocks.blocks,
+            prices=batcher.pace.times.prices,
         )
 
     def read_stats(self) -> Stats:
@@ -149,6 +150,8 @@ async def assemble(
         runner.layout.block_bytes,
         runner.layout.fingerprint,
         runner.isa,
+        config.engine.step_tokens,
+        config.engine.target_tpot,
     )
     return Assembled(settings, runner, pool, endpoint, carrier, engine, ready)
 
@@ -202,6 +205,7 @@ def load_runner(
     source: ModelSource, config: Config, threads: int, context: int, progress: Progress
 ) -> Runner:
     """Read the weights and build the configured runner; slow, for a worker thread."""
+    kv_dtype = None if config.pool.kv_cache_dtype == "auto" else config.pool.kv_cache_dtype
 
     def reading(done: float) -> None:
         progress("reading weights", done)
@@ -209,8 +213,9 @@ def load_runner(
     if config.model.runner == "reference":
         from memserve.engine.runners.reference import ReferenceRunner
 
-        return ReferenceRunner(source.weights(reading))
+        return ReferenceRunner(source.weights(reading), layout_dtype=kv_dtype or "f32")
     from memserve.engine.runners.native import NativeRunner
 
     weights = source.stored_weights(reading)
-    return NativeRunner(weights, threads=threads, context=context, keep=config.engine.weights)
+    keep = config.engine.weights
+    return NativeRunner(weights, threads=threads, context=context, keep=keep, kv_dtype=kv_dtype or "bf16")

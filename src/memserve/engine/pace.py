@@ -8,13 +8,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+import msgspec
+
+from memserve.core.types import StepPrices
 from memserve.engine.cost import LinearCost
 
 FLOOR_TOKENS = 16
 """Prefill goes on by at least this much per step, however slow the streams are without it."""
-
-# Seconds, of a 135 M parameter model on two slow cores; the first step corrects the scale.
-_PRIOR = (1e-2, 1e-3, 1e-6, 1e-3, 1e-3, 2e-7)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,15 +64,18 @@ class Work:
 
 
 class StepTimes:
-    """What a step costs: fixed + decode rows and context + proposed rows + prefill tokens and context."""
+    """What a step costs: fixed + decode rows and context + proposed rows + prefill.
+
+    The first step that is measured corrects the scale of the prices assumed before.
+    """
 
     def __init__(self) -> None:
-        self._cost = LinearCost(_PRIOR)
+        self._cost = LinearCost(msgspec.structs.astuple(StepPrices()))
 
     @property
-    def prices(self) -> tuple[float, ...]:
-        """Seconds per unit of each of :attr:`Work.amounts`."""
-        return self._cost.prices
+    def prices(self) -> StepPrices:
+        """What it has come to believe."""
+        return StepPrices(*self._cost.prices)
 
     def learn(self, work: Work, seconds: float) -> None:
         """A step of ``work`` has taken ``seconds``."""

@@ -9,11 +9,14 @@ from collections import OrderedDict
 
 from memserve.core.clock import Clock
 from memserve.core.messages import Heartbeat, Member, PoolEvents, Ready, Snapshot
-from memserve.core.types import InstanceId, RequestId, Role
+from memserve.core.types import InstanceId, RequestId
 from memserve.scheduler.decision import Decision, RouteRequest, decide
 from memserve.scheduler.policies import Policy
 from memserve.scheduler.state import Admission, EventOutcome, SchedulerState
 
+_ANSWER_TOKENS = 128.0
+_ANSWER_RATE = 0.02
+"""Length of answers to begin with, and the weight of a new one in their mean."""
 EASING_BEATS = 8
 """So many heartbeats long an instance that has come back takes only what no other can take."""
 
@@ -26,6 +29,7 @@ class GlobalScheduler:
         self._policy = policy
         self._clock = clock
         self._history = history
+        self._answer = _ANSWER_TOKENS
         self._decisions: OrderedDict[RequestId, Decision] = OrderedDict()
         self._easing: dict[InstanceId, int] = {}
         self._seen: set[InstanceId] = set()
@@ -34,8 +38,10 @@ class GlobalScheduler:
 
     def route(self, request: RouteRequest) -> Decision:
         """Decide, book the load and remember why. Raises ``NoInstance``."""
-        decision = decide(request, self.state, self._policy, self._clock.now())
-        self.state.book(decision.request, decision.prefill_share(), decision.decode_share())
+        decision = decide(request, self.state, self._policy, self._clock.now(), self._answer)
+        self.state.book(
+            decision.request, decision.prefill_share(), decision.decode_share(), decision.decided_at
+        )
         self._decisions.pop(decision.request, None)
         self._decisions[decision.request] = decision
         if len(self._decisions) > self._history:
@@ -44,11 +50,18 @@ class GlobalScheduler:
 
     def first_token(self, request: RequestId) -> None:
         """The request's prefill is done: its load at the prefill place ends."""
-        self.state.finish_prefill(request)
+        now, decision = self._clock.now(), self._decisions.get(request)
+        if decision is not None:
+            self.state.predictions.learn(decision.predicted_ttft, now - decision.decided_at)
+        self.state.finish_prefill(request, now)
+
+    def answered(self, tokens: int) -> None:
+        """An answer had so many tokens: others are expected to be like it."""
+        self._answer += _ANSWER_RATE * (tokens - self._answer)
 
     def finish(self, request: RequestId) -> None:
         """The request ended, however: nothing of it is load any more. May be repeated."""
-        self.state.unbook(request)
+        self.state.unbook(request, self._clock.now())
 
     def has_work(self, instance: InstanceId) -> bool:
         """Whether anything that was routed to it is still booked there."""
@@ -117,9 +130,3 @@ class GlobalScheduler:
         if self._easing[instance] == 0:
             del self._easing[instance]
             self.state.set_admission(instance, Admission.OPEN)
-
-    # --- for people ---
-
-    def tree_sizes(self) -> dict[Role, int]:
-        """Compressed edges of each role's global prompt tree."""
-        return {role: self.state.tree(role).nodes for role in Role}

@@ -116,11 +116,9 @@ class ClusterOverview:
         return await self._roles.switch(InstanceId(instance), role)
 
     def _trees(self) -> tuple[TreeView, ...]:
-        held = dict.fromkeys(Role, 0)
-        for state in self._scheduler.state.instances():
-            held[state.role] += self._scheduler.state.tree(state.role).held_tokens(state.instance)
-        sizes = self._scheduler.tree_sizes()
-        return tuple(TreeView(role, sizes[role], held[role]) for role in Role if sizes[role] or held[role])
+        state = self._scheduler.state
+        held = sum(state.tree.held_tokens(instance.instance) for instance in state.instances())
+        return (TreeView("global", state.tree.nodes, held),) if held else ()
 
     async def _ask(self, instance: InstanceId) -> Stats | None:
         link = self._manager.link(instance)

@@ -9,7 +9,8 @@ import pytest
 from dispatching import PROMPT, D, P, R, chunk, cluster, collect, request, run, start, until
 from memserve.core.errors import InvalidRequest, NoInstance, Overloaded, RequestFailed
 from memserve.core.messages import PoolEvents, RequestClosed, RequestError, Snapshot, Stored
-from memserve.core.types import FinishReason, Ledger, Namespace, Role, pack_tokens
+from memserve.core.types import FinishReason, Ledger, Namespace, pack_tokens
+from memserve.scheduler.state import Work
 
 
 def test_chunks_are_put_in_order_whoever_is_first() -> None:
@@ -55,7 +56,7 @@ def test_leaving_cancels_on_both_instances_and_unbooks() -> None:
         assert sorted(outbox.cancelled()) == [(D, cancelled), (P, cancelled)]
         dispatcher.on_message(D, chunk(1, 11))
         load = [state.load for state in dispatcher._scheduler.state.instances()]
-        assert load == [(0, 0, 0), (0, 0, 0)]
+        assert load == [Work(), Work()]
 
     run(scenario())
 
@@ -131,7 +132,7 @@ def test_a_gap_in_the_events_asks_for_one_snapshot() -> None:
         outbox.snapshot = Snapshot(P, 1, 6, (path,))
         for seq in (4, 5):
             dispatcher.on_message(P, PoolEvents(P, 1, seq, (path,)))
-        tree = dispatcher._scheduler.state.tree(Role.PREFILL)
+        tree = dispatcher._scheduler.state.tree
         await until(lambda: tree.held_tokens(P) == 64)
         dispatcher._scheduler.state.check()
 

@@ -12,6 +12,7 @@ from memserve.core.errors import NoInstance, PeerLost, RequestFailed
 from memserve.core.messages import Heartbeat, LoadReport, RequestClosed, RequestError, Shutdown, TokenChunk
 from memserve.core.types import FinishReason, InstanceId, Ledger, RequestId, unpack_tokens
 from memserve.scheduler.service import EASING_BEATS
+from memserve.scheduler.state import Work
 from memserve.server.backend import Generated
 from memserve.server.dispatch import Dispatcher
 from memserve.server.placement import MAX_ATTEMPTS
@@ -99,7 +100,7 @@ def test_nobody_left_and_nobody_coming_is_an_error_at_once() -> None:
         lose(dispatcher, outbox, D)
         with pytest.raises(NoInstance, match=r"decode-0 was lost .*; no decode or colocated"):
             await task
-        assert [state.load for state in dispatcher._scheduler.state.instances()] == [(0, 0, 0)]
+        assert [state.load for state in dispatcher._scheduler.state.instances()] == [Work()]
 
     run(scenario())
 
@@ -223,7 +224,7 @@ def test_leaving_while_waiting_for_a_place_leaves_nothing() -> None:
         await asyncio.sleep(0)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-        assert [state.load for state in dispatcher._scheduler.state.instances()] == [(0, 0, 0)]
+        assert [state.load for state in dispatcher._scheduler.state.instances()] == [Work()]
         add(dispatcher, D, incarnation=2)
         await asyncio.sleep(0)
         assert len(outbox.submitted()) == 1

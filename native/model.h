@@ -69,7 +69,8 @@ struct Batch {
 
 class Model {
  public:
-  Model(const ModelShape& shape, RopeTable rope, const Kernels& kernels, int threads, bool pin, Keep keep);
+  Model(const ModelShape& shape, RopeTable rope, const Kernels& kernels, int threads, bool pin, Keep keep,
+        Activations activations);
 
   const ModelShape& shape() const { return shape_; }
   const Kernels& kernels() const { return kernels_; }
@@ -145,7 +146,8 @@ class Model {
   void attend(const Tile& tile, const Heads& heads);
   Attention attention_of(const Tile& tile, const Heads& heads, const AttentionItem& item) const;
   void write_logits(const Batch& batch, const Tile& tile, float* logits);
-  void multiply(const Matmul& job, int rows);
+  void multiply(Matmul job, int rows);
+  void quantise_rows(const Matmul& job, int rows);
   Heads heads_of(int layer) const;
   HeadVectors head_vectors_of(int layer) const;
   void* scratch_of(int thread) const { return scratch_.data() + scratch_bytes_ * static_cast<size_t>(thread); }
@@ -156,6 +158,7 @@ class Model {
   ThreadPool pool_;
 
   Keep keep_;
+  Activations activations_;
   Buffer<unsigned char> weights_;
   size_t weights_used_ = 0;  // bytes
   PackedMatrix embedding_{};
@@ -174,6 +177,7 @@ class Model {
   Buffer<Bf16> queries_;
   Buffer<Bf16> attended_;
   Buffer<Bf16> gated_;
+  Buffer<InputGroup> quantised_;  // inputs of the product at hand
   Buffer<float> partials_;
   size_t scratch_bytes_;
   Buffer<char> scratch_;

@@ -163,6 +163,12 @@ Keep keep_of(const std::string& name) {
   throw std::invalid_argument("keep is '" + name + "'; accepted: stored, bf16, int8");
 }
 
+Activations activations_of(const std::string& name) {
+  if (name == "bf16") return Activations::kBf16;
+  if (name == "int8") return Activations::kInt8;
+  throw std::invalid_argument("activations is '" + name + "'; accepted: bf16, int8");
+}
+
 RopeTable rope_table(const Matrix& cosines, const Matrix& sines, int head_dim) {
   const int positions = static_cast<int>(cosines.shape(0));
   const float* c = checked(cosines, positions, head_dim / 2, "cosines");
@@ -172,9 +178,10 @@ RopeTable rope_table(const Matrix& cosines, const Matrix& sines, int head_dim) {
 
 void construct(PythonModel* self, int layers, int hidden, int heads, int kv_heads, int head_dim, int feed_forward,
                int vocabulary, float rms_epsilon, const Matrix& cosines, const Matrix& sines, int threads, bool pin,
-               const std::optional<std::string>& isa, const std::string& keep) {
+               const std::optional<std::string>& isa, const std::string& keep, const std::string& activations) {
   const ModelShape shape{layers, hidden, heads, kv_heads, head_dim, feed_forward, vocabulary, rms_epsilon};
-  new (self) PythonModel(shape, rope_table(cosines, sines, head_dim), chosen_kernels(isa), threads, pin, keep_of(keep));
+  new (self) PythonModel(shape, rope_table(cosines, sines, head_dim), chosen_kernels(isa), threads, pin, keep_of(keep),
+                          activations_of(activations));
 }
 
 void check_layer(const ModelShape& s, int index) {
@@ -262,10 +269,11 @@ double read_bandwidth(int threads, size_t nbytes, const std::optional<std::strin
   return measure_read_bandwidth(kernels, threads, nbytes);
 }
 
-double dot_peak(int threads, const std::optional<std::string>& isa) {
+double dot_peak(int threads, const std::optional<std::string>& isa, const std::string& name) {
   const Kernels& kernels = chosen_kernels(isa);
+  const Activations activations = activations_of(name);
   nb::gil_scoped_release unlocked;
-  return measure_dot_peak(kernels, threads);
+  return measure_dot_peak(kernels, threads, activations);
 }
 
 }  // namespace
@@ -282,14 +290,14 @@ NB_MODULE(_native, m) {
   m.def("copy_blocks", &copy_blocks, "dst"_a, "src"_a, "nbytes"_a);
   m.def("checksum_blocks", &checksum_blocks, "src"_a, "nbytes"_a);
   m.def("read_bandwidth", &read_bandwidth, "threads"_a, "nbytes"_a = size_t{256} << 20, "isa"_a = nb::none());
-  m.def("dot_peak", &dot_peak, "threads"_a, "isa"_a = nb::none());
+  m.def("dot_peak", &dot_peak, "threads"_a, "isa"_a = nb::none(), "activations"_a = "bf16");
   nb::class_<PythonMatrix>(m, "Matrix")
       .def("__init__", &construct_floats, "values"_a)
       .def_static("of_blocks", &matrix_of_blocks, "kind"_a, "rows"_a, "inputs"_a);
   nb::class_<PythonModel>(m, "Model")
       .def("__init__", &construct, nb::kw_only(), "layers"_a, "hidden"_a, "heads"_a, "kv_heads"_a, "head_dim"_a,
            "feed_forward"_a, "vocabulary"_a, "rms_epsilon"_a, "cosines"_a, "sines"_a, "threads"_a, "pin"_a = false,
-           "isa"_a = nb::none(), "keep"_a = "stored")
+           "isa"_a = nb::none(), "keep"_a = "stored", "activations"_a = "bf16")
       .def_prop_ro("isa", [](const PythonModel& self) { return std::string(self.kernels().name); })
       .def_prop_ro("weight_bytes", [](const PythonModel& self) { return self.weight_bytes(); })
       .def("set_layer", &set_layer, "index"_a, "attention_norm"_a, "q"_a, "k"_a, "v"_a, "o"_a, "ffn_norm"_a, "gate"_a,

@@ -27,8 +27,8 @@ def checksum_blocks(src: NDArray[np.uint64], nbytes: int) -> NDArray[np.uint64]:
 def read_bandwidth(threads: int, nbytes: int = ..., isa: str | None = None) -> float:
     """Measured: bytes/s that ``threads`` threads read from memory beyond the caches."""
 
-def dot_peak(threads: int, isa: str | None = None) -> float:
-    """Measured: FLOP/s of bf16 dot products fed from registers."""
+def dot_peak(threads: int, isa: str | None = None, activations: str = "bf16") -> float:
+    """Measured: operations/s, two per multiply-add, of dot products fed from registers."""
 
 class Matrix:
     """A matrix to be packed; borrows the caller's memory."""
@@ -60,6 +60,7 @@ class Model:
         pin: bool = False,
         isa: str | None = None,
         keep: str = "stored",
+        activations: str = "bf16",
     ) -> None:
         """cosines, sines: float32[positions, head_dim / 2]. Raises ValueError for shapes it cannot run."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import tomllib
 from typing import Any
 
@@ -13,6 +14,16 @@ PHASES = ("pd-basic", "pd-caching-1", "pd-caching-2", "pd-caching-3", "colocated
 EVICTION = ("hit-density", "lru", "slru", "lfu", "gdsf")
 WEIGHTS = ("stored", "bf16", "int8")
 POLICIES = ("round-robin", "least-load", "session-id", "prompt-tree")
+
+
+class Activations(enum.StrEnum):
+    """In what the inputs of matrix products are multiplied with weights of 4 and 8 bits."""
+
+    BF16 = "bf16"
+    INT8 = "int8"
+
+
+DEFAULT_ACTIVATIONS = Activations.BF16
 
 
 class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -52,6 +63,7 @@ class EngineConfig(_Section, frozen=True):
     ``threads`` 0 means: cores divided by the instances on this machine, at least one.
     ``weights``: ``stored`` keeps what the file has in 4 or 8 bits as it is; ``bf16`` expands it, which takes
     more memory and gives the same answers; ``int8`` also turns 16-bit weights into 8-bit groups.
+    ``activations``: ``int8`` multiplies weights of 4 and 8 bits as integers, which is faster and less exact.
     """
 
     step_tokens: int = 512
@@ -59,6 +71,7 @@ class EngineConfig(_Section, frozen=True):
     max_running: int = 64
     threads: int = 0
     weights: str = "stored"
+    activations: Activations = DEFAULT_ACTIVATIONS
     phases: str = "pd-caching-3"
     handoff_timeout: float = 60.0
 

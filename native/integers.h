@@ -45,6 +45,17 @@ inline Ints dot_quads(Ints sum, WeightQuads weights, InputQuad inputs) {
   return _mm512_dpbusd_epi32(sum, weights, inputs);
 }
 
+// Sixteen numbers below 128 rounded to the nearest whole one, ties to even; returns their sum.
+inline int32_t store_rounded(int8_t* to, Floats x) {
+  const Ints whole = _mm512_cvtps_epi32(x);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(whole));
+  return _mm512_reduce_add_epi32(whole);
+}
+inline Floats load_bf16(const uint16_t* from) {
+  const __m512i halves = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(halves, 16));
+}
+
 #elif defined(__AVX2__)
 
 constexpr int kMaxDots = 4;
@@ -160,6 +171,31 @@ inline Ints dot_quads(Ints sum, const WeightQuads& weights, InputQuad inputs) {
     const NativeShorts pairs = weights.even[p] * inputs.even + weights.odd[p] * inputs.odd;
     const NativeInts both = reinterpret_cast<NativeInts>(pairs);
     return sum.part[p] + ((both << 16) >> 16) + (both >> 16);
+  });
+}
+
+#endif
+
+#if !defined(__AVX512VNNI__)
+
+// Sixteen numbers below 128 rounded to the nearest whole one, ties to even; returns their sum.
+inline int32_t store_rounded(int8_t* to, Floats x) {
+  int32_t sum = 0;
+#pragma GCC unroll 4
+  for (int p = 0; p < kParts; ++p) {
+    // Adding 1.5 * 2^23 leaves the whole number in the lowest bits.
+    const NativeInts whole = reinterpret_cast<NativeInts>(x.part[p] + 12582912.0f) - 0x4b400000;
+    const NativeBytes bytes = __builtin_convertvector(whole, NativeBytes);
+    std::memcpy(to + p * kNativeLanes, &bytes, sizeof bytes);
+    for (int i = 0; i < kNativeLanes; ++i) sum += whole[i];
+  }
+  return sum;
+}
+inline Floats load_bf16(const uint16_t* from) {
+  return each_part<Floats>([&](int p) {
+    NativeHalves halves;
+    std::memcpy(&halves, from + p * kNativeLanes, sizeof halves);
+    return reinterpret_cast<NativeFloats>(__builtin_convertvector(halves, NativeWords) << 16);
   });
 }
 

@@ -57,13 +57,11 @@ double run_dots(int64_t rounds, float* sink) {
 }
 
 double run_int8_dots(int64_t rounds, float* sink) {
-  unsigned char zeroed[kMaxDots * 64] = {};
-  const auto* start = reinterpret_cast<const unsigned char*>(hidden_from_compiler(reinterpret_cast<float*>(zeroed)));
+  float zeroed[kMaxDots * kLanes16] = {};
+  const auto* start = reinterpret_cast<const unsigned char*>(hidden_from_compiler(zeroed));
   Ints sums[kMaxDots];
-  int32_t first;
-  std::memcpy(&first, start, sizeof first);
 #pragma GCC unroll 16
-  for (int i = 0; i < kMaxDots; ++i) sums[i] = splat_int(first);
+  for (int i = 0; i < kMaxDots; ++i) sums[i] = splat_int(start[i * 64]);
   const InputQuad input = splat_quad(reinterpret_cast<const int8_t*>(start));
   const WeightQuads weights[2] = {low_halves(start), high_halves(start + 64)};
   for (int64_t round = 0; round < rounds; ++round)

@@ -1,8 +1,8 @@
 // Inputs of integer products: 32 at a time in 8 bits, value = nearest(input * (127 / largest)), scale = largest / 127.
 #pragma once
 
+#include "integers.h"
 #include "kernels.h"
-#include "simd.h"
 
 namespace memserve {
 namespace MEMSERVE_LEVEL {
@@ -26,31 +26,34 @@ inline void put_constant_group(InputGroup& group, float scale) {
   group.sum = scale;
 }
 
-inline void quantise_group(InputGroup& group, const uint16_t* input) {
+constexpr int kHalfGroup = kDepthMultiple / 2;
+
+// Sixteen values; returns their sum.
+inline int32_t quantise_half(int8_t* values, const uint16_t* input, Floats inverse) {
+  return store_rounded(values, multiply(load_bf16(input), inverse));
+}
+
+inline int16_t largest_of(const uint16_t* input) {
   int16_t largest = 0;
   for (int i = 0; i < kDepthMultiple; ++i) {
     const int16_t size = static_cast<int16_t>(input[i] & kSignless);
     largest = size > largest ? size : largest;
   }
+  return largest;
+}
+
+inline void quantise_group(InputGroup& group, const uint16_t* input) {
+  const int16_t largest = largest_of(input);
   if (largest >= kBf16Infinity) return put_constant_group(group, __builtin_nanf(""));
   if (largest < kNegligible) return put_constant_group(group, 0.0f);
   const float most = float_of_bf16(static_cast<uint16_t>(largest));
-  const float inverse = 127.0f / most;
-  int32_t sums[2] = {0, 0};
-  for (int i = 0; i < kDepthMultiple; ++i) {
-    // Adding 1.5 * 2^23 rounds to the nearest whole number, ties to even, which are then the lowest bits.
-    constexpr float kWhole = 12582912.0f;
-    constexpr int32_t kWholeBits = 0x4b400000;
-    const float shifted = float_of_bf16(input[i]) * inverse + kWhole;
-    int32_t bits;
-    std::memcpy(&bits, &shifted, sizeof bits);
-    group.values[i] = static_cast<int8_t>(bits - kWholeBits);
-    sums[i / (kDepthMultiple / 2)] += bits - kWholeBits;
-  }
+  const Floats inverse = splat(127.0f / most);
+  const int32_t first = quantise_half(group.values, input, inverse);
+  const int32_t second = quantise_half(group.values + kHalfGroup, input + kHalfGroup, inverse);
   group.scale = most / 127.0f;
-  group.sum = group.scale * static_cast<float>(sums[0] + sums[1]);
-  group.bias[0] = -128 * sums[0];
-  group.bias[1] = -128 * sums[1];
+  group.sum = group.scale * static_cast<float>(first + second);
+  group.bias[0] = -128 * first;
+  group.bias[1] = -128 * second;
 }
 
 void quantise(const Quantise& job) {

@@ -114,6 +114,7 @@ Model::Model(const ModelShape& shape, RopeTable rope, const Kernels& kernels, in
 PackedMatrix Model::allocate(Format format, int columns, int depth) {
   const PackedMatrix matrix{weights_.data() + weights_used_, format, columns, round_up(depth, kDepthMultiple)};
   weights_used_ += (matrix.bytes() + 63) / 64 * 64;
+  has_integers_ = has_integers_ || format != Format::kBf16;
   return matrix;
 }
 

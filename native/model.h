@@ -75,6 +75,8 @@ class Model {
   const ModelShape& shape() const { return shape_; }
   const Kernels& kernels() const { return kernels_; }
   size_t weight_bytes() const { return weights_used_; }
+  // Whether any matrix packed so far is multiplied in integers, which is other arithmetic and makes other KV.
+  bool multiplies_integers() const { return activations_ == Activations::kInt8 && has_integers_; }
 
   void set_layer(int index, const LayerSource& source);
   void set_head_vectors(int index, const HeadVectorSource& source);
@@ -161,6 +163,7 @@ class Model {
   Activations activations_;
   Buffer<unsigned char> weights_;
   size_t weights_used_ = 0;  // bytes
+  bool has_integers_ = false;  // a matrix in another format than bf16
   PackedMatrix embedding_{};
   PackedMatrix head_{};
   std::vector<Layer> layers_;

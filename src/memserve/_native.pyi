@@ -40,6 +40,15 @@ class Matrix:
     def of_blocks(kind: str, rows: NDArray[np.uint8], inputs: int) -> Matrix:
         """rows: uint8[outputs, bytes] in blocks of ggml's type ``kind``; ValueError if they are not."""
 
+def multiply(
+    matrix: Matrix,
+    inputs: NDArray[np.uint16],
+    isa: str | None = None,
+    keep: str = "stored",
+    activations: str = "bf16",
+) -> NDArray[np.float32]:
+    """One product, float32[rows, outputs], of bf16 bits[rows, inputs], as a model computes it; for tests."""
+
 class Model:
     """A Llama-family decoder; see ``native/model.h``. One pass at a time."""
 
@@ -69,6 +78,10 @@ class Model:
     @property
     def weight_bytes(self) -> int:
         """Bytes of packed weights."""
+
+    @property
+    def multiplies_integers(self) -> bool:
+        """Whether any matrix set so far is multiplied in integers."""
 
     def set_layer(
         self,

@@ -10,7 +10,7 @@ import typer
 from memserve.cli import serve_options as options
 from memserve.cli.failure import BAD_USAGE, CANNOT, fail
 from memserve.cli.sizes import parse_size
-from memserve.core.config import Config, check_config, override_config, parse_config
+from memserve.core.config import Activations, Config, check_config, override_config, parse_config
 from memserve.core.errors import ConfigError, MemServeError, ModelError
 
 DEFAULT_DISK = 4 << 30
@@ -26,6 +26,7 @@ class ServeOptions:
     context: int | None = None
     runner: str | None = None
     weights: str | None = None
+    activations: Activations | None = None
     prefill: int | None = None
     decode: int | None = None
     colocated: int | None = None
@@ -48,6 +49,7 @@ def serve(
     context: options.Context = None,
     runner: options.Runner = None,
     weights: options.Weights = None,
+    activations: options.Activations = None,
     prefill: options.Prefill = None,
     decode: options.Decode = None,
     colocated: options.Colocated = None,
@@ -71,6 +73,7 @@ def serve(
         context=context,
         runner=runner,
         weights=weights,
+        activations=activations,
         prefill=prefill,
         decode=decode,
         colocated=colocated,
@@ -111,6 +114,7 @@ def build_config(said: ServeOptions, file: Path | None) -> Config:
         threads=said.threads,
         phases=said.phases,
         weights=said.weights,
+        activations=said.activations,
         target_tpot=said.target_tpot,
     )
     config = override_config(config, "cluster", **_counts(said))

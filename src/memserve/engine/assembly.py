@@ -199,5 +199,10 @@ def load_runner(
         return ReferenceRunner(source.weights(reading))
     from memserve.engine.runners.native import NativeRunner
 
-    weights = source.stored_weights(reading)
-    return NativeRunner(weights, threads=threads, context=context, keep=config.engine.weights)
+    return NativeRunner(
+        source.stored_weights(reading),
+        threads=threads,
+        context=context,
+        keep=config.engine.weights,
+        activations=config.engine.activations,
+    )

@@ -66,16 +66,16 @@ class NativeRunner:
         spec = weights.spec
         if context < 1:
             raise ConfigError(f"context is {context}; it must be at least 1 token")
-        identity = f"{spec.identity}-int8" if keep == "int8" else spec.identity
-        if activations is Activations.INT8:
-            identity += "-int8-activations"
-        self._layout = KVLayout(identity, spec.layers, spec.kv_heads, spec.head_dim)
         self._model: _native.Model | None = _build_model(spec, threads, context, isa, pin, keep, activations)
         self._isa: str = self._model.isa
         try:
             _fill_model(self._model, weights)
         except (ValueError, TypeError) as error:
             raise ModelError(f"{spec.identity}: {error}") from error
+        identity = f"{spec.identity}-int8" if keep == "int8" else spec.identity
+        if self._model.multiplies_integers:
+            identity += "-int8-activations"
+        self._layout = KVLayout(identity, spec.layers, spec.kv_heads, spec.head_dim)
 
     @property
     def layout(self) -> KVLayout:

@@ -10,7 +10,7 @@ namespace memserve::avx512_bf16 {
 
 const Kernels kernels = {
     "avx512-bf16",     matmul, matmul_int8, quantise, expand_group, normalise,   place_row,       attention_scratch,
-    attend<VectorProducts>,
+    attend_in_vectors,
     merge_partials, copy_pieces, checksum_pieces, read_memory,
     run_dots, run_int8_dots,
 };

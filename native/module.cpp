@@ -186,6 +186,12 @@ Logits multiply(const PythonMatrix& matrix, const InputRows& inputs, const std::
   return Logits(outputs, {rows, columns}, owner);
 }
 
+KvFormat kv_format_of(const std::string& name) {
+  if (name == "bf16") return KvFormat::kBf16;
+  if (name == "int8") return KvFormat::kInt8;
+  throw std::invalid_argument("kv_dtype is '" + name + "'; accepted: bf16, int8");
+}
+
 RopeTable rope_table(const Matrix& cosines, const Matrix& sines, int head_dim) {
   const int positions = static_cast<int>(cosines.shape(0));
   const float* c = checked(cosines, positions, head_dim / 2, "cosines");
@@ -195,8 +201,10 @@ RopeTable rope_table(const Matrix& cosines, const Matrix& sines, int head_dim) {
 
 void construct(PythonModel* self, int layers, int hidden, int heads, int kv_heads, int head_dim, int feed_forward,
                int vocabulary, float rms_epsilon, const Matrix& cosines, const Matrix& sines, int threads, bool pin,
-               const std::optional<std::string>& isa, const std::string& keep, const std::string& activations) {
-  const ModelShape shape{layers, hidden, heads, kv_heads, head_dim, feed_forward, vocabulary, rms_epsilon};
+               const std::optional<std::string>& isa, const std::string& keep, const std::string& activations,
+               const std::string& kv_dtype) {
+  const KvFormat kv = kv_format_of(kv_dtype);
+  const ModelShape shape{layers, hidden, heads, kv_heads, head_dim, feed_forward, vocabulary, rms_epsilon, kv};
   new (self) PythonModel(shape, rope_table(cosines, sines, head_dim), chosen_kernels(isa), threads, pin, keep_of(keep),
                           activations_of(activations));
 }
@@ -269,14 +277,15 @@ Batch batch_of(const Indices& tokens, const Indices& positions, const Indices& s
 }
 
 Logits forward(PythonModel& self, const Indices& tokens, const Indices& positions, const Indices& starts,
-               const BlockTable& blocks, const Indices& logit_rows) {
+               const BlockTable& blocks, const Indices& logit_rows, int progress, int every) {
   const Batch batch = batch_of(tokens, positions, starts, blocks, logit_rows);
   self.check(batch);
+  if (every < 1) throw std::invalid_argument("every is " + std::to_string(every) + "; it must be at least 1 layer");
   const size_t vocabulary = static_cast<size_t>(self.shape().vocabulary);
   Logits logits = self.logits->lend(static_cast<size_t>(batch.wanted), vocabulary);
   float* values = logits.data();
   nb::gil_scoped_release unlocked;
-  self.forward(batch, values);
+  self.forward(batch, values, {progress, every});
   return logits;
 }
 
@@ -316,7 +325,7 @@ NB_MODULE(_native, m) {
   nb::class_<PythonModel>(m, "Model")
       .def("__init__", &construct, nb::kw_only(), "layers"_a, "hidden"_a, "heads"_a, "kv_heads"_a, "head_dim"_a,
            "feed_forward"_a, "vocabulary"_a, "rms_epsilon"_a, "cosines"_a, "sines"_a, "threads"_a, "pin"_a = false,
-           "isa"_a = nb::none(), "keep"_a = "stored", "activations"_a = "bf16")
+           "isa"_a = nb::none(), "keep"_a = "stored", "activations"_a = "bf16", "kv_dtype"_a = "bf16")
       .def_prop_ro("isa", [](const PythonModel& self) { return std::string(self.kernels().name); })
       .def_prop_ro("weight_bytes", [](const PythonModel& self) { return self.weight_bytes(); })
       .def_prop_ro("multiplies_integers", [](const PythonModel& self) { return self.multiplies_integers(); })
@@ -326,6 +335,8 @@ NB_MODULE(_native, m) {
            "k_norm"_a = nb::none())
       .def("set_embedding", &set_embedding, "embedding"_a)
       .def("set_output", &set_output, "norm"_a, "head"_a.none())
-      .def("forward", &forward, "tokens"_a, "positions"_a, "starts"_a, "blocks"_a, "logit_rows"_a);
+      .def_prop_ro_static("tile_rows", [](nb::handle) { return PythonModel::tile_rows(); })
+      .def("forward", &forward, "tokens"_a, "positions"_a, "starts"_a, "blocks"_a, "logit_rows"_a, "progress"_a = -1,
+           "every"_a = 1);
   bind_pool_passes(m);
 }

@@ -10,7 +10,7 @@ import typer
 from memserve.cli import serve_options as options
 from memserve.cli.failure import BAD_USAGE, CANNOT, fail
 from memserve.cli.sizes import parse_size
-from memserve.core.config import Config, check_config, override_config, parse_config
+from memserve.core.config import Activations, Config, check_config, override_config, parse_config
 from memserve.core.errors import ConfigError, MemServeError, ModelError
 
 DEFAULT_DISK = 4 << 30
@@ -26,6 +26,7 @@ class ServeOptions:
     context: int | None = None
     runner: str | None = None
     weights: str | None = None
+    activations: Activations | None = None
     speculative_method: str | None = None
     num_speculative_tokens: int | None = None
     prefill: int | None = None
@@ -53,6 +54,7 @@ def serve(
     context: options.Context = None,
     runner: options.Runner = None,
     weights: options.Weights = None,
+    activations: options.Activations = None,
     speculative_method: options.SpeculativeMethod = None,
     num_speculative_tokens: options.NumSpeculativeTokens = None,
     prefill: options.Prefill = None,
@@ -81,6 +83,7 @@ def serve(
         context=context,
         runner=runner,
         weights=weights,
+        activations=activations,
         speculative_method=speculative_method,
         num_speculative_tokens=num_speculative_tokens,
         prefill=prefill,
@@ -126,6 +129,7 @@ def build_config(said: ServeOptions, file: Path | None) -> Config:
         threads=said.threads,
         phases=said.phases,
         weights=said.weights,
+        activations=said.activations,
         speculative_method=said.speculative_method,
         num_speculative_tokens=said.num_speculative_tokens,
         target_tpot=said.target_tpot,

@@ -252,14 +252,15 @@ Batch batch_of(const Indices& tokens, const Indices& positions, const Indices& s
 }
 
 Logits forward(PythonModel& self, const Indices& tokens, const Indices& positions, const Indices& starts,
-               const BlockTable& blocks, const Indices& logit_rows) {
+               const BlockTable& blocks, const Indices& logit_rows, int progress, int every) {
   const Batch batch = batch_of(tokens, positions, starts, blocks, logit_rows);
   self.check(batch);
+  if (every < 1) throw std::invalid_argument("every is " + std::to_string(every) + "; it must be at least 1 layer");
   const size_t vocabulary = static_cast<size_t>(self.shape().vocabulary);
   Logits logits = self.logits->lend(static_cast<size_t>(batch.wanted), vocabulary);
   float* values = logits.data();
   nb::gil_scoped_release unlocked;
-  self.forward(batch, values);
+  self.forward(batch, values, {progress, every});
   return logits;
 }
 
@@ -305,6 +306,8 @@ NB_MODULE(_native, m) {
            "k_norm"_a = nb::none())
       .def("set_embedding", &set_embedding, "embedding"_a)
       .def("set_output", &set_output, "norm"_a, "head"_a.none())
-      .def("forward", &forward, "tokens"_a, "positions"_a, "starts"_a, "blocks"_a, "logit_rows"_a);
+      .def_prop_ro_static("tile_rows", [](nb::handle) { return PythonModel::tile_rows(); })
+      .def("forward", &forward, "tokens"_a, "positions"_a, "starts"_a, "blocks"_a, "logit_rows"_a, "progress"_a = -1,
+           "every"_a = 1);
   bind_pool_passes(m);
 }

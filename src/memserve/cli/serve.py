@@ -26,6 +26,8 @@ class ServeOptions:
     context: int | None = None
     runner: str | None = None
     weights: str | None = None
+    speculative_method: str | None = None
+    num_speculative_tokens: int | None = None
     prefill: int | None = None
     decode: int | None = None
     colocated: int | None = None
@@ -36,10 +38,12 @@ class ServeOptions:
     host_memory: str | None = None
     disk: str | None = None
     disk_memory: str | None = None
+    restart_lost: bool | None = None
     threads: int | None = None
     target_tpot: float | None = None
     host: str | None = None
     port: int | None = None
+    request_timeout: float | None = None
     api_key: str | None = None
 
 
@@ -49,6 +53,8 @@ def serve(
     context: options.Context = None,
     runner: options.Runner = None,
     weights: options.Weights = None,
+    speculative_method: options.SpeculativeMethod = None,
+    num_speculative_tokens: options.NumSpeculativeTokens = None,
     prefill: options.Prefill = None,
     decode: options.Decode = None,
     colocated: options.Colocated = None,
@@ -59,10 +65,12 @@ def serve(
     host_memory: options.HostMemory = None,
     disk: options.Disk = None,
     disk_memory: options.DiskMemory = None,
+    restart_lost: options.RestartLost = None,
     threads: options.Threads = None,
     target_tpot: options.TargetTpot = None,
     host: options.Host = None,
     port: options.Port = None,
+    request_timeout: options.RequestTimeout = None,
     api_key: options.ApiKey = None,
     config: options.Config = None,
 ) -> None:
@@ -73,6 +81,8 @@ def serve(
         context=context,
         runner=runner,
         weights=weights,
+        speculative_method=speculative_method,
+        num_speculative_tokens=num_speculative_tokens,
         prefill=prefill,
         decode=decode,
         colocated=colocated,
@@ -83,10 +93,12 @@ def serve(
         host_memory=host_memory,
         disk=disk,
         disk_memory=disk_memory,
+        restart_lost=restart_lost,
         threads=threads,
         target_tpot=target_tpot,
         host=host,
         port=port,
+        request_timeout=request_timeout,
         api_key=api_key or None,
     )
     try:
@@ -114,14 +126,17 @@ def build_config(said: ServeOptions, file: Path | None) -> Config:
         threads=said.threads,
         phases=said.phases,
         weights=said.weights,
+        speculative_method=said.speculative_method,
+        num_speculative_tokens=said.num_speculative_tokens,
         target_tpot=said.target_tpot,
     )
-    config = override_config(config, "cluster", **_counts(said))
+    config = override_config(config, "cluster", restart_lost=said.restart_lost, **_counts(said))
     config = override_config(
         config,
         "server",
         host=said.host,
         port=said.port,
+        request_timeout=said.request_timeout,
         policy=said.policy,
         api_key=said.api_key,
     )

@@ -3,170 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import uuid
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
 
-from memserve.core.clock import MonotonicClock
-from memserve.core.messages import Member, Message, RequestClosed, RequestError, Submit, TokenChunk
-from memserve.core.types import (
-    FinishReason,
-    InstanceId,
-    Ledger,
-    Namespace,
-    RequestId,
-    Role,
-    SamplingParams,
-    Tokens,
-    pack_tokens,
-)
-from memserve.engine.batcher import Batcher
-from memserve.engine.carrier import PoolCarrier
-from memserve.engine.engine import Engine
-from memserve.engine.models.tiny import tiny_weights
-from memserve.engine.phases import PHASES
-from memserve.engine.runners.base import Runner
-from memserve.engine.runners.native import NativeRunner
-from memserve.engine.runners.reference import ReferenceRunner
-from memserve.mempool import MemPool, TransferEndpoint
-
-P, D = InstanceId("prefill-0"), InstanceId("decode-0")
-SPACE = Namespace("tiny")
-CONTEXT = 256
-WEIGHTS = tiny_weights(11, context=CONTEXT)
-
-
-@dataclass
-class Node:
-    """An instance without a process around it."""
-
-    engine: Engine
-    pool: MemPool
-    endpoint: TransferEndpoint
-    carrier: PoolCarrier
-    member: Member
-    said: list[Message]
-
-
-@dataclass
-class Pair:
-    """P and D, and all that they have said."""
-
-    p: Node
-    d: Node
-    said: list[Message]
-    heard: asyncio.Event = field(default_factory=asyncio.Event)
-
-    decode_on: InstanceId | None = D
-
-    def ask(self, name: str, prompt: Tokens, max_tokens: int = 8) -> None:
-        sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0)
-        self.p.engine.submit(Submit(RequestId(name), SPACE, pack_tokens(prompt), sampling, self.decode_on))
-
-    async def until(self, condition: Callable[[], bool]) -> None:
-        async with asyncio.timeout(30):
-            while not condition():
-                self.heard.clear()
-                await self.heard.wait()
-
-    async def closed(self, name: str) -> None:
-        await self.until(
-            lambda: any(
-                isinstance(message, RequestClosed) and message.request == name for message in self.said
-            )
-        )
-
-    def answer(self, name: str) -> list[int]:
-        chunks = [m for m in self.said if isinstance(m, TokenChunk) and m.request == name]
-        return [token for chunk in sorted(chunks, key=lambda chunk: chunk.offset) for token in chunk.tokens]
-
-    def ledger(self, name: str) -> Ledger:
-        return next(
-            m.ledger for m in self.said if isinstance(m, TokenChunk) and m.request == name and m.ledger
-        )
-
-    def error(self, name: str) -> RequestError:
-        return next(m for m in self.said if isinstance(m, RequestError) and m.request == name)
-
-
-@asynccontextmanager
-async def node(
-    name: InstanceId,
-    role: Role,
-    phases: str,
-    blocks: int,
-    emit: Callable[[Message], None],
-    timeout: float,
-    make_runner: Callable[[], Runner] = lambda: ReferenceRunner(WEIGHTS),
-    step_tokens: int = 64,
-) -> AsyncIterator[Node]:
-    runner, clock = make_runner(), MonotonicClock()
-    pool = MemPool(runner.layout, blocks, instance=name, incarnation=1, clock=clock)
-    endpoint = TransferEndpoint(pool, clock)
-    address = f"@memserve-test-{uuid.uuid4().hex}"
-    await endpoint.start(address)
-    carrier = PoolCarrier(name, pool, clock, timeout=timeout)
-    engine = Engine(
-        name,
-        pool,
-        runner,
-        Batcher(step_tokens=step_tokens, max_running=4),
-        PHASES[phases],
-        carrier,
-        context=CONTEXT,
-        vocabulary=WEIGHTS.spec.vocabulary,
-        clock=clock,
-        emit=emit,
-    )
-    endpoint.on_adopt = engine.adopt
-    running = asyncio.create_task(engine.run())
-    try:
-        yield Node(engine, pool, endpoint, carrier, Member(name, 1, role, address), [])
-    finally:
-        running.cancel()
-        await asyncio.gather(running, return_exceptions=True)
-        await engine.close()
-        await endpoint.close()
-        pool.check(())
-        pool.close()
-        runner.close()
-
-
-@asynccontextmanager
-async def pair(
-    phases: str = "pd-caching-3",
-    *,
-    d_blocks: int = 64,
-    timeout: float = 20.0,
-    make_runner: Callable[[], Runner] = lambda: ReferenceRunner(WEIGHTS),
-) -> AsyncIterator[Pair]:
-    made: list[Pair] = []
-
-    def emit(message: Message) -> None:
-        made[0].said.append(message)
-        made[0].heard.set()
-
-    async with AsyncExitStack() as stack:
-        p, d = [
-            await stack.enter_async_context(node(name, role, phases, blocks, emit, timeout, make_runner))
-            for name, role, blocks in ((P, Role.PREFILL, 64), (D, Role.DECODE, d_blocks))
-        ]
-        made.append(Pair(p, d, []))
-        for each in (p, d):
-            each.carrier.set_members((p.member, d.member))
-        yield made[0]
-
-
-def prompt(length: int, seed: int = 0) -> Tokens:
-    return np.random.default_rng(seed).integers(1, WEIGHTS.spec.vocabulary, length).astype(np.int32)
-
-
-def run(scenario: Coroutine[None, None, None]) -> None:
-    asyncio.run(scenario)
+from integration.engine.pair import BLOCK_BYTES, pair, prompt, run
+from memserve.core.types import FinishReason, Ledger, RequestId
 
 
 def turns(phases: str) -> tuple[list[list[int]], list[Ledger], tuple[int, int], int]:
@@ -188,9 +30,6 @@ def turns(phases: str) -> tuple[list[list[int]], list[Ledger], tuple[int, int], 
 
     run(scenario())
     return result[0]
-
-
-BLOCK_BYTES = ReferenceRunner(WEIGHTS).layout.block_bytes
 
 
 @pytest.mark.parametrize(
@@ -309,68 +148,5 @@ def test_decode_preempts_and_recovers_when_its_pool_is_small() -> None:
                 roomy.ask(f"r{at}", prompt(40, seed=at), 100)
                 await roomy.closed(f"r{at}")
             assert found == [roomy.answer(f"r{at}") for at in range(4)]
-
-    run(scenario())
-
-
-# --- KV in int8 -----------------------------------------------------------------------------------------
-
-
-@asynccontextmanager
-async def alone(make_runner: Callable[[], Runner], step_tokens: int) -> AsyncIterator[Pair]:
-    """One instance that does both, in the words of a pair."""
-    made: list[Pair] = []
-
-    def emit(message: Message) -> None:
-        made[0].said.append(message)
-        made[0].heard.set()
-
-    parts = (InstanceId("colocated-0"), Role.COLOCATED, "colocated", 64, emit, 20.0, make_runner, step_tokens)
-    async with node(*parts) as both:
-        made.append(Pair(both, both, [], decode_on=None))
-        yield made[0]
-
-
-def native_int8() -> Runner:
-    return NativeRunner(WEIGHTS, threads=1, context=CONTEXT, kv_dtype="int8")
-
-
-def reference_int8() -> Runner:
-    return ReferenceRunner(WEIGHTS, layout_dtype="int8")
-
-
-@pytest.mark.parametrize("make_runner", [native_int8, reference_int8])
-def test_int8_kv_gives_the_same_tokens_wherever_it_is_computed(make_runner: Callable[[], Runner]) -> None:
-    """Two turns: each on an instance of its own; in chunks beside others, from the cache; P to D and back."""
-
-    async def turns_on(there: Pair, beside: Sequence[int]) -> tuple[list[list[int]], list[Ledger]]:
-        history, answers, ledgers = prompt(70), [], []
-        for turn in ("one", "two"):
-            for mate in beside:
-                there.ask(f"{turn} beside {mate}", prompt(mate, seed=mate), 20)
-            there.ask(turn, history, 30)
-            for name in (turn, *(f"{turn} beside {mate}" for mate in beside)):
-                await there.closed(name)
-            answers.append(there.answer(turn))
-            ledgers.append(there.ledger(turn))
-            history = np.concatenate([history, np.array(answers[-1], np.int32), prompt(10, seed=5)])
-        return answers, ledgers
-
-    async def scenario() -> None:
-        expected = []
-        history = prompt(70)
-        for _ in range(2):
-            async with alone(make_runner, 4096) as fresh:
-                fresh.ask("only", history, 30)
-                await fresh.closed("only")
-                expected.append(fresh.answer("only"))
-                history = np.concatenate([history, np.array(expected[-1], np.int32), prompt(10, seed=5)])
-        async with alone(make_runner, 16) as chunked:
-            answers, ledgers = await turns_on(chunked, (33, 17))
-            assert (answers, ledgers[1].local) == (expected, 96)
-        async with pair(make_runner=make_runner) as both:
-            answers, ledgers = await turns_on(both, ())
-            assert (answers, ledgers[1].backflow) == (expected, 32)
-            assert both.d.pool.stats().received > 0
 
     run(scenario())

@@ -19,7 +19,7 @@ from memserve.engine.models.spec import (
     StoredMatrix,
     StoredWeights,
 )
-from memserve.engine.runners.base import ForwardBatch
+from memserve.engine.runners.base import ForwardBatch, LayerSignal
 from memserve.mempool.layout import KVLayout
 
 Float = NDArray[np.float32]
@@ -90,14 +90,25 @@ class NativeRunner:
         """The instruction set in use."""
         return self._isa
 
-    def forward(self, batch: ForwardBatch) -> Float:
+    @property
+    def tile_rows(self) -> int:
+        """Bounded by the scratch memory."""
+        return _native.Model.tile_rows
+
+    def forward(self, batch: ForwardBatch, signal: LayerSignal | None = None) -> Float:
         """Write the rows' KV into their blocks and return logits float32[wanted, vocabulary].
 
         Raises ValueError, before anything is written, if the batch does not hold together.
         """
         assert self._model is not None, "forward() on a closed runner"
         return self._model.forward(
-            batch.tokens, batch.positions, batch.starts, batch.blocks, batch.logit_rows
+            batch.tokens,
+            batch.positions,
+            batch.starts,
+            batch.blocks,
+            batch.logit_rows,
+            -1 if signal is None else signal.fd,
+            1 if signal is None else signal.every,
         )
 
     def close(self) -> None:

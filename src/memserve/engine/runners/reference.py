@@ -7,6 +7,7 @@ chunks, because every product has a shape that depends on the row's position onl
 from __future__ import annotations
 
 import ctypes
+import os
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from memserve.engine.models.ggml_types import widen_bf16
 from memserve.engine.models.spec import Float, LayerWeights, ModelWeights
-from memserve.engine.runners.base import ForwardBatch
+from memserve.engine.runners.base import ForwardBatch, LayerSignal
 from memserve.mempool.layout import KVLayout
 
 Double = NDArray[np.float64]
@@ -29,6 +30,7 @@ class ReferenceRunner:
     """
 
     isa = "reference"
+    tile_rows = 1 << 30
 
     def __init__(self, weights: ModelWeights, *, layout_dtype: str = "f32", bf16_math: bool = False) -> None:
         spec = weights.spec
@@ -39,13 +41,15 @@ class ReferenceRunner:
         self._round = round_bf16 if bf16_math else _keep
         self._frequencies, self._amplitude = spec.rope_frequencies(), spec.rope_amplitude()
 
-    def forward(self, batch: ForwardBatch) -> Float:
+    def forward(self, batch: ForwardBatch, signal: LayerSignal | None = None) -> Float:
         """Write the rows' KV into their blocks and return logits float32[wanted, vocabulary]."""
         sequences = self._open_sequences(batch)
         hidden = self._weights.embedding[batch.tokens]
         for index, layer in enumerate(self._weights.layers):
             hidden = hidden + self._attend(index, layer, hidden, sequences)
             hidden = hidden + self._feed_forward(layer, hidden)
+            if signal is not None:
+                os.eventfd_write(signal.fd, 1)
         wanted = self._normalise(hidden[batch.logit_rows], self._weights.output_norm)
         return self._project(self._weights.head, wanted)
 

@@ -1,7 +1,7 @@
 """What KV in int8 changes in a model's answers, beside KV in bf16 and beside what rounding alone changes.
 
 Real texts are read once with each kind of KV by the same kernels; every position's distribution over the
-next token is compared with that of bf16. ``rounding`` is the yardstick: KV in bf16 on another instruction set,
+next token is compared with that of bf16. ``rounding`` is the yardstick: bf16 on another instruction set,
 which sums in another order. Rows of answers have the bits of rows of prompts, so this holds for both.
 
     python benchmarks/kv_accuracy.py --data FOLDER [--tokens N] [--model M] [--isa NAME]

@@ -214,8 +214,9 @@ void Model::check(const Batch& batch) const {
 }
 
 Heads Model::heads_of(int layer) const {
-  const size_t half = static_cast<size_t>(shape_.kv_size()) * kBlockTokens * sizeof(Bf16);
-  return {shape_.heads, shape_.kv_heads, shape_.head_dim, 2 * half * static_cast<size_t>(layer), half};
+  const KvFormat format = shape_.kv_format;
+  const size_t half = static_cast<size_t>(shape_.kv_heads) * kv_head_bytes(format, shape_.head_dim);
+  return {shape_.heads, shape_.kv_heads, shape_.head_dim, 2 * half * static_cast<size_t>(layer), half, format};
 }
 
 HeadVectors Model::head_vectors_of(int index) const {

@@ -21,6 +21,7 @@ struct ModelShape {
   int feed_forward;
   int vocabulary;
   float rms_epsilon;
+  KvFormat kv_format;
 
   int query_size() const { return heads * head_dim; }
   int kv_size() const { return kv_heads * head_dim; }

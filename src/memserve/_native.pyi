@@ -62,6 +62,7 @@ class Model:
         pin: bool = False,
         isa: str | None = None,
         keep: str = "stored",
+        kv_dtype: str = "bf16",
     ) -> None:
         """cosines, sines: float32[positions, head_dim / 2]. Raises ValueError for shapes it cannot run."""
 

@@ -34,6 +34,7 @@ class ServeOptions:
     phases: str | None = None
     policy: str | None = None
     kv_memory: str | None = None
+    kv_cache_dtype: str | None = None
     host_memory: str | None = None
     disk: str | None = None
     disk_memory: str | None = None
@@ -60,6 +61,7 @@ def serve(
     phases: options.Phases = None,
     policy: options.Policy = None,
     kv_memory: options.KvMemory = None,
+    kv_cache_dtype: options.KvCacheDtype = None,
     host_memory: options.HostMemory = None,
     disk: options.Disk = None,
     disk_memory: options.DiskMemory = None,
@@ -87,6 +89,7 @@ def serve(
         phases=phases,
         policy=policy,
         kv_memory=kv_memory,
+        kv_cache_dtype=kv_cache_dtype,
         host_memory=host_memory,
         disk=disk,
         disk_memory=disk_memory,
@@ -141,7 +144,7 @@ def build_config(said: ServeOptions, file: Path | None) -> Config:
 
 
 def _pool(said: ServeOptions) -> dict[str, int | str | None]:
-    """Sizes of the tiers; a disk without a size gets the default one."""
+    """Sizes of the tiers and what is in them; a disk without a size gets the default one."""
     sizes = {
         "memory": (said.kv_memory, "--kv-memory"),
         "host_memory": (said.host_memory, "--host-memory"),
@@ -152,7 +155,7 @@ def _pool(said: ServeOptions) -> dict[str, int | str | None]:
     }
     if said.disk is not None and pool["disk_memory"] is None:
         pool["disk_memory"] = DEFAULT_DISK
-    return pool | {"disk_path": said.disk}
+    return pool | {"disk_path": said.disk, "kv_cache_dtype": said.kv_cache_dtype}
 
 
 def _counts(said: ServeOptions) -> dict[str, int | None]:

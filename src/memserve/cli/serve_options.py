@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from memserve.core.config import PHASES, POLICIES
+from memserve.core.config import KV_CACHE_DTYPES, PHASES, POLICIES
 
 _MODEL, _INSTANCES, _HTTP = "Model", "Instances", "HTTP"
 
@@ -94,6 +94,14 @@ KvMemory = Annotated[
     typer.Option(
         help="KV memory of each instance, for example 512MiB. Default 1GiB.",
         metavar="SIZE",
+        rich_help_panel=_INSTANCES,
+    ),
+]
+KvCacheDtype = Annotated[
+    str | None,
+    typer.Option(
+        help=f"{', '.join(KV_CACHE_DTYPES)}. **int8**: half the KV memory and transfer, answers change a "
+        "little. Default auto: bf16. The same for all instances.",
         rich_help_panel=_INSTANCES,
     ),
 ]

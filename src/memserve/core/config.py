@@ -12,6 +12,7 @@ from memserve.core.errors import ConfigError
 PHASES = ("pd-basic", "pd-caching-1", "pd-caching-2", "pd-caching-3", "colocated")
 EVICTION = ("hit-density", "lru", "slru", "lfu", "gdsf")
 WEIGHTS = ("stored", "bf16", "int8")
+KV_CACHE_DTYPES = ("auto", "bf16", "int8")
 SPECULATIVE_METHODS = ("off", "ngram")
 RUNNERS = ("native", "reference")
 OVERLAPS = ("auto", "none", "whole", "layers", "chunks")
@@ -46,6 +47,8 @@ class PoolConfig(_Section, frozen=True):
     ``memory`` is where kernels read. What it has no room for goes to ``host_memory``, then to files below
     ``disk_path``, of at most ``disk_memory`` per instance, which a restart finds again.
     ``eviction`` names what decides which historical KV is given up first.
+    ``kv_cache_dtype``: ``bf16``; ``int8``, which takes about half the bytes and changes answers a little;
+    ``auto``: what the runner has by itself, bf16 (the reference runner: float32).
     """
 
     memory: int = 1 << 30
@@ -54,6 +57,7 @@ class PoolConfig(_Section, frozen=True):
     disk_path: str | None = None
     disk_memory: int = 0
     eviction: str = "hit-density"
+    kv_cache_dtype: str = "auto"
 
 
 class EngineConfig(_Section, frozen=True):
@@ -208,6 +212,7 @@ def _check_names(config: Config) -> None:
         ("engine.overlap", engine.overlap, OVERLAPS),
         ("server.policy", config.server.policy, POLICIES),
         ("pool.eviction", config.pool.eviction, EVICTION),
+        ("pool.kv_cache_dtype", config.pool.kv_cache_dtype, KV_CACHE_DTYPES),
     ):
         _require(value in accepted, field, value, f"one of {', '.join(accepted)}")
 

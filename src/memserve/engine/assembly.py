@@ -205,6 +205,7 @@ def load_runner(
     source: ModelSource, config: Config, threads: int, context: int, progress: Progress
 ) -> Runner:
     """Read the weights and build the configured runner; slow, for a worker thread."""
+    kv_dtype = None if config.pool.kv_cache_dtype == "auto" else config.pool.kv_cache_dtype
 
     def reading(done: float) -> None:
         progress("reading weights", done)
@@ -212,8 +213,9 @@ def load_runner(
     if config.model.runner == "reference":
         from memserve.engine.runners.reference import ReferenceRunner
 
-        return ReferenceRunner(source.weights(reading))
+        return ReferenceRunner(source.weights(reading), layout_dtype=kv_dtype or "f32")
     from memserve.engine.runners.native import NativeRunner
 
     weights = source.stored_weights(reading)
-    return NativeRunner(weights, threads=threads, context=context, keep=config.engine.weights)
+    keep = config.engine.weights
+    return NativeRunner(weights, threads=threads, context=context, keep=keep, kv_dtype=kv_dtype or "bf16")

@@ -59,6 +59,7 @@ def test_options_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) ->
         (["--weights", "int3"], "engine.weights"),
         (["--speculative-method", "oracle"], "engine.speculative_method"),
         (["--num-speculative-tokens", "0"], "engine.num_speculative_tokens"),
+        (["--kv-cache-dtype", "int4"], "pool.kv_cache_dtype"),
         (["--prefill", "0"], "cluster.prefill/decode"),
         (["--colocated", "-1"], "cluster.colocated"),
         (["--port", "70000"], "server.port"),

@@ -123,6 +123,17 @@ struct Normalise {
   float epsilon;
 };
 
+// How KV is kept. kInt8: int8[dim] per token and head, times a float of their own; the scales of a block's tokens lie in
+// front of the values they belong to, one cache line per head, and the values in the order of bf16.
+enum class KvFormat { kBf16, kInt8 };
+
+constexpr size_t kScaleBytes = kBlockTokens * sizeof(float);
+
+constexpr size_t kv_head_bytes(KvFormat format, int dim) {
+  const size_t values = static_cast<size_t>(dim) * kBlockTokens;
+  return format == KvFormat::kInt8 ? kScaleBytes + values : values * sizeof(Bf16);
+}
+
 // How the heads of one layer lie in memory.
 struct Heads {
   int queries;
@@ -130,13 +141,14 @@ struct Heads {
   int dim;
   size_t layer_offset;  // bytes from a block's start to this layer's K; V follows half_bytes later
   size_t half_bytes;
+  KvFormat format;
 
   int group() const { return queries / kv; }
-  size_t head_bytes() const { return static_cast<size_t>(dim) * kBlockTokens * sizeof(Bf16); }
-  const Bf16* keys(uint64_t block, int head) const {
-    return reinterpret_cast<const Bf16*>(block + layer_offset + static_cast<size_t>(head) * head_bytes());
+  size_t head_bytes() const { return kv_head_bytes(format, dim); }
+  unsigned char* keys(uint64_t block, int head) const {
+    return reinterpret_cast<unsigned char*>(block + layer_offset + static_cast<size_t>(head) * head_bytes());
   }
-  const Bf16* values(uint64_t block, int head) const { return keys(block + half_bytes, head); }
+  unsigned char* values(uint64_t block, int head) const { return keys(block + half_bytes, head); }
 };
 
 // What some families do to the heads of q, k and v before q and k are rotated; null where a model does not.
@@ -147,7 +159,7 @@ struct HeadVectors {
   float epsilon;
 };
 
-// Rotate a row's q and k by its position; q goes to `queries` in bf16, k and v into the row's KV block.
+// Rotate a row's q and k by its position; q goes to `queries` in bf16, k and v into the row's KV block, in its format.
 struct PlaceRow {
   Heads heads;
   HeadVectors vectors;

@@ -9,7 +9,7 @@ namespace memserve::avx512_bf16 {
 
 const Kernels kernels = {
     "avx512-bf16",     matmul, expand_group, normalise,   place_row,       attention_scratch,
-    attend<VectorProducts>,
+    attend_in_vectors,
     merge_partials, copy_pieces, checksum_pieces, read_memory,
     run_dots,
 };

@@ -1,5 +1,7 @@
 #include "model.h"
 
+#include <sys/eventfd.h>
+
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -212,8 +214,9 @@ void Model::check(const Batch& batch) const {
 }
 
 Heads Model::heads_of(int layer) const {
-  const size_t half = static_cast<size_t>(shape_.kv_size()) * kBlockTokens * sizeof(Bf16);
-  return {shape_.heads, shape_.kv_heads, shape_.head_dim, 2 * half * static_cast<size_t>(layer), half};
+  const KvFormat format = shape_.kv_format;
+  const size_t half = static_cast<size_t>(shape_.kv_heads) * kv_head_bytes(format, shape_.head_dim);
+  return {shape_.heads, shape_.kv_heads, shape_.head_dim, 2 * half * static_cast<size_t>(layer), half, format};
 }
 
 HeadVectors Model::head_vectors_of(int index) const {
@@ -222,11 +225,24 @@ HeadVectors Model::head_vectors_of(int index) const {
   return {values(layer.qkv_bias), values(layer.q_norm), values(layer.k_norm), shape_.rms_epsilon};
 }
 
-void Model::forward(const Batch& batch, float* logits) {
+int Model::tile_rows() { return kRowsPerTile; }
+
+void LayerSignal::layer_done(int layer, int layers) const {
+  if (fd < 0) return;
+  const int done = layer + 1;
+  const int fresh = done % every == 0 ? every : done == layers ? done % every : 0;
+  // Whoever listens reads before the count could overflow, and one who has gone away misses nothing.
+  if (fresh > 0) static_cast<void>(eventfd_write(fd, static_cast<eventfd_t>(fresh)));
+}
+
+void Model::forward(const Batch& batch, float* logits, LayerSignal signal) {
   for (int begin = 0; begin < batch.rows; begin += kRowsPerTile) {
     const Tile tile = plan(batch, {begin, std::min(begin + kRowsPerTile, batch.rows)});
     embed(batch, tile);
-    for (int layer = 0; layer < shape_.layers; ++layer) run_layer(batch, tile, layer);
+    for (int layer = 0; layer < shape_.layers; ++layer) {
+      run_layer(batch, tile, layer);
+      signal.layer_done(layer, shape_.layers);
+    }
     write_logits(batch, tile, logits);
   }
 }

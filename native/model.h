@@ -21,6 +21,7 @@ struct ModelShape {
   int feed_forward;
   int vocabulary;
   float rms_epsilon;
+  KvFormat kv_format;
 
   int query_size() const { return heads * head_dim; }
   int kv_size() const { return kv_heads * head_dim; }
@@ -67,6 +68,15 @@ struct Batch {
   int wanted;
 };
 
+// Where a pass tells how far it is: an eventfd that layers are added to as a tile has passed them, `every` at a time
+// and the rest with the tile's last one. -1: nobody wants to know.
+struct LayerSignal {
+  int fd = -1;
+  int every = 1;
+
+  void layer_done(int layer, int layers) const;
+};
+
 class Model {
  public:
   Model(const ModelShape& shape, RopeTable rope, const Kernels& kernels, int threads, bool pin, Keep keep);
@@ -84,7 +94,9 @@ class Model {
   // Throws std::invalid_argument if the batch does not hold together, before anything is written.
   void check(const Batch& batch) const;
   // logits: [wanted][vocabulary]. The batch must have passed check().
-  void forward(const Batch& batch, float* logits);
+  void forward(const Batch& batch, float* logits, LayerSignal signal = {});
+  // Rows that go through all layers together; the next as many follow when these have.
+  static int tile_rows();
 
  private:
   struct Layer {

@@ -163,6 +163,12 @@ Keep keep_of(const std::string& name) {
   throw std::invalid_argument("keep is '" + name + "'; accepted: stored, bf16, int8");
 }
 
+KvFormat kv_format_of(const std::string& name) {
+  if (name == "bf16") return KvFormat::kBf16;
+  if (name == "int8") return KvFormat::kInt8;
+  throw std::invalid_argument("kv_dtype is '" + name + "'; accepted: bf16, int8");
+}
+
 RopeTable rope_table(const Matrix& cosines, const Matrix& sines, int head_dim) {
   const int positions = static_cast<int>(cosines.shape(0));
   const float* c = checked(cosines, positions, head_dim / 2, "cosines");
@@ -172,8 +178,9 @@ RopeTable rope_table(const Matrix& cosines, const Matrix& sines, int head_dim) {
 
 void construct(PythonModel* self, int layers, int hidden, int heads, int kv_heads, int head_dim, int feed_forward,
                int vocabulary, float rms_epsilon, const Matrix& cosines, const Matrix& sines, int threads, bool pin,
-               const std::optional<std::string>& isa, const std::string& keep) {
-  const ModelShape shape{layers, hidden, heads, kv_heads, head_dim, feed_forward, vocabulary, rms_epsilon};
+               const std::optional<std::string>& isa, const std::string& keep, const std::string& kv_dtype) {
+  const KvFormat kv = kv_format_of(kv_dtype);
+  const ModelShape shape{layers, hidden, heads, kv_heads, head_dim, feed_forward, vocabulary, rms_epsilon, kv};
   new (self) PythonModel(shape, rope_table(cosines, sines, head_dim), chosen_kernels(isa), threads, pin, keep_of(keep));
 }
 
@@ -245,14 +252,15 @@ Batch batch_of(const Indices& tokens, const Indices& positions, const Indices& s
 }
 
 Logits forward(PythonModel& self, const Indices& tokens, const Indices& positions, const Indices& starts,
-               const BlockTable& blocks, const Indices& logit_rows) {
+               const BlockTable& blocks, const Indices& logit_rows, int progress, int every) {
   const Batch batch = batch_of(tokens, positions, starts, blocks, logit_rows);
   self.check(batch);
+  if (every < 1) throw std::invalid_argument("every is " + std::to_string(every) + "; it must be at least 1 layer");
   const size_t vocabulary = static_cast<size_t>(self.shape().vocabulary);
   Logits logits = self.logits->lend(static_cast<size_t>(batch.wanted), vocabulary);
   float* values = logits.data();
   nb::gil_scoped_release unlocked;
-  self.forward(batch, values);
+  self.forward(batch, values, {progress, every});
   return logits;
 }
 
@@ -289,7 +297,7 @@ NB_MODULE(_native, m) {
   nb::class_<PythonModel>(m, "Model")
       .def("__init__", &construct, nb::kw_only(), "layers"_a, "hidden"_a, "heads"_a, "kv_heads"_a, "head_dim"_a,
            "feed_forward"_a, "vocabulary"_a, "rms_epsilon"_a, "cosines"_a, "sines"_a, "threads"_a, "pin"_a = false,
-           "isa"_a = nb::none(), "keep"_a = "stored")
+           "isa"_a = nb::none(), "keep"_a = "stored", "kv_dtype"_a = "bf16")
       .def_prop_ro("isa", [](const PythonModel& self) { return std::string(self.kernels().name); })
       .def_prop_ro("weight_bytes", [](const PythonModel& self) { return self.weight_bytes(); })
       .def("set_layer", &set_layer, "index"_a, "attention_norm"_a, "q"_a, "k"_a, "v"_a, "o"_a, "ffn_norm"_a, "gate"_a,
@@ -298,6 +306,8 @@ NB_MODULE(_native, m) {
            "k_norm"_a = nb::none())
       .def("set_embedding", &set_embedding, "embedding"_a)
       .def("set_output", &set_output, "norm"_a, "head"_a.none())
-      .def("forward", &forward, "tokens"_a, "positions"_a, "starts"_a, "blocks"_a, "logit_rows"_a);
+      .def_prop_ro_static("tile_rows", [](nb::handle) { return PythonModel::tile_rows(); })
+      .def("forward", &forward, "tokens"_a, "positions"_a, "starts"_a, "blocks"_a, "logit_rows"_a, "progress"_a = -1,
+           "every"_a = 1);
   bind_pool_passes(m);
 }

@@ -8,6 +8,8 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__SSE2__)
+#include <emmintrin.h>
 #elif defined(__aarch64__)
 #include <arm_neon.h>
 #endif
@@ -53,6 +55,11 @@ inline void store_bf16(uint16_t* to, Floats x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)));
 }
 
+inline Floats load_bf16(const uint16_t* from) {
+  const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+}
+
 inline Pairs load_pairs(const uint16_t* from) { return _mm512_loadu_si512(from); }
 inline Pairs splat_pair(const uint16_t* from) {
   int pair;
@@ -61,6 +68,27 @@ inline Pairs splat_pair(const uint16_t* from) {
 }
 inline Floats dot_pairs(Floats sum, Pairs a, Pairs b) {
   return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+}
+
+// Pairs of int16 as well: what int8 becomes on its way into products, with 32-bit sums that are exact in any order.
+using Ints = __m512i;
+
+inline Pairs load_byte_pairs(const int8_t* from) {
+  return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+inline Ints no_ints() { return _mm512_setzero_si512(); }
+// gcc 12 copies the sum before and after the intrinsic, which fills a register block with moves.
+inline Ints dot_int_pairs(Ints sum, Pairs a, Pairs b) {
+  __asm__("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+  return sum;
+}
+inline Floats floats_of(Ints x) { return _mm512_cvtepi32_ps(x); }
+// Round to nearest even; numbers that fit.
+inline void store_int16(uint16_t* to, Floats x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(x)));
+}
+inline void store_int8(int8_t* to, Floats x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x)));
 }
 
 using Words = __m512i;  // sixteen of 32 bits
@@ -201,6 +229,14 @@ inline void store_bf16(uint16_t* to, Floats x) {
   }
 }
 
+inline Floats load_bf16(const uint16_t* from) {
+  uint32_t bits[kLanes16];
+  for (int i = 0; i < kLanes16; ++i) bits[i] = static_cast<uint32_t>(from[i]) << 16;
+  Floats x;
+  std::memcpy(&x, bits, sizeof x);
+  return x;
+}
+
 inline Pairs load_pairs(const uint16_t* from) {
   Pairs x;
   std::memcpy(&x, from, sizeof x);
@@ -219,6 +255,47 @@ inline Floats dot_pairs(Floats sum, Pairs a, Pairs b) {
     return native_multiply_add(second_of_pair(a.part[p]), second_of_pair(b.part[p]), first);
   });
 }
+
+// Pairs of int16 as well: what int8 becomes on its way into products, with 32-bit sums that are exact in any order.
+struct Ints {
+  NativeInts part[kParts];
+};
+typedef int8_t NativeBytes __attribute__((vector_size(kNativeLanes * 2)));
+typedef int16_t NativeShorts __attribute__((vector_size(kNativeLanes * 4)));
+
+inline Pairs load_byte_pairs(const int8_t* from) {
+  return each_part<Pairs>([&](int p) {
+    NativeBytes bytes;
+    std::memcpy(&bytes, from + p * 2 * kNativeLanes, sizeof bytes);
+    return reinterpret_cast<NativeWords>(__builtin_convertvector(bytes, NativeShorts));
+  });
+}
+inline Ints no_ints() { return Ints{}; }
+inline NativeInts native_dot_int_pairs(NativeWords a, NativeWords b) {
+#if defined(__AVX2__)
+  return reinterpret_cast<NativeInts>(_mm256_madd_epi16(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
+#elif defined(__SSE2__)
+  return reinterpret_cast<NativeInts>(_mm_madd_epi16(reinterpret_cast<__m128i>(a), reinterpret_cast<__m128i>(b)));
+#else
+  const NativeInts first = (reinterpret_cast<NativeInts>(a << 16) >> 16) * (reinterpret_cast<NativeInts>(b << 16) >> 16);
+  return first + (reinterpret_cast<NativeInts>(a) >> 16) * (reinterpret_cast<NativeInts>(b) >> 16);
+#endif
+}
+inline Ints dot_int_pairs(Ints sum, Pairs a, Pairs b) {
+  return each_part<Ints>([&](int p) { return sum.part[p] + native_dot_int_pairs(a.part[p], b.part[p]); });
+}
+inline Floats floats_of(Ints x) {
+  return each_part<Floats>([&](int p) { return __builtin_convertvector(x.part[p], NativeFloats); });
+}
+// Round to nearest even; numbers that fit.
+template <class Element>
+inline void store_whole(Element* to, Floats x) {
+  float lanes[kLanes16];
+  store(lanes, nearest(x));
+  for (int i = 0; i < kLanes16; ++i) to[i] = static_cast<Element>(static_cast<int32_t>(lanes[i]));
+}
+inline void store_int16(uint16_t* to, Floats x) { store_whole(to, x); }
+inline void store_int8(int8_t* to, Floats x) { store_whole(to, x); }
 
 using Words = Pairs;
 
@@ -314,6 +391,8 @@ inline Floats exp2(Floats x) {
   p = multiply_add(p, f, splat(1.0f));
   return multiply(p, power_of_two(whole));
 }
+
+inline Floats absolute(Floats x) { return larger(x, subtract(zeros(), x)); }
 
 inline float first_lane(Floats x) {
   float lanes[kLanes16];

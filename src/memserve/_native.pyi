@@ -1,5 +1,7 @@
 """The C++ kernels. Addresses are of this process and are trusted; shapes and indices are checked."""
 
+from typing import ClassVar
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -60,11 +62,14 @@ class Model:
         pin: bool = False,
         isa: str | None = None,
         keep: str = "stored",
+        kv_dtype: str = "bf16",
     ) -> None:
         """cosines, sines: float32[positions, head_dim / 2]. Raises ValueError for shapes it cannot run."""
 
     @property
     def isa(self) -> str: ...
+    tile_rows: ClassVar[int]
+    """Rows of a pass that go through all layers together, before the next ones do."""
     @property
     def weight_bytes(self) -> int:
         """Bytes of packed weights."""
@@ -104,8 +109,14 @@ class Model:
         starts: NDArray[np.int32],
         blocks: NDArray[np.uint64],
         logit_rows: NDArray[np.int32],
+        progress: int = -1,
+        every: int = 1,
     ) -> NDArray[np.float32]:
-        """Run a ForwardBatch; return float32[wanted, vocabulary]. Releases the GIL."""
+        """Run a ForwardBatch; return float32[wanted, vocabulary]. Releases the GIL.
+
+        ``progress``: an eventfd to which layers are added when a tile of rows has passed them, ``every`` at a
+        time and the rest with the tile's last one.
+        """
 
 # --- the pool's index: see native/blocks.h and native/prefixes.h ---
 #

@@ -12,7 +12,6 @@ import secrets
 import signal
 import socket
 import sys
-import time
 from collections.abc import Coroutine, Iterator
 from pathlib import Path
 
@@ -21,8 +20,9 @@ import uvicorn
 import uvloop
 
 from memserve.cluster.host import available_memory, count_cores
-from memserve.cluster.launcher import LocalLauncher
 from memserve.cluster.manager import ClusterManager
+from memserve.cluster.membership import MemberState
+from memserve.cluster.supervisor import Supervisor
 from memserve.core.clock import MonotonicClock
 from memserve.core.config import Config, PoolConfig
 from memserve.core.errors import ConfigError, NoInstance
@@ -132,7 +132,7 @@ class _Cluster:
         self._source: ModelSource = open_model(config.model.model)
         self._context = context_of(self._source, config.model)
         self._name = secrets.token_hex(6)
-        self._incarnation = time.time_ns() // 1_000_000
+        self._address = f"@memserve-{self._name}-control"
         clock = MonotonicClock()
         self._scheduler = GlobalScheduler(policy_by_name(config.server.policy), clock)
         self._dispatcher = Dispatcher(
@@ -143,22 +143,27 @@ class _Cluster:
             max_waiting=config.server.max_waiting,
         )
         self._ended: dict[InstanceId, str] = {}
-        self._launcher = LocalLauncher(_INSTANCE_COMMAND, self._exited)
-        self._manager = ClusterManager(config.cluster, clock, self._dispatcher, kill=self._launcher.kill)
+        self._supervisor = Supervisor(
+            _INSTANCE_COMMAND,
+            config.cluster,
+            clock,
+            self._settings,
+            on_exit=self._exited,
+            on_given_up=screen.lost,
+        )
+        self._manager = ClusterManager(config.cluster, clock, self._dispatcher, kill=self._supervisor.kill)
         self._dispatcher.manager = self._manager
+        self._dispatcher.supervisor = self._supervisor
 
     async def start(self) -> None:
         """Start all instances and wait until they are ready. Raises ``NoInstance`` if one fails."""
-        address = f"@memserve-{self._name}-control"
-        await self._manager.start(address)
+        await self._manager.start(self._address)
         for instance, role in self._instances:
-            settings = InstanceSettings(
-                instance, self._incarnation, role, self._name, address, self._threads, self._config
-            )
-            self._launcher.start(instance, msgspec.json.encode(settings))
+            self._supervisor.start(instance, role)
         self._tokenizer = self._source.tokenizer()
         self._template = self._source.chat_template()
         await self._all_ready()
+        self._supervisor.restart_lost()
 
     async def answer(self, listening: socket.socket, stop: asyncio.Event) -> None:
         """Serve HTTP until ``stop`` is set."""
@@ -193,8 +198,9 @@ class _Cluster:
 
     async def stop(self) -> None:
         """Stop instances and wait for their processes."""
+        self._supervisor.restart_no_more()
         await self._manager.stop()
-        await self._launcher.stop()
+        await self._supervisor.stop()
 
     async def _all_ready(self) -> None:
         seconds = self._config.cluster.start_timeout
@@ -213,10 +219,20 @@ class _Cluster:
             raise NoInstance(f"{instance} did not come up: {told or reason}")
         return sum(link.ready is not None for link in self._manager.links()) == len(self._instances)
 
-    def _exited(self, instance: InstanceId, reason: str) -> None:
+    def _settings(self, instance: InstanceId, role: Role, incarnation: int) -> bytes:
+        return msgspec.json.encode(
+            InstanceSettings(
+                instance, incarnation, role, self._name, self._address, self._threads, self._config
+            )
+        )
+
+    def _exited(self, instance: InstanceId, incarnation: int, reason: str) -> Role | None:
+        """Tell the others; returns the role in which the instance is missed, None if it had asked to go."""
         self._ended[instance] = reason
-        self._manager.process_exited(instance, self._incarnation, reason)
+        self._manager.process_exited(instance, incarnation, reason)
         self._dispatcher.members_changed.set()
+        view = next((view for view in self._manager.view() if view.instance == instance), None)
+        return None if view is None or view.state is MemberState.LEFT else view.role
 
     def _usable_context(self) -> int:
         """The longest sequence that every pool can hold, in tokens, at most the model's context."""

@@ -1,4 +1,4 @@
-"""The runner for CPUs: C++ kernels on bf16 weights and KV, reading pool blocks in place.
+"""The runner for CPUs: C++ kernels on bf16 weights, reading KV in place in the pool's blocks.
 
 Knows how ModelWeights map onto the native model; what the kernels compute is in ``native/``.
 """
@@ -19,7 +19,7 @@ from memserve.engine.models.spec import (
     StoredMatrix,
     StoredWeights,
 )
-from memserve.engine.runners.base import ForwardBatch
+from memserve.engine.runners.base import ForwardBatch, LayerSignal
 from memserve.mempool.layout import KVLayout
 
 Float = NDArray[np.float32]
@@ -28,7 +28,7 @@ Float = NDArray[np.float32]
 class NativeRunner:
     """Forward passes of a Llama-like model on this machine's CPU.
 
-    bf16 KV and inputs of matrix products; float32 sums, residual stream, norms, rotary embedding and softmax.
+    bf16 inputs of matrix products; float32 sums, residual stream, norms, rotary embedding and softmax.
     Weights are multiplied in bf16; what the file has in 4 or 8 bits is kept and read like that.
     The bits of a row depend on its tokens alone: not on the batch, chunking, cached prefixes or threads.
     Instruction sets round differently: KV computed on one is valid, not bit-equal, on another.
@@ -38,6 +38,8 @@ class NativeRunner:
     weights : copied into packed form; the caller may drop them afterwards.
     keep : ``stored``: GGML blocks as they are, all else as bf16; ``bf16``: everything, which gives the same
         bits from more memory; ``int8``: float32 becomes groups of 8 bits, which changes the model a little.
+    kv_dtype : ``bf16`` or ``int8``, how KV is kept. Rows are rounded once, when they are written, and all
+        attention reads what was written. An int8 row that is not finite makes all NaN that attends to it.
     threads : threads per pass, the caller's included; at most the cores this process may use.
     context : longest position + 1 that will be asked for, in tokens.
     isa : one of ``_native.supported_isas()``; by default the best.
@@ -58,13 +60,14 @@ class NativeRunner:
         isa: str | None = None,
         pin: bool = False,
         keep: str = "stored",
+        kv_dtype: str = "bf16",
     ) -> None:
         spec = weights.spec
         if context < 1:
             raise ConfigError(f"context is {context}; it must be at least 1 token")
         identity = f"{spec.identity}-int8" if keep == "int8" else spec.identity
-        self._layout = KVLayout(identity, spec.layers, spec.kv_heads, spec.head_dim)
-        self._model: _native.Model | None = _build_model(spec, threads, context, isa, pin, keep)
+        self._model: _native.Model | None = _build_model(spec, threads, context, isa, pin, keep, kv_dtype)
+        self._layout = KVLayout(identity, spec.layers, spec.kv_heads, spec.head_dim, dtype=kv_dtype)
         self._isa: str = self._model.isa
         try:
             _fill_model(self._model, weights)
@@ -73,7 +76,7 @@ class NativeRunner:
 
     @property
     def layout(self) -> KVLayout:
-        """bf16, tile order."""
+        """Tile order."""
         return self._layout
 
     @property
@@ -87,14 +90,25 @@ class NativeRunner:
         """The instruction set in use."""
         return self._isa
 
-    def forward(self, batch: ForwardBatch) -> Float:
+    @property
+    def tile_rows(self) -> int:
+        """Bounded by the scratch memory."""
+        return _native.Model.tile_rows
+
+    def forward(self, batch: ForwardBatch, signal: LayerSignal | None = None) -> Float:
         """Write the rows' KV into their blocks and return logits float32[wanted, vocabulary].
 
         Raises ValueError, before anything is written, if the batch does not hold together.
         """
         assert self._model is not None, "forward() on a closed runner"
         return self._model.forward(
-            batch.tokens, batch.positions, batch.starts, batch.blocks, batch.logit_rows
+            batch.tokens,
+            batch.positions,
+            batch.starts,
+            batch.blocks,
+            batch.logit_rows,
+            -1 if signal is None else signal.fd,
+            1 if signal is None else signal.every,
         )
 
     def close(self) -> None:
@@ -110,7 +124,7 @@ def rope_tables(spec: ModelSpec, context: int) -> tuple[Float, Float]:
 
 
 def _build_model(
-    spec: ModelSpec, threads: int, context: int, isa: str | None, pin: bool, keep: str
+    spec: ModelSpec, threads: int, context: int, isa: str | None, pin: bool, keep: str, kv_dtype: str
 ) -> _native.Model:
     cosines, sines = rope_tables(spec, context)
     try:
@@ -129,6 +143,7 @@ def _build_model(
             pin=pin,
             isa=isa,
             keep=keep,
+            kv_dtype=kv_dtype,
         )
     except ValueError as error:
         raise ConfigError(f"{spec.identity}: {error}") from error

@@ -33,7 +33,8 @@ uint64_t read_memory(const void* from, size_t bytes) {
 }
 
 // The compiler must not see what lies behind the pointer, or it computes the constant sums itself.
-inline const float* hidden_from_compiler(const float* values) {
+template <class Value>
+inline const Value* hidden_from_compiler(const Value* values) {
   __asm__ volatile("" : "+r"(values)::"memory");
   return values;
 }
@@ -58,15 +59,18 @@ double run_dots(int64_t rounds, float* sink) {
 
 double run_int8_dots(int64_t rounds, float* sink) {
   float zeroed[kMaxDots * kLanes16] = {};
-  const auto* start = reinterpret_cast<const unsigned char*>(hidden_from_compiler(zeroed));
+  const auto* start = hidden_from_compiler(reinterpret_cast<const unsigned char*>(zeroed));
   Dots sums[kMaxDots];
 #pragma GCC unroll 16
   for (int i = 0; i < kMaxDots; ++i) sums[i] = splat_int(start[i * 64]);
-  const InputQuad input = splat_quad(reinterpret_cast<const int8_t*>(start));
   const WeightQuads weights[2] = {low_halves(start), high_halves(start + 64)};
-  for (int64_t round = 0; round < rounds; ++round)
+  for (int64_t round = 0; round < rounds; ++round) {
+    // Read anew, or the products of levels that need several instructions would be computed once.
+    start = hidden_from_compiler(start);
+    const InputQuad input = splat_quad(reinterpret_cast<const int8_t*>(start));
 #pragma GCC unroll 16
     for (int i = 0; i < kMaxDots; ++i) sums[i] = dot_quads<Weights::kNibbles>(sums[i], weights[i % 2], input);
+  }
 #pragma GCC unroll 16
   for (int i = 0; i < kMaxDots; ++i) *sink += first_lane(floats_of(sums[i]));
   return 128.0 * kMaxDots * static_cast<double>(rounds);

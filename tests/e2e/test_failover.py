@@ -109,12 +109,12 @@ SAMPLED = {"temperature": 0.9, "top_p": 0.95, "seed": 11, "logprobs": 2, "n": 2,
 
 def test_many_streams_of_a_cluster_in_which_one_after_the_other_is_killed() -> None:
     """During prefill, at a handoff, while decoding."""
-    prompts = [[(1000 + 37 * at + 211 * number) % 40000 + 1000 for at in range(300)] for number in range(5)]
-    asked = [body(60, tokens) for tokens in prompts] + [body(60, prompts[0], **SAMPLED)]
+    prompts = [[(1000 + 37 * at + 211 * number) % 40000 + 1000 for at in range(200)] for number in range(3)]
+    asked = [body(40, tokens) for tokens in prompts] + [body(40, prompts[0], **SAMPLED)]
     with serving("--prefill", "2", "--decode", "2", *SMALL) as served, ThreadPoolExecutor(8) as threads:
         expected = list(threads.map(lambda one: read(served, one), asked))
         at_prefill = [[number + 1 for number in tokens] for tokens in prompts]
-        asked += [body(60, tokens) for tokens in at_prefill]
+        asked += [body(40, tokens) for tokens in at_prefill]
         found = [threads.submit(read, served, one) for one in asked]
         wait_for(lambda: busy(served, "prefill") is not None, "nobody prefills")
         first = busy(served, "prefill") or "prefill-0"
@@ -130,7 +130,7 @@ def test_many_streams_of_a_cluster_in_which_one_after_the_other_is_killed() -> N
         for instance, incarnation in lives.items():
             until_back(served, instance, incarnation)
         for one, tokens in zip(answers[len(expected) :], at_prefill, strict=True):
-            same(one, read(served, body(60, tokens)))
+            same(one, read(served, body(40, tokens)))
         same(unkilled, read(served, body(60, PROMPT)))
         assert all(entry["blocks"]["active"] == 0 for entry in served.wait_idle().values())
 

@@ -10,7 +10,7 @@ import typer
 from memserve.cli import serve_options as options
 from memserve.cli.failure import BAD_USAGE, CANNOT, fail
 from memserve.cli.sizes import parse_size
-from memserve.core.config import Config, check_config, override_config, parse_config
+from memserve.core.config import Activations, Config, check_config, override_config, parse_config
 from memserve.core.errors import ConfigError, MemServeError, ModelError
 
 DEFAULT_DISK = 4 << 30
@@ -26,12 +26,16 @@ class ServeOptions:
     context: int | None = None
     runner: str | None = None
     weights: str | None = None
+    activations: Activations | None = None
+    speculative_method: str | None = None
+    num_speculative_tokens: int | None = None
     prefill: int | None = None
     decode: int | None = None
     colocated: int | None = None
     phases: str | None = None
     policy: str | None = None
     kv_memory: str | None = None
+    kv_cache_dtype: str | None = None
     host_memory: str | None = None
     disk: str | None = None
     disk_memory: str | None = None
@@ -50,12 +54,16 @@ def serve(
     context: options.Context = None,
     runner: options.Runner = None,
     weights: options.Weights = None,
+    activations: options.Activations = None,
+    speculative_method: options.SpeculativeMethod = None,
+    num_speculative_tokens: options.NumSpeculativeTokens = None,
     prefill: options.Prefill = None,
     decode: options.Decode = None,
     colocated: options.Colocated = None,
     phases: options.Phases = None,
     policy: options.Policy = None,
     kv_memory: options.KvMemory = None,
+    kv_cache_dtype: options.KvCacheDtype = None,
     host_memory: options.HostMemory = None,
     disk: options.Disk = None,
     disk_memory: options.DiskMemory = None,
@@ -75,12 +83,16 @@ def serve(
         context=context,
         runner=runner,
         weights=weights,
+        activations=activations,
+        speculative_method=speculative_method,
+        num_speculative_tokens=num_speculative_tokens,
         prefill=prefill,
         decode=decode,
         colocated=colocated,
         phases=phases,
         policy=policy,
         kv_memory=kv_memory,
+        kv_cache_dtype=kv_cache_dtype,
         host_memory=host_memory,
         disk=disk,
         disk_memory=disk_memory,
@@ -117,6 +129,9 @@ def build_config(said: ServeOptions, file: Path | None) -> Config:
         threads=said.threads,
         phases=said.phases,
         weights=said.weights,
+        activations=said.activations,
+        speculative_method=said.speculative_method,
+        num_speculative_tokens=said.num_speculative_tokens,
         target_tpot=said.target_tpot,
     )
     config = override_config(config, "cluster", restart_lost=said.restart_lost, **_counts(said))
@@ -133,7 +148,7 @@ def build_config(said: ServeOptions, file: Path | None) -> Config:
 
 
 def _pool(said: ServeOptions) -> dict[str, int | str | None]:
-    """Sizes of the tiers; a disk without a size gets the default one."""
+    """Sizes of the tiers and what is in them; a disk without a size gets the default one."""
     sizes = {
         "memory": (said.kv_memory, "--kv-memory"),
         "host_memory": (said.host_memory, "--host-memory"),
@@ -144,7 +159,7 @@ def _pool(said: ServeOptions) -> dict[str, int | str | None]:
     }
     if said.disk is not None and pool["disk_memory"] is None:
         pool["disk_memory"] = DEFAULT_DISK
-    return pool | {"disk_path": said.disk}
+    return pool | {"disk_path": said.disk, "kv_cache_dtype": said.kv_cache_dtype}
 
 
 def _counts(said: ServeOptions) -> dict[str, int | None]:

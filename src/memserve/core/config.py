@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import tomllib
 from typing import Any
 
@@ -12,6 +13,8 @@ from memserve.core.errors import ConfigError
 PHASES = ("pd-basic", "pd-caching-1", "pd-caching-2", "pd-caching-3", "colocated")
 EVICTION = ("hit-density", "lru", "slru", "lfu", "gdsf")
 WEIGHTS = ("stored", "bf16", "int8")
+KV_CACHE_DTYPES = ("auto", "bf16", "int8")
+SPECULATIVE_METHODS = ("off", "ngram")
 RUNNERS = ("native", "reference")
 OVERLAPS = ("auto", "none", "whole", "layers", "chunks")
 POLICIES = (
@@ -24,6 +27,16 @@ POLICIES = (
     "cache-aware",
     "exploit-explore",
 )
+
+
+class Activations(enum.StrEnum):
+    """In what the inputs of matrix products are multiplied with weights of 4 and 8 bits."""
+
+    BF16 = "bf16"
+    INT8 = "int8"
+
+
+DEFAULT_ACTIVATIONS = Activations.BF16
 
 
 class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -45,6 +58,8 @@ class PoolConfig(_Section, frozen=True):
     ``memory`` is where kernels read. What it has no room for goes to ``host_memory``, then to files below
     ``disk_path``, of at most ``disk_memory`` per instance, which a restart finds again.
     ``eviction`` names what decides which historical KV is given up first.
+    ``kv_cache_dtype``: ``bf16``; ``int8``, which takes about half the bytes and changes answers a little;
+    ``auto``: what the runner has by itself, bf16 (the reference runner: float32).
     """
 
     memory: int = 1 << 30
@@ -53,6 +68,7 @@ class PoolConfig(_Section, frozen=True):
     disk_path: str | None = None
     disk_memory: int = 0
     eviction: str = "hit-density"
+    kv_cache_dtype: str = "auto"
 
 
 class EngineConfig(_Section, frozen=True):
@@ -63,6 +79,10 @@ class EngineConfig(_Section, frozen=True):
     ``threads`` 0 means: cores divided by the instances on this machine, at least one.
     ``weights``: ``stored`` keeps what the file has in 4 or 8 bits as it is; ``bf16`` expands it, which takes
     more memory and gives the same answers; ``int8`` also turns 16-bit weights into 8-bit groups.
+    ``activations``: ``int8`` multiplies weights of 4 and 8 bits as integers, which is faster and less exact.
+    ``speculative_method``: ``ngram`` proposes up to ``num_speculative_tokens`` tokens per step, where they
+    pay; the last ``prompt_lookup_max`` tokens of a sequence, or fewer, down to ``prompt_lookup_min``, find
+    them in itself. Answers are the same as with ``off``.
     ``backflow_tokens``: a running answer's KV goes back to P at least so much at a time; 0: only at its end.
     ``overlap`` is what of a prompt's way to D goes on while it is computed: see ``engine.overlap.Overlap``.
     """
@@ -72,6 +92,11 @@ class EngineConfig(_Section, frozen=True):
     max_running: int = 64
     threads: int = 0
     weights: str = "stored"
+    activations: Activations = DEFAULT_ACTIVATIONS
+    speculative_method: str = "off"
+    num_speculative_tokens: int = 8
+    prompt_lookup_max: int = 6
+    prompt_lookup_min: int = 1
     phases: str = "pd-caching-3"
     handoff_timeout: float = 60.0
     overlap: str = "auto"
@@ -141,6 +166,7 @@ def check_config(config: Config) -> Config:
     """Return ``config`` if every value makes sense, else raise ``ConfigError`` naming field and remedy."""
     cluster, engine, pool, server = config.cluster, config.engine, config.pool, config.server
     _check_names(config)
+    _check_engine(engine)
     _require(
         engine.backflow_tokens == 0 or engine.backflow_tokens >= pool.block_tokens,
         "engine.backflow_tokens",
@@ -166,11 +192,6 @@ def check_config(config: Config) -> Config:
     total = cluster.prefill + cluster.decode + cluster.colocated
     _require(total > 0, "cluster", "0 instances", "at least one colocated, or one prefill and one decode")
     _check_pool(pool)
-    _require(engine.step_tokens >= 16, "engine.step_tokens", engine.step_tokens, "at least 16")
-    paced = 0 <= engine.target_tpot <= 60
-    _require(paced, "engine.target_tpot", engine.target_tpot, "0 (no pacing) to 60 seconds")
-    _require(engine.max_running >= 1, "engine.max_running", engine.max_running, "at least 1")
-    _require(engine.threads >= 0, "engine.threads", engine.threads, "0 (automatic) or more")
     _require(0 <= server.port <= 65535, "server.port", server.port, "0 (any free port) to 65535")
     _require(server.max_body >= 1024, "server.max_body", server.max_body, "at least 1024 bytes")
     _require(server.max_waiting >= 1, "server.max_waiting", server.max_waiting, "at least 1")
@@ -200,9 +221,11 @@ def _check_names(config: Config) -> None:
         ("model.runner", config.model.runner, RUNNERS),
         ("engine.phases", engine.phases, PHASES),
         ("engine.weights", engine.weights, WEIGHTS),
+        ("engine.speculative_method", engine.speculative_method, SPECULATIVE_METHODS),
         ("engine.overlap", engine.overlap, OVERLAPS),
         ("server.policy", config.server.policy, POLICIES),
         ("pool.eviction", config.pool.eviction, EVICTION),
+        ("pool.kv_cache_dtype", config.pool.kv_cache_dtype, KV_CACHE_DTYPES),
     ):
         _require(value in accepted, field, value, f"one of {', '.join(accepted)}")
 
@@ -223,6 +246,19 @@ def _check_pool(pool: PoolConfig) -> None:
         pool.disk_memory,
         "0, or a size together with pool.disk_path",
     )
+
+
+def _check_engine(engine: EngineConfig) -> None:
+    _require(engine.step_tokens >= 16, "engine.step_tokens", engine.step_tokens, "at least 16")
+    paced = 0 <= engine.target_tpot <= 60
+    _require(paced, "engine.target_tpot", engine.target_tpot, "0 (no pacing) to 60 seconds")
+    _require(engine.max_running >= 1, "engine.max_running", engine.max_running, "at least 1")
+    _require(engine.threads >= 0, "engine.threads", engine.threads, "0 (automatic) or more")
+    most, least = engine.prompt_lookup_max, engine.prompt_lookup_min
+    tokens = engine.num_speculative_tokens
+    _require(1 <= tokens <= 16, "engine.num_speculative_tokens", tokens, "1 to 16")
+    _require(1 <= most <= 16, "engine.prompt_lookup_max", most, "1 to 16")
+    _require(1 <= least <= most, "engine.prompt_lookup_min", least, "1 to engine.prompt_lookup_max")
 
 
 def _require(condition: bool, field: str, value: object, accepted: str) -> None:

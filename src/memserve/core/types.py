@@ -86,8 +86,8 @@ class Ledger(msgspec.Struct, frozen=True):
 
 class StepPrices(msgspec.Struct, frozen=True, array_like=True):
     """What an engine's steps cost, in seconds: ``step`` for each one, ``row`` for a stream that decodes a
-    token, ``token`` for a prompt token; ``row_context`` and ``token_context`` for each token of context that
-    one of them attends to.
+    token, ``proposed`` for a token that is checked along with it, ``token`` for a prompt token;
+    ``row_context`` and ``token_context`` for each token of context that a row attends to.
 
     The defaults are those of a 135 M parameter model on two slow cores.
     """
@@ -95,6 +95,7 @@ class StepPrices(msgspec.Struct, frozen=True, array_like=True):
     step: float = 1e-2
     row: float = 1e-3
     row_context: float = 1e-6
+    proposed: float = 1e-3
     token: float = 1e-3
     token_context: float = 2e-7
 

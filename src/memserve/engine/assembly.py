@@ -24,6 +24,7 @@ from memserve.engine.pace import Pace
 from memserve.engine.phases import PHASES
 from memserve.engine.runners.base import Runner
 from memserve.engine.settings import InstanceSettings
+from memserve.engine.speculation import Lookup
 from memserve.mempool import DiskTier, MemPool, Tier, TransferEndpoint
 
 Progress = Callable[[str, float], None]
@@ -166,8 +167,17 @@ def _require_memory(more: int) -> None:
 
 def build_batcher(config: EngineConfig) -> Batcher:
     """The batcher that the configuration asks for."""
-    pace = Pace(config.target_tpot or None)
-    return Batcher(step_tokens=config.step_tokens, max_running=config.max_running, pace=pace)
+    lookup = None
+    if config.speculative_method == "ngram":
+        lookup = Lookup(
+            config.num_speculative_tokens, longest=config.prompt_lookup_max, shortest=config.prompt_lookup_min
+        )
+    return Batcher(
+        step_tokens=config.step_tokens,
+        max_running=config.max_running,
+        pace=Pace(config.target_tpot or None),
+        lookup=lookup,
+    )
 
 
 def disk_tier(config: PoolConfig, instance: InstanceId, block_bytes: int) -> DiskTier | None:
@@ -195,6 +205,7 @@ def load_runner(
     source: ModelSource, config: Config, threads: int, context: int, progress: Progress
 ) -> Runner:
     """Read the weights and build the configured runner; slow, for a worker thread."""
+    kv_dtype = None if config.pool.kv_cache_dtype == "auto" else config.pool.kv_cache_dtype
 
     def reading(done: float) -> None:
         progress("reading weights", done)
@@ -202,8 +213,14 @@ def load_runner(
     if config.model.runner == "reference":
         from memserve.engine.runners.reference import ReferenceRunner
 
-        return ReferenceRunner(source.weights(reading))
+        return ReferenceRunner(source.weights(reading), layout_dtype=kv_dtype or "f32")
     from memserve.engine.runners.native import NativeRunner
 
-    weights = source.stored_weights(reading)
-    return NativeRunner(weights, threads=threads, context=context, keep=config.engine.weights)
+    return NativeRunner(
+        source.stored_weights(reading),
+        threads=threads,
+        context=context,
+        keep=config.engine.weights,
+        activations=config.engine.activations,
+        kv_dtype=kv_dtype or "bf16",
+    )

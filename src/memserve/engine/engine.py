@@ -11,6 +11,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 from memserve.core.clock import Clock
 from memserve.core.errors import ConfigError, InvalidRequest, MemServeError, Overloaded, RequestFailed
@@ -38,11 +39,11 @@ from memserve.engine.journeys import Journeys
 from memserve.engine.overlap import Overlap
 from memserve.engine.phases import Handoff, Phases
 from memserve.engine.runners.base import Runner
-from memserve.engine.sampling import SampledToken
 from memserve.engine.sequence import Patience, Sequence, from_adoption, new_sequence
 from memserve.engine.sequence_blocks import SequenceBlocks
 from memserve.engine.sharing import Lead, Leaders
-from memserve.engine.step import compute_step
+from memserve.engine.speculation import Speculated
+from memserve.engine.step import Run, compute_step
 from memserve.mempool.address import Addresses
 from memserve.mempool.layout import Arrangement
 from memserve.mempool.pool import MemPool
@@ -120,6 +121,7 @@ class Engine:
         self._expecting = False
         self._steps = 0
         self._shared = 0
+        self._speculated = Speculated()
 
     # --- requests come and go ---
 
@@ -130,7 +132,8 @@ class Engine:
     def counters(self) -> Mapping[str, float]:
         """What has been done so far, for metrics."""
         own = {"steps": float(self._steps), "shared_prefills": float(self._shared)}
-        return {**own, **self._blocks.counters(), **self._heads.counters(), **self._backflow.counters()}
+        parts = (self._blocks, self._heads, self._backflow, self._speculated)
+        return own | {name: value for part in parts for name, value in part.counters().items()}
 
     def submit(self, message: Submit) -> None:
         """Queue a new request; a bad one is answered with a ``RequestError``."""
@@ -196,7 +199,7 @@ class Engine:
             self._wake.clear()
             self._admit()
             self._grow()
-            chunks = self._batcher.plan()
+            chunks = tuple(map(self._fit, self._batcher.plan()))
             if not chunks:
                 await self._sleep()
                 continue
@@ -311,6 +314,13 @@ class Engine:
                 self._blocks.give_up(victim)
                 self._blocks_came_free()
 
+    def _fit(self, chunk: Chunk) -> Chunk:
+        """Speculate no further than context and free blocks reach: nobody is preempted for it."""
+        if not chunk.proposed:
+            return chunk
+        ahead = min(len(chunk.proposed), self._context - chunk.sequence.length - 1)
+        return replace(chunk, proposed=chunk.proposed[: self._blocks.reach(chunk.sequence, ahead)])
+
     def _release(self, sequence: Sequence) -> None:
         self._heads.call_off(sequence.request)
         self._backflow.forget(sequence.request)
@@ -323,7 +333,7 @@ class Engine:
 
     # --- what a step brought ---
 
-    def _apply(self, chunks: tuple[Chunk, ...], sampled: list[SampledToken | RequestFailed]) -> None:
+    def _apply(self, chunks: tuple[Chunk, ...], sampled: list[Run | RequestFailed]) -> None:
         results = iter(sampled)
         for chunk in chunks:
             sequence, last = chunk.sequence, chunk.last
@@ -335,16 +345,20 @@ class Engine:
                 self._drop(sequence, result)
             elif result is not None:
                 self._accept(sequence, result)
+                self._speculated.count(len(chunk.proposed), len(result) - 1)
 
-    def _accept(self, sequence: Sequence, result: SampledToken) -> None:
-        first = sequence.sampled == 0
-        sequence.append(result.token)
-        finish = sequence.finish_reason(self._context)
+    def _accept(self, sequence: Sequence, run: Run) -> None:
+        before = sequence.sampled
+        first = before == 0
+        finish = sequence.extend((one.token for one in run), self._context)
+        sequence.computed = sequence.length - 1
+        self._blocks.trim(sequence)
+        run = run[: sequence.sampled - before]
         chunk = TokenChunk(
             sequence.request,
-            sequence.sampled - 1,
-            (result.token,),
-            (result.logprob,) if result.logprob is not None else (),
+            before,
+            tuple(one.token for one in run),
+            tuple(one.logprob for one in run if one.logprob is not None),
             finish,
             self._blocks.settle_account(sequence),
         )

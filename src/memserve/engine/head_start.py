@@ -93,7 +93,7 @@ class HeadStarts:
             return None
         rows, started = 0, []
         for chunk in chunks:
-            rows += chunk.count
+            rows += chunk.rows
             if not _departs(chunk.sequence):
                 continue
             self._send_ahead(chunk)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import msgspec
@@ -19,6 +20,7 @@ from memserve.core.types import (
     unpack_tokens,
 )
 from memserve.engine.account import PromptAccount
+from memserve.engine.speculation import Draft, Lookup
 from memserve.mempool.address import Addresses
 
 
@@ -76,6 +78,8 @@ class Sequence:
     leader_patience: Patience | None = None
     """With the sequence that computes what this one begins with; None if it has waited for none so far."""
     trace: bool = False
+    draft: Draft | None = None
+    """What its text says about how it may go on; None until somebody asks."""
 
     @property
     def tokens(self) -> Tokens:
@@ -92,12 +96,32 @@ class Sequence:
         return self.length - self.computed
 
     @property
+    def wanted(self) -> int:
+        """Tokens still to be sampled, at most."""
+        return len(self.buffer) - self.length
+
+    @property
     def blocks_held(self) -> int:
         return len(self.pointers)
+
+    def draft_with(self, lookup: Lookup) -> Draft:
+        """Its own draft, made by ``lookup`` when it is asked for first."""
+        if self.draft is None:
+            self.draft = Draft(lookup)
+        return self.draft
 
     def append(self, token: int) -> None:
         self.buffer[self.length] = token
         self.length += 1
+
+    def extend(self, tokens: Iterable[int], context: int) -> FinishReason | None:
+        """Append ``tokens`` up to the one that ends the sequence, if one does; says why it ended."""
+        for token in tokens:
+            self.append(token)
+            reason = self.finish_reason(context)
+            if reason is not None:
+                return reason
+        return None
 
     def finish_reason(self, context: int) -> FinishReason | None:
         """Why the sequence ends with its last sampled token, or None."""

@@ -68,10 +68,10 @@ class SequenceBlocks:
         self.hold(sequence, cached.concat(fresh))
         return True
 
-    def grow(self, sequence: Sequence) -> bool:
-        """See to a block for the next token; False where there is none."""
+    def grow(self, sequence: Sequence, ahead: int = 0) -> bool:
+        """See to blocks for the next token and ``ahead`` more; False where there are none."""
         assert sequence.addrs is not None
-        missing = self._pool.layout.blocks_for(sequence.length) - sequence.blocks_held
+        missing = self._pool.layout.blocks_for(sequence.length + ahead) - sequence.blocks_held
         if missing <= 0:
             return True
         try:
@@ -79,6 +79,20 @@ class SequenceBlocks:
         except OutOfBlocks:
             return False
         return True
+
+    def trim(self, sequence: Sequence) -> None:
+        """Give back what :meth:`grow` has taken ahead and the next token does not need."""
+        assert sequence.addrs is not None
+        needed = self._pool.layout.blocks_for(sequence.length)
+        if sequence.blocks_held > needed:
+            self._pool.free_mem(sequence.addrs[needed:])
+            self.hold(sequence, sequence.addrs[:needed])
+
+    def reach(self, sequence: Sequence, ahead: int) -> int:
+        """For how many tokens after the next one there are blocks: ``ahead``, or fewer."""
+        if self.grow(sequence, ahead):
+            return ahead
+        return sequence.blocks_held * self._pool.layout.block_tokens - sequence.length
 
     def hold(self, sequence: Sequence, addrs: Addresses) -> None:
         """Let the sequence have ``addrs`` from now on."""

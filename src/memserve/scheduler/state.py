@@ -49,10 +49,15 @@ class Admission(enum.Enum):
 
 
 class Leg(enum.Enum):
-    """The two parts of a request's way, each with a place of its own or both at one colocated instance."""
+    """The two parts of a request's way, each with a place of its own or both at one colocated instance.
+
+    ``START``: where a request may begin when costs are weighed. A decode instance may then prefill what
+    little is missing there, and keep the request.
+    """
 
     PREFILL = "prefill"
     DECODE = "decode"
+    START = "start"
 
 
 class Work(NamedTuple):
@@ -141,7 +146,7 @@ class InstanceState:
 class Places:
     """The instances that may take one leg of a request now, ordered by id.
 
-    In the same order their ``slots`` in the fleet, and whether their role ``decodes``.
+    In the same order their ``slots`` in the fleet, whether their role ``decodes``, and nothing else.
     """
 
     leg: Leg
@@ -149,6 +154,7 @@ class Places:
     by_id: dict[InstanceId, InstanceState]
     slots: Slots
     decodes: Flags
+    only_decodes: Flags
 
 
 @dataclass(frozen=True, slots=True)
@@ -399,10 +405,12 @@ class SchedulerState:
 def _places(leg: Leg, instances: tuple[InstanceState, ...]) -> Places:
     slots = np.array([state.slot for state in instances], np.intp)
     decodes = np.array([state.role.decodes for state in instances], np.bool_)
-    return Places(leg, instances, {state.instance: state for state in instances}, slots, decodes)
+    only = np.array([not state.role.prefills for state in instances], np.bool_)
+    return Places(leg, instances, {state.instance: state for state in instances}, slots, decodes, only)
 
 
 _ROLES: dict[Leg, tuple[tuple[Role, ...], ...]] = {
     Leg.PREFILL: ((Role.PREFILL, Role.COLOCATED),),
     Leg.DECODE: ((Role.DECODE,), (Role.COLOCATED,)),
+    Leg.START: ((Role.PREFILL, Role.COLOCATED, Role.DECODE),),
 }

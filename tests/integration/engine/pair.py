@@ -34,6 +34,7 @@ from memserve.engine.models.tiny import tiny_weights
 from memserve.engine.overlap import Overlap
 from memserve.engine.phases import PHASES, Handoff
 from memserve.engine.runners.base import ForwardBatch
+from memserve.engine.runners.native import NativeRunner
 from memserve.engine.runners.reference import ReferenceRunner
 from memserve.engine.sequence import Sequence
 from memserve.mempool import MemPool, TransferEndpoint
@@ -77,11 +78,11 @@ class Gate:
             self._changed.notify_all()
 
 
-class GatedRunner(ReferenceRunner):
-    """Can be held before each forward pass, fails at the end of one, and counts rows."""
+class Gated:
+    """A runner that can be held before each forward pass, fails at the end of one, and counts rows."""
 
-    def __init__(self) -> None:
-        super().__init__(WEIGHTS)
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
         self.gate = Gate()
         self.rows = 0
         self.fails = False
@@ -89,11 +90,22 @@ class GatedRunner(ReferenceRunner):
     def forward(self, batch: ForwardBatch, *more: Any) -> NDArray[np.float32]:
         self.gate.pass_through()
         self.rows += len(batch.tokens)
-        logits = super().forward(batch, *more)
+        logits: NDArray[np.float32] = super().forward(batch, *more)  # type: ignore[misc]
         if self.fails:
             self.fails = False
             raise MemoryError("no memory for activations")
         return logits
+
+
+class GatedReference(Gated, ReferenceRunner):
+    """The oracle, gated."""
+
+
+class GatedNative(Gated, NativeRunner):
+    """The kernels, gated."""
+
+
+GatedRunner = GatedReference | GatedNative
 
 
 @dataclass
@@ -208,8 +220,9 @@ async def node(
     overlap: Overlap = Overlap.AUTO,
     backflow_tokens: int = 256,
     limits: Mapping[str, float] | None = None,
+    make_runner: Callable[[], GatedRunner] = lambda: GatedReference(WEIGHTS),
 ) -> AsyncIterator[Node]:
-    runner, clock, copying = GatedRunner(), MonotonicClock(), Gate()
+    runner, clock, copying = make_runner(), MonotonicClock(), Gate()
     on_step: list[Callable[[str], None]] = []
 
     def observe(step: str) -> None:
@@ -251,6 +264,7 @@ async def node(
         await endpoint.close()
         pool.check(())
         pool.close()
+        runner.close()
 
 
 @asynccontextmanager
@@ -266,6 +280,7 @@ async def pair(
     overlap: Overlap = Overlap.AUTO,
     backflow_tokens: int = 256,
     limits: Mapping[str, float] | None = None,
+    make_runner: Callable[[], GatedRunner] = lambda: GatedReference(WEIGHTS),
 ) -> AsyncIterator[Pair]:
     made: list[Pair] = []
 
@@ -281,6 +296,7 @@ async def pair(
         "overlap": overlap,
         "backflow_tokens": backflow_tokens,
         "limits": limits,
+        "make_runner": make_runner,
     }
     async with AsyncExitStack() as stack:
         p = await stack.enter_async_context(node(P, Role.PREFILL, phases, p_blocks, emit, **more))

@@ -129,3 +129,20 @@ def test_records_the_chosen_and_the_cheapest(priced) -> None:
     assert len(recorded) == RECORDED
     assert [c.instance for c in recorded if c.chosen] == ["c19"]
     assert min(recorded, key=lambda c: c.total).chosen
+
+
+def test_a_decode_place_prefills_what_little_is_missing_there(priced) -> None:
+    priced.add_priced("p0", "d0")
+    assert (place(priced).prefill, place(priced).decode) == ("p0", "d0")
+    priced.apply("d0", 0, priced.stored(0, 39))
+    appended = place(priced)
+    assert (appended.prefill, appended.decode, appended.matched_prefill) == ("d0", None, 39 * 16)
+
+
+def test_streams_of_a_decode_place_are_spared(priced) -> None:
+    priced.add_priced("p0", "d0")
+    for n in range(4):
+        share = Share(InstanceId("d0"), Work())
+        priced.state.book(RequestId(f"s{n}"), share, Share(InstanceId("d0"), Work(context_tokens=500)))
+        priced.state.finish_prefill(RequestId(f"s{n}"))
+    assert (place(priced).prefill, place(priced).decode) == ("p0", "d0")

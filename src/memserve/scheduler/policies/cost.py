@@ -36,11 +36,13 @@ class Weights:
     """What a second of each kind counts.
 
     opportunity : work on an instance, for those who will come behind.
+    append : the same where only streams run otherwise, in addition: more of them will come.
     streams : a second by which each of the streams beside it is delayed.
     decode : of the request's own answer.
     """
 
     opportunity: float = 1.0
+    append: float = 2.0
     streams: float = 1.0
     decode: float = 1.0
 
@@ -70,7 +72,7 @@ class LeastCost:
         best = int(total.argmin())
         tier = int(first.tier[best])
         fetch = None if tier < 0 else self._fetch_of(query, tier)
-        prefill = Choice(query.prefill.instances[best], _explain(first.costs, best, fetch))
+        prefill = Choice(query.start.instances[best], _explain(first.costs, best, fetch))
         weighed = _record(query, first, total, best)
         if second is None or not first.hands_over[best]:
             return Plan(prefill, None, fetch, weighed)
@@ -79,14 +81,15 @@ class LeastCost:
         return Plan(prefill, decode, fetch, weighed, _record_decode(query, second))
 
     def _weigh_prefill(self, query: Query, held: Floats) -> _Prefill:
-        fleet, slots, weights = query.fleet, query.prefill.slots, self._weights
+        fleet, slots, weights = query.fleet, query.start.slots, self._weights
         costs = prefill_costs(fleet, slots, query.prompt, held[slots], 0.0, query.now)
         tier: Indices = np.full(len(slots), -1)
         if self._fetches:
             costs, tier = self._with_fetches(query, held[slots], costs, tier)
-        others = (weights.opportunity + weights.streams * fleet.streams[slots]) * costs.work
+        behind = weights.opportunity + weights.append * query.start.only_decodes
+        others = (behind + weights.streams * fleet.streams[slots]) * costs.work
         own, beside = self._weigh_streams(query, slots)
-        return _Prefill(costs, tier, costs.ttft + others, own, beside, ~query.prefill.decodes)
+        return _Prefill(costs, tier, costs.ttft + others, own, beside, ~query.start.decodes)
 
     def _weigh_streams(self, query: Query, slots: Slots) -> tuple[Floats, Floats]:
         own, others = decode_costs(query.fleet, slots, query.prompt, query.answer)
@@ -101,7 +104,7 @@ class LeastCost:
             seconds = wire.latency + wire.token * (there - held)
             computed = np.maximum(held, there)
             fetched = prefill_costs(
-                query.fleet, query.prefill.slots, query.prompt, computed, seconds, query.now
+                query.fleet, query.start.slots, query.prompt, computed, seconds, query.now
             )
             better = (held < there) & (fetched.ttft < _LEAST_GAIN * costs.ttft)
             costs, tier = costs.where(better, fetched), np.where(better, number, tier)
@@ -154,7 +157,7 @@ def _record(query: Query, first: _Prefill, total: Floats, best: int) -> tuple[We
     costs = first.costs
     return tuple(
         Weighed(
-            query.prefill.instances[n],
+            query.start.instances[n],
             float(costs.wait[n]),
             float(costs.fetch[n]),
             float(costs.prefill[n]),

@@ -28,8 +28,8 @@ class Query:
     """A request and the state of the cluster, as far as policies look at them.
 
     ``prompt`` in tokens, at least 1; ``answer``: how many tokens are expected. ``decode`` may be empty where
-    ``prefill`` has places that decode themselves. ``error``: the relative error of what was predicted of
-    late.
+    ``prefill`` has places that decode themselves. ``start``: see ``Leg.START``. ``error``: the relative
+    error of what was predicted of late.
     """
 
     prompt: int
@@ -40,6 +40,7 @@ class Query:
     held: Holdings
     prefill: Places
     decode: Places
+    start: Places
     fleet: Fleet
     wire: Wire
     error: float = 0.0

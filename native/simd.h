@@ -259,12 +259,12 @@ inline Floats dot_pairs(Floats sum, Pairs a, Pairs b) {
 struct Ints {
   NativeInts part[kParts];
 };
-typedef int8_t NativeBytes __attribute__((vector_size(kNativeLanes * 2)));
+typedef int8_t NativeBytePairs __attribute__((vector_size(kNativeLanes * 2)));
 typedef int16_t NativeShorts __attribute__((vector_size(kNativeLanes * 4)));
 
 inline Pairs load_byte_pairs(const int8_t* from) {
   return each_part<Pairs>([&](int p) {
-    NativeBytes bytes;
+    NativeBytePairs bytes;
     std::memcpy(&bytes, from + p * 2 * kNativeLanes, sizeof bytes);
     return reinterpret_cast<NativeWords>(__builtin_convertvector(bytes, NativeShorts));
   });

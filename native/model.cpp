@@ -77,8 +77,14 @@ void check_shape(const ModelShape& s) {
 
 }  // namespace
 
-Model::Model(const ModelShape& shape, RopeTable rope, const Kernels& kernels, int threads, bool pin, Keep keep)
-    : shape_((check_shape(shape), shape)), rope_(std::move(rope)), kernels_(kernels), pool_(threads, pin), keep_(keep) {
+Model::Model(const ModelShape& shape, RopeTable rope, const Kernels& kernels, int threads, bool pin, Keep keep,
+             Activations activations)
+    : shape_((check_shape(shape), shape)),
+      rope_(std::move(rope)),
+      kernels_(kernels),
+      pool_(threads, pin),
+      keep_(keep),
+      activations_(activations) {
   const int hidden = round_up(shape.hidden, kDepthMultiple);
   const int attended = round_up(shape.query_size(), kDepthMultiple);
   const int gated = round_up(shape.feed_forward, kDepthMultiple);
@@ -100,6 +106,8 @@ Model::Model(const ModelShape& shape, RopeTable rope, const Kernels& kernels, in
   queries_ = Buffer<Bf16>(kRows * shape.query_size());
   attended_ = Buffer<Bf16>(kRows * attended_stride_);
   gated_ = Buffer<Bf16>(kRows * gated_stride_);
+  if (activations_ == Activations::kInt8)
+    quantised_ = Buffer<InputGroup>(kRows * std::max({hidden, attended, gated}) / kDepthMultiple);
   expanded_ = Buffer<Bf16>(static_cast<size_t>(hidden) * kGroupColumns);
   scratch_bytes_ = std::max(kernels_.attention_scratch(heads_of(0)), panel_bytes(std::max({hidden, attended, gated})));
   scratch_ = Buffer<char>(scratch_bytes_ * static_cast<size_t>(pool_.size()));
@@ -108,6 +116,7 @@ Model::Model(const ModelShape& shape, RopeTable rope, const Kernels& kernels, in
 PackedMatrix Model::allocate(Format format, int columns, int depth) {
   const PackedMatrix matrix{weights_.data() + weights_used_, format, columns, round_up(depth, kDepthMultiple)};
   weights_used_ += (matrix.bytes() + 63) / 64 * 64;
+  has_integers_ = has_integers_ || format != Format::kBf16;
   return matrix;
 }
 
@@ -405,7 +414,23 @@ void Model::write_logits(const Batch& batch, const Tile& tile, float* logits) {
            wanted);
 }
 
-void Model::multiply(const Matmul& job, int rows) {
+void Model::quantise_rows(const Matmul& job, int rows) {
+  const int items = ceil_divide(rows, kRowsPerSmallItem);
+  const size_t groups = static_cast<size_t>(job.weights.steps());
+  pool_.run(items, [&](int item, int) {
+    const Range range = part_of(rows, item, items);
+    for (int row = range.begin; row < range.end; ++row)
+      kernels_.quantise({job.input + static_cast<size_t>(row) * job.input_stride,
+                         quantised_.data() + static_cast<size_t>(row) * groups, job.weights.depth});
+  });
+}
+
+void Model::multiply(Matmul job, int rows) {
+  const bool integers = activations_ == Activations::kInt8 && job.weights.format != Format::kBf16;
+  if (integers) {
+    quantise_rows(job, rows);
+    job.groups = quantised_.data();
+  }
   const int unit = job.output == Output::kGate ? 2 : 1;
   const int units = job.weights.groups() / unit;
   const int row_items = ceil_divide(rows, kRowsPerItem);
@@ -414,8 +439,12 @@ void Model::multiply(const Matmul& job, int rows) {
   pool_.run(row_items * group_items, [&](int item, int thread) {
     const int first_row = item / group_items * kRowsPerItem;
     const Range share = part_of(units, item % group_items, group_items);
-    kernels_.matmul(job, {first_row, std::min(first_row + kRowsPerItem, rows)},
-                    {share.begin * unit, share.end * unit}, scratch_of(thread));
+    const Range item_rows{first_row, std::min(first_row + kRowsPerItem, rows)};
+    const Range groups{share.begin * unit, share.end * unit};
+    if (integers)
+      kernels_.matmul_int8(job, item_rows, groups);
+    else
+      kernels_.matmul(job, item_rows, groups, scratch_of(thread));
   });
 }
 

@@ -79,11 +79,14 @@ struct LayerSignal {
 
 class Model {
  public:
-  Model(const ModelShape& shape, RopeTable rope, const Kernels& kernels, int threads, bool pin, Keep keep);
+  Model(const ModelShape& shape, RopeTable rope, const Kernels& kernels, int threads, bool pin, Keep keep,
+        Activations activations);
 
   const ModelShape& shape() const { return shape_; }
   const Kernels& kernels() const { return kernels_; }
   size_t weight_bytes() const { return weights_used_; }
+  // Whether any matrix packed so far is multiplied in integers, which is other arithmetic and makes other KV.
+  bool multiplies_integers() const { return activations_ == Activations::kInt8 && has_integers_; }
 
   void set_layer(int index, const LayerSource& source);
   void set_head_vectors(int index, const HeadVectorSource& source);
@@ -157,7 +160,8 @@ class Model {
   void attend(const Tile& tile, const Heads& heads);
   Attention attention_of(const Tile& tile, const Heads& heads, const AttentionItem& item) const;
   void write_logits(const Batch& batch, const Tile& tile, float* logits);
-  void multiply(const Matmul& job, int rows);
+  void multiply(Matmul job, int rows);
+  void quantise_rows(const Matmul& job, int rows);
   Heads heads_of(int layer) const;
   HeadVectors head_vectors_of(int layer) const;
   void* scratch_of(int thread) const { return scratch_.data() + scratch_bytes_ * static_cast<size_t>(thread); }
@@ -168,8 +172,10 @@ class Model {
   ThreadPool pool_;
 
   Keep keep_;
+  Activations activations_;
   Buffer<unsigned char> weights_;
   size_t weights_used_ = 0;  // bytes
+  bool has_integers_ = false;  // a matrix in another format than bf16
   PackedMatrix embedding_{};
   PackedMatrix head_{};
   std::vector<Layer> layers_;
@@ -186,6 +192,7 @@ class Model {
   Buffer<Bf16> queries_;
   Buffer<Bf16> attended_;
   Buffer<Bf16> gated_;
+  Buffer<InputGroup> quantised_;  // inputs of the product at hand
   Buffer<float> partials_;
   size_t scratch_bytes_;
   Buffer<char> scratch_;

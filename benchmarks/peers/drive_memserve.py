@@ -7,6 +7,7 @@ whatever the product learns to do can be measured without a change here.
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
@@ -77,7 +78,7 @@ class MemServeEngine:
     async def _start(self, threads: int) -> Assembled:
         self._heard = asyncio.Event()
         settings = InstanceSettings(
-            InstanceId("bench"), 1, Role.COLOCATED, "benchmark", "", threads, self.config
+            InstanceId("bench"), 1, Role.COLOCATED, f"benchmark-{os.getpid()}", "", threads, self.config
         )
         assembled = await assemble(
             settings, MonotonicClock(), emit=self._emit, progress=lambda what, done: None

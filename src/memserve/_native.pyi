@@ -29,8 +29,8 @@ def checksum_blocks(src: NDArray[np.uint64], nbytes: int) -> NDArray[np.uint64]:
 def read_bandwidth(threads: int, nbytes: int = ..., isa: str | None = None) -> float:
     """Measured: bytes/s that ``threads`` threads read from memory beyond the caches."""
 
-def dot_peak(threads: int, isa: str | None = None) -> float:
-    """Measured: FLOP/s of bf16 dot products fed from registers."""
+def dot_peak(threads: int, isa: str | None = None, activations: str = "bf16") -> float:
+    """Measured: operations/s, two per multiply-add, of dot products fed from registers."""
 
 class Matrix:
     """A matrix to be packed; borrows the caller's memory."""
@@ -41,6 +41,15 @@ class Matrix:
     @staticmethod
     def of_blocks(kind: str, rows: NDArray[np.uint8], inputs: int) -> Matrix:
         """rows: uint8[outputs, bytes] in blocks of ggml's type ``kind``; ValueError if they are not."""
+
+def multiply(
+    matrix: Matrix,
+    inputs: NDArray[np.uint16],
+    isa: str | None = None,
+    keep: str = "stored",
+    activations: str = "bf16",
+) -> NDArray[np.float32]:
+    """One product, float32[rows, outputs], of bf16 bits[rows, inputs], as a model computes it; for tests."""
 
 class Model:
     """A Llama-family decoder; see ``native/model.h``. One pass at a time."""
@@ -62,6 +71,7 @@ class Model:
         pin: bool = False,
         isa: str | None = None,
         keep: str = "stored",
+        activations: str = "bf16",
         kv_dtype: str = "bf16",
     ) -> None:
         """cosines, sines: float32[positions, head_dim / 2]. Raises ValueError for shapes it cannot run."""
@@ -73,6 +83,10 @@ class Model:
     @property
     def weight_bytes(self) -> int:
         """Bytes of packed weights."""
+
+    @property
+    def multiplies_integers(self) -> bool:
+        """Whether any matrix set so far is multiplied in integers."""
 
     def set_layer(
         self,

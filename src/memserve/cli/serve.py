@@ -10,7 +10,7 @@ import typer
 from memserve.cli import serve_options as options
 from memserve.cli.failure import BAD_USAGE, CANNOT, fail
 from memserve.cli.sizes import parse_size
-from memserve.core.config import Config, check_config, override_config, parse_config
+from memserve.core.config import Activations, Config, check_config, override_config, parse_config
 from memserve.core.errors import ConfigError, MemServeError, ModelError
 
 DEFAULT_DISK = 4 << 30
@@ -26,6 +26,7 @@ class ServeOptions:
     context: int | None = None
     runner: str | None = None
     weights: str | None = None
+    activations: Activations | None = None
     speculative_method: str | None = None
     num_speculative_tokens: int | None = None
     prefill: int | None = None
@@ -53,6 +54,7 @@ def serve(
     context: options.Context = None,
     runner: options.Runner = None,
     weights: options.Weights = None,
+    activations: options.Activations = None,
     speculative_method: options.SpeculativeMethod = None,
     num_speculative_tokens: options.NumSpeculativeTokens = None,
     prefill: options.Prefill = None,
@@ -76,31 +78,14 @@ def serve(
 ) -> None:
     """Serve a model; ``HELP`` says it to users."""
     given = ServeOptions(
-        model=model,
-        served_name=served_name,
-        context=context,
-        runner=runner,
-        weights=weights,
-        speculative_method=speculative_method,
-        num_speculative_tokens=num_speculative_tokens,
-        prefill=prefill,
-        decode=decode,
-        colocated=colocated,
-        phases=phases,
-        policy=policy,
-        kv_memory=kv_memory,
-        kv_cache_dtype=kv_cache_dtype,
-        host_memory=host_memory,
-        disk=disk,
-        disk_memory=disk_memory,
-        restart_lost=restart_lost,
-        threads=threads,
-        target_tpot=target_tpot,
-        host=host,
-        port=port,
-        request_timeout=request_timeout,
+        model=model, served_name=served_name, context=context, runner=runner, weights=weights,
+        activations=activations, speculative_method=speculative_method,
+        num_speculative_tokens=num_speculative_tokens, prefill=prefill, decode=decode, colocated=colocated,
+        phases=phases, policy=policy, kv_memory=kv_memory, kv_cache_dtype=kv_cache_dtype,
+        host_memory=host_memory, disk=disk, disk_memory=disk_memory, restart_lost=restart_lost,
+        threads=threads, target_tpot=target_tpot, host=host, port=port, request_timeout=request_timeout,
         api_key=api_key or None,
-    )
+    )  # fmt: skip
     try:
         checked = build_config(given, config)
     except ConfigError as error:
@@ -126,6 +111,7 @@ def build_config(said: ServeOptions, file: Path | None) -> Config:
         threads=said.threads,
         phases=said.phases,
         weights=said.weights,
+        activations=said.activations,
         speculative_method=said.speculative_method,
         num_speculative_tokens=said.num_speculative_tokens,
         target_tpot=said.target_tpot,

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from memserve.core.config import KV_CACHE_DTYPES, PHASES, POLICIES
+from memserve.core import config
+from memserve.core.config import DEFAULT_ACTIVATIONS, KV_CACHE_DTYPES, PHASES, POLICIES
 
 _MODEL, _INSTANCES, _HTTP = "Model", "Instances", "HTTP"
 
@@ -47,6 +48,14 @@ Weights = Annotated[
     typer.Option(
         help="**stored**: 4 and 8 bits as in the file (default). **bf16**: expanded, the same answers from "
         "more memory. **int8**: 16-bit files in 8-bit groups too.",
+        rich_help_panel=_MODEL,
+    ),
+]
+Activations = Annotated[
+    config.Activations | None,
+    typer.Option(
+        help="In what weights of 4 and 8 bits are multiplied. **bf16**: as exact as bf16 weights. **int8**: "
+        f"integers, faster and less exact. Default: {DEFAULT_ACTIVATIONS.value}.",
         rich_help_panel=_MODEL,
     ),
 ]

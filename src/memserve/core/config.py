@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import tomllib
 from typing import Any
 
@@ -26,6 +27,16 @@ POLICIES = (
     "cache-aware",
     "exploit-explore",
 )
+
+
+class Activations(enum.StrEnum):
+    """In what the inputs of matrix products are multiplied with weights of 4 and 8 bits."""
+
+    BF16 = "bf16"
+    INT8 = "int8"
+
+
+DEFAULT_ACTIVATIONS = Activations.BF16
 
 
 class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -68,6 +79,7 @@ class EngineConfig(_Section, frozen=True):
     ``threads`` 0 means: cores divided by the instances on this machine, at least one.
     ``weights``: ``stored`` keeps what the file has in 4 or 8 bits as it is; ``bf16`` expands it, which takes
     more memory and gives the same answers; ``int8`` also turns 16-bit weights into 8-bit groups.
+    ``activations``: ``int8`` multiplies weights of 4 and 8 bits as integers, which is faster and less exact.
     ``speculative_method``: ``ngram`` proposes up to ``num_speculative_tokens`` tokens per step, where they
     pay; the last ``prompt_lookup_max`` tokens of a sequence, or fewer, down to ``prompt_lookup_min``, find
     them in itself. Answers are the same as with ``off``.
@@ -80,6 +92,7 @@ class EngineConfig(_Section, frozen=True):
     max_running: int = 64
     threads: int = 0
     weights: str = "stored"
+    activations: Activations = DEFAULT_ACTIVATIONS
     speculative_method: str = "off"
     num_speculative_tokens: int = 8
     prompt_lookup_max: int = 6

@@ -216,6 +216,11 @@ def load_runner(
         return ReferenceRunner(source.weights(reading), layout_dtype=kv_dtype or "f32")
     from memserve.engine.runners.native import NativeRunner
 
-    weights = source.stored_weights(reading)
-    keep = config.engine.weights
-    return NativeRunner(weights, threads=threads, context=context, keep=keep, kv_dtype=kv_dtype or "bf16")
+    return NativeRunner(
+        source.stored_weights(reading),
+        threads=threads,
+        context=context,
+        keep=config.engine.weights,
+        activations=config.engine.activations,
+        kv_dtype=kv_dtype or "bf16",
+    )

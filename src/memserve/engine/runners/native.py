@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memserve import _native
+from memserve.core.config import Activations
 from memserve.core.errors import ConfigError, ModelError
 from memserve.engine.models.spec import (
     LayerWeights,
@@ -28,8 +29,8 @@ Float = NDArray[np.float32]
 class NativeRunner:
     """Forward passes of a Llama-like model on this machine's CPU.
 
-    bf16 inputs of matrix products; float32 sums, residual stream, norms, rotary embedding and softmax.
-    Weights are multiplied in bf16; what the file has in 4 or 8 bits is kept and read like that.
+    float32 sums, residual stream, norms, rotary embedding and softmax. What the file has in 4 or 8 bits is
+    kept and read like that; matrices are multiplied in bf16, or those in 4 and 8 bits as integers.
     The bits of a row depend on its tokens alone: not on the batch, chunking, cached prefixes or threads.
     Instruction sets round differently: KV computed on one is valid, not bit-equal, on another.
 
@@ -38,6 +39,8 @@ class NativeRunner:
     weights : copied into packed form; the caller may drop them afterwards.
     keep : ``stored``: GGML blocks as they are, all else as bf16; ``bf16``: everything, which gives the same
         bits from more memory; ``int8``: float32 becomes groups of 8 bits, which changes the model a little.
+    activations : ``int8``: inputs of products with weights of 4 and 8 bits are rounded to 8 bits in groups of
+        32, and multiplied as integers; faster, and other numerics, so its KV has an identity of its own.
     kv_dtype : ``bf16`` or ``int8``, how KV is kept. Rows are rounded once, when they are written, and all
         attention reads what was written. An int8 row that is not finite makes all NaN that attends to it.
     threads : threads per pass, the caller's included; at most the cores this process may use.
@@ -60,19 +63,24 @@ class NativeRunner:
         isa: str | None = None,
         pin: bool = False,
         keep: str = "stored",
+        activations: Activations = Activations.BF16,
         kv_dtype: str = "bf16",
     ) -> None:
         spec = weights.spec
         if context < 1:
             raise ConfigError(f"context is {context}; it must be at least 1 token")
-        identity = f"{spec.identity}-int8" if keep == "int8" else spec.identity
-        self._model: _native.Model | None = _build_model(spec, threads, context, isa, pin, keep, kv_dtype)
-        self._layout = KVLayout(identity, spec.layers, spec.kv_heads, spec.head_dim, dtype=kv_dtype)
+        self._model: _native.Model | None = _build_model(
+            spec, threads, context, isa, pin, keep, activations, kv_dtype
+        )
         self._isa: str = self._model.isa
         try:
             _fill_model(self._model, weights)
         except (ValueError, TypeError) as error:
             raise ModelError(f"{spec.identity}: {error}") from error
+        identity = f"{spec.identity}-int8" if keep == "int8" else spec.identity
+        if self._model.multiplies_integers:
+            identity += "-int8-activations"
+        self._layout = KVLayout(identity, spec.layers, spec.kv_heads, spec.head_dim, dtype=kv_dtype)
 
     @property
     def layout(self) -> KVLayout:
@@ -124,7 +132,14 @@ def rope_tables(spec: ModelSpec, context: int) -> tuple[Float, Float]:
 
 
 def _build_model(
-    spec: ModelSpec, threads: int, context: int, isa: str | None, pin: bool, keep: str, kv_dtype: str
+    spec: ModelSpec,
+    threads: int,
+    context: int,
+    isa: str | None,
+    pin: bool,
+    keep: str,
+    activations: str,
+    kv_dtype: str,
 ) -> _native.Model:
     cosines, sines = rope_tables(spec, context)
     try:
@@ -143,6 +158,7 @@ def _build_model(
             pin=pin,
             isa=isa,
             keep=keep,
+            activations=activations,
             kv_dtype=kv_dtype,
         )
     except ValueError as error:

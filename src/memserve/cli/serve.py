@@ -26,6 +26,7 @@ class ServeOptions:
     context: int | None = None
     runner: str | None = None
     weights: str | None = None
+    weights_cache: str | None = None
     prefill: int | None = None
     decode: int | None = None
     colocated: int | None = None
@@ -48,6 +49,7 @@ def serve(
     context: options.Context = None,
     runner: options.Runner = None,
     weights: options.Weights = None,
+    weights_cache: options.WeightsCache = None,
     prefill: options.Prefill = None,
     decode: options.Decode = None,
     colocated: options.Colocated = None,
@@ -71,6 +73,7 @@ def serve(
         context=context,
         runner=runner,
         weights=weights,
+        weights_cache=weights_cache,
         prefill=prefill,
         decode=decode,
         colocated=colocated,
@@ -111,6 +114,7 @@ def build_config(said: ServeOptions, file: Path | None) -> Config:
         threads=said.threads,
         phases=said.phases,
         weights=said.weights,
+        weights_cache=said.weights_cache,
         target_tpot=said.target_tpot,
     )
     config = override_config(config, "cluster", **_counts(said))

@@ -50,6 +50,15 @@ Weights = Annotated[
         rich_help_panel=_MODEL,
     ),
 ]
+WeightsCache = Annotated[
+    str | None,
+    typer.Option(
+        help="Folder for weights in the form that kernels read, which makes later starts quick; **off**: none. "
+        "Default: memserve in $XDG_CACHE_HOME or ~/.cache.",
+        metavar="DIR",
+        rich_help_panel=_MODEL,
+    ),
+]
 Prefill = Annotated[
     int | None, typer.Option(help="Instances that only read prompts. Default 1.", rich_help_panel=_INSTANCES)
 ]

@@ -52,6 +52,8 @@ class EngineConfig(_Section, frozen=True):
     ``threads`` 0 means: cores divided by the instances on this machine, at least one.
     ``weights``: ``stored`` keeps what the file has in 4 or 8 bits as it is; ``bf16`` expands it, which takes
     more memory and gives the same answers; ``int8`` also turns 16-bit weights into 8-bit groups.
+    ``weights_cache`` is the folder for weights in the form that kernels read; ``off`` means none, and by
+    default it is ``memserve`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
     """
 
     step_tokens: int = 512
@@ -59,6 +61,7 @@ class EngineConfig(_Section, frozen=True):
     max_running: int = 64
     threads: int = 0
     weights: str = "stored"
+    weights_cache: str | None = None
     phases: str = "pd-caching-3"
     handoff_timeout: float = 60.0
 

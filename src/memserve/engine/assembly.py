@@ -19,10 +19,13 @@ from memserve.engine.batcher import Batcher
 from memserve.engine.carrier import PoolCarrier
 from memserve.engine.engine import Engine
 from memserve.engine.models.loader import ModelSource, open_model
+from memserve.engine.models.packed import PackedWeights
+from memserve.engine.models.spec import StoredWeights
 from memserve.engine.pace import Pace
 from memserve.engine.phases import PHASES
 from memserve.engine.runners.base import Runner
 from memserve.engine.settings import InstanceSettings
+from memserve.engine.weights_cache import open_cache
 from memserve.mempool import DiskTier, MemPool, Tier, TransferEndpoint
 
 Progress = Callable[[str, float], None]
@@ -197,7 +200,32 @@ def load_runner(
         from memserve.engine.runners.reference import ReferenceRunner
 
         return ReferenceRunner(source.weights(reading))
+    return load_native(source, config.engine, threads, context, reading)
+
+
+def load_native(
+    source: ModelSource,
+    config: EngineConfig,
+    threads: int,
+    context: int,
+    reading: Callable[[float], None] | None = None,
+) -> Runner:
+    """The native runner, on weights from the cache where there is one, else packed now and kept there."""
     from memserve.engine.runners.native import NativeRunner
 
-    weights = source.stored_weights(reading)
-    return NativeRunner(weights, threads=threads, context=context, keep=config.engine.weights)
+    keep, cache = config.weights, open_cache(config.weights_cache)
+
+    def build(weights: StoredWeights | PackedWeights) -> NativeRunner:
+        return NativeRunner(weights, threads=threads, context=context, keep=keep)
+
+    if cache is not None and (kept := cache.find(source, keep)) is not None:
+        return build(kept)
+    runner = build(source.stored_weights(reading))
+    if cache is None or not cache.store(source, runner.packed()):
+        return runner
+    # The copy on disk is shared with other instances; the one in this process's own memory can go.
+    kept = cache.find(source, keep)
+    if kept is None:
+        return runner
+    runner.close()
+    return build(kept)

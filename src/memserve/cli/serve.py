@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from subprocess import Popen
 
 import typer
 
@@ -164,6 +165,17 @@ def _read_file(file: Path) -> Config:
 
 
 def _run(config: Config) -> None:
+    from memserve.cluster.spawning import end_spare, spawn
+
+    # First of all: while this process loads its own code, theirs is loaded too.
+    spare = [spawn() for _ in range(config.cluster.instances)]
+    try:
+        _serve(config, spare)
+    finally:
+        end_spare(spare)
+
+
+def _serve(config: Config, spare: list[Popen[bytes]]) -> None:
     from rich.console import Console
 
     from memserve.cli.screen import open_screen
@@ -171,7 +183,7 @@ def _run(config: Config) -> None:
 
     screen = open_screen(Console(stderr=True), Console())
     try:
-        run(config, screen)
+        run(config, screen, spare)
     except (ConfigError, ModelError) as error:
         fail(error, BAD_USAGE)
     except MemServeError as error:

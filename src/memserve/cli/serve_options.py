@@ -53,8 +53,8 @@ Weights = Annotated[
 WeightsCache = Annotated[
     str | None,
     typer.Option(
-        help="Folder for weights in the form that kernels read, which makes later starts quick; **off**: none. "
-        "Default: memserve in $XDG_CACHE_HOME or ~/.cache.",
+        help="Folder for weights in the form that kernels read, which makes later starts quick; **off**: "
+        "none. Default: memserve in $XDG_CACHE_HOME or ~/.cache.",
         metavar="DIR",
         rich_help_panel=_MODEL,
     ),

@@ -76,6 +76,11 @@ class ClusterConfig(_Section, frozen=True):
     dead_after: float = 1.5
     start_timeout: float = 300.0
 
+    @property
+    def instances(self) -> int:
+        """All of them."""
+        return self.prefill + self.decode + self.colocated
+
 
 class ServerConfig(_Section, frozen=True):
     """HTTP. ``max_body`` in bytes; ``request_timeout`` in seconds from acceptance to the last token."""
@@ -142,8 +147,8 @@ def check_config(config: Config) -> Config:
         engine.phases,
         "one of the pd-* rows where there are prefill and decode instances",
     )
-    total = cluster.prefill + cluster.decode + cluster.colocated
-    _require(total > 0, "cluster", "0 instances", "at least one colocated, or one prefill and one decode")
+    some = cluster.instances > 0
+    _require(some, "cluster", "0 instances", "at least one colocated, or one prefill and one decode")
     _require(pool.block_tokens == 16, "pool.block_tokens", pool.block_tokens, "16 (the kernels' block size)")
     _require(pool.eviction in EVICTION, "pool.eviction", pool.eviction, f"one of {', '.join(EVICTION)}")
     _require(pool.memory >= 1 << 20, "pool.memory", pool.memory, "at least 1 MiB")

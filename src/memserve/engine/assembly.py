@@ -11,24 +11,19 @@ from pathlib import Path
 
 from memserve.cluster.host import available_memory
 from memserve.core.clock import Clock
-from memserve.core.config import Config, EngineConfig, ModelConfig, PoolConfig
+from memserve.core.config import EngineConfig, PoolConfig
 from memserve.core.errors import ConfigError
 from memserve.core.messages import LoadReport, Message, PoolResized, Ready, ResizePool, Stats
 from memserve.core.types import InstanceId
 from memserve.engine.batcher import Batcher
 from memserve.engine.carrier import PoolCarrier
 from memserve.engine.engine import Engine
-from memserve.engine.models.loader import ModelSource, open_model
-from memserve.engine.models.packed import PackedWeights
-from memserve.engine.models.spec import StoredWeights
+from memserve.engine.loading import Progress, load_model
 from memserve.engine.pace import Pace
 from memserve.engine.phases import PHASES
 from memserve.engine.runners.base import Runner
 from memserve.engine.settings import InstanceSettings
-from memserve.engine.weights_cache import open_cache
 from memserve.mempool import DiskTier, MemPool, Tier, TransferEndpoint
-
-Progress = Callable[[str, float], None]
 
 log = logging.getLogger(__name__)
 
@@ -107,11 +102,10 @@ async def assemble(
 ) -> Assembled:
     """Load and start everything. Raises ``ModelError`` or ``ConfigError`` naming what is wrong."""
     config = settings.config
-    source = open_model(config.model.model)
-    context = context_of(source, config.model)
-    runner = await asyncio.get_running_loop().run_in_executor(
-        None, load_runner, source, config, settings.threads, context, progress
+    loaded = await asyncio.get_running_loop().run_in_executor(
+        None, load_model, config, settings.threads, progress
     )
+    spec, context, runner = loaded.spec, loaded.context, loaded.runner
     pool = MemPool(
         runner.layout,
         config.pool.memory // runner.layout.block_bytes,
@@ -133,7 +127,7 @@ async def assemble(
         PHASES[config.engine.phases],
         carrier,
         context=context,
-        vocabulary=source.spec.vocabulary,
+        vocabulary=spec.vocabulary,
         clock=clock,
         emit=emit,
     )
@@ -141,7 +135,7 @@ async def assemble(
     ready = Ready(
         settings.instance,
         address,
-        source.spec.identity,
+        spec.identity,
         context,
         runner.layout.block_tokens,
         pool.blocks,
@@ -172,60 +166,3 @@ def disk_tier(config: PoolConfig, instance: InstanceId, block_bytes: int) -> Dis
     if config.disk_path is None:
         return None
     return DiskTier(Path(config.disk_path) / instance, config.disk_memory // block_bytes)
-
-
-def context_of(source: ModelSource, config: ModelConfig) -> int:
-    """The longest sequence to serve, in tokens. Raises ``ConfigError`` beyond the model's own context."""
-    spec = source.spec
-    asked = config.context or spec.context
-    if not 2 <= asked <= spec.context:
-        limit = f"{spec.context} for this model"
-        if spec.context == spec.window:
-            limit += ", its sliding window (attention beyond it is not supported)"
-        raise ConfigError(f"model.context is {asked}; accepted: 2 to {limit}")
-    if not config.context and spec.context == spec.window:
-        log.warning("context: %d tokens, the model's sliding window; beyond it is not supported", asked)
-    return asked
-
-
-def load_runner(
-    source: ModelSource, config: Config, threads: int, context: int, progress: Progress
-) -> Runner:
-    """Read the weights and build the configured runner; slow, for a worker thread."""
-
-    def reading(done: float) -> None:
-        progress("reading weights", done)
-
-    if config.model.runner == "reference":
-        from memserve.engine.runners.reference import ReferenceRunner
-
-        return ReferenceRunner(source.weights(reading))
-    return load_native(source, config.engine, threads, context, reading)
-
-
-def load_native(
-    source: ModelSource,
-    config: EngineConfig,
-    threads: int,
-    context: int,
-    reading: Callable[[float], None] | None = None,
-) -> Runner:
-    """The native runner, on weights from the cache where there is one, else packed now and kept there."""
-    from memserve.engine.runners.native import NativeRunner
-
-    keep, cache = config.weights, open_cache(config.weights_cache)
-
-    def build(weights: StoredWeights | PackedWeights) -> NativeRunner:
-        return NativeRunner(weights, threads=threads, context=context, keep=keep)
-
-    if cache is not None and (kept := cache.find(source, keep)) is not None:
-        return build(kept)
-    runner = build(source.stored_weights(reading))
-    if cache is None or not cache.store(source, runner.packed()):
-        return runner
-    # The copy on disk is shared with other instances; the one in this process's own memory can go.
-    kept = cache.find(source, keep)
-    if kept is None:
-        return runner
-    runner.close()
-    return build(kept)

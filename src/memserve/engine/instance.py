@@ -181,11 +181,17 @@ class Instance:
 
 
 def run_from_stdin() -> int:
-    """Entry point of an instance process: settings as JSON on standard input; returns the exit code."""
+    """Entry point of an instance process: settings as JSON on standard input; returns the exit code.
+
+    Without settings there is nothing to do: whoever started this process has changed its mind.
+    """
     _die_with_parent()
     logging.basicConfig(level=os.environ.get("MEMSERVE_LOG", "WARNING"), format="%(name)s: %(message)s")
+    told = sys.stdin.buffer.read()
+    if not told:
+        return 0
     try:
-        settings = msgspec.json.decode(sys.stdin.buffer.read(), type=InstanceSettings)
+        settings = msgspec.json.decode(told, type=InstanceSettings)
     except msgspec.MsgspecError as error:
         print(f"memserve instance: bad settings on standard input: {error}", file=sys.stderr)
         return 2

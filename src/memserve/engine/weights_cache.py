@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 
 from memserve.core.errors import ModelError
-from memserve.engine.models.loader import ModelSource
 from memserve.engine.models.packed import (
     PackedOrigin,
     PackedWeights,
@@ -56,41 +55,40 @@ class WeightsCache:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def find(self, source: ModelSource, keep: str) -> PackedWeights | None:
-        """Map what was packed from ``source`` before; None if there is nothing that is sound."""
-        origin = PackedOrigin(source.spec.identity, keep, source.states)
+    def find(self, origin: PackedOrigin) -> PackedWeights | None:
+        """Map what was packed from ``origin`` before; None if there is nothing that is sound."""
         try:
-            return map_packed(self.path_of(origin), origin, source.spec)
+            return map_packed(self.path_of(origin), origin)
         except FileNotFoundError:
             return None
         except ModelError as error:
             log.warning("%s; packing the weights again", error)
             return None
 
-    def store(self, source: ModelSource, weights: PackedWeights) -> bool:
-        """Keep ``weights`` of ``source`` and drop what is of no more use; whether that worked.
+    def store(self, origin: PackedOrigin, weights: PackedWeights) -> PackedWeights | None:
+        """Keep what was packed from ``origin``, drop what is of no more use, and map what is kept.
 
-        A file appears complete or not at all. Of several that store the same at once, one wins.
+        A file appears complete or not at all; of several that store the same at once, one wins. None if that
+        failed, for example because the disk is full.
         """
-        origin = PackedOrigin(source.spec.identity, weights.keep, source.states)
         if not origin.is_current():
             log.warning("packed weights are not kept: the model's files changed while they were read")
-            return False
+            return None
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._remove_outdated()
-            self._publish(source, origin, weights)
+            self._publish(origin, weights)
         except OSError as error:
             log.warning("packed weights are not kept in %s: %s", self.folder, error)
-            return False
-        return True
+            return None
+        return self.find(origin)
 
     def path_of(self, origin: PackedOrigin) -> Path:
         """Where the weights of ``origin`` lie or would lie."""
-        name = re.sub(r"[^a-z0-9._-]+", "-", origin.identity.lower())[:80]
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", origin.name)[:80]
         return self.folder / f"{name}-{origin.keep}-{origin.key[:16]}{_SUFFIX}"
 
-    def _publish(self, source: ModelSource, origin: PackedOrigin, weights: PackedWeights) -> None:
+    def _publish(self, origin: PackedOrigin, weights: PackedWeights) -> None:
         path = self.path_of(origin)
         descriptor, name = tempfile.mkstemp(_UNFINISHED, f".{path.stem}-", self.folder)
         try:
@@ -100,7 +98,7 @@ class WeightsCache:
                 os.link(name, path)
             except OSError:
                 # Whoever is second takes the first one's, so that both share one copy in memory.
-                if self.find(source, weights.keep) is None:
+                if self.find(origin) is None:
                     os.replace(name, path)
         finally:
             with contextlib.suppress(FileNotFoundError):

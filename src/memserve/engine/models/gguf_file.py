@@ -10,6 +10,7 @@ import hashlib
 import math
 import mmap
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,6 @@ from numpy.typing import NDArray
 
 from memserve.core.errors import ModelError
 from memserve.engine.models.ggml_types import GGML_TYPES, Float, describe_type
-from memserve.engine.models.mapped_file import map_file, sample_bytes
 from memserve.engine.models.spec import Matrix, StoredMatrix
 
 Value = int | float | bool | str | list[str] | NDArray[np.generic]
@@ -61,7 +61,7 @@ class GGUFFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._map, self.state = map_file(path)
+        self._map = map_file(path)
         cursor = _Cursor(path, self._map)
         tensor_count, metadata_count = _read_counts(cursor)
         self.metadata = _read_metadata(cursor, metadata_count)
@@ -102,6 +102,23 @@ class GGUFFile:
         digest.update(memoryview(self._map)[: self._header_end])
         sample_bytes(digest.update, self._map, self._header_end)
         return digest.hexdigest()
+
+
+def sample_bytes(update: Callable[[bytes], None], mapped: mmap.mmap, start: int) -> None:
+    """Feed a hash with the size and 64 evenly spaced 4 KiB pages of ``mapped[start:]``."""
+    update(_U64.pack(len(mapped)))
+    for page in range(64):
+        at = start + (len(mapped) - start) * page // 64
+        update(mapped[at : at + 4096])
+
+
+def map_file(path: Path) -> mmap.mmap:
+    """Map a file read-only; raises ``ModelError`` for what cannot be read, an empty file included."""
+    try:
+        with path.open("rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: cannot be read: {error}") from error
 
 
 class _Cursor:

@@ -25,7 +25,6 @@ from memserve.engine.models.llama import (
     read_stored_weights,
     read_weights,
 )
-from memserve.engine.models.mapped_file import FileState
 from memserve.engine.models.rope import YarnScaling
 from memserve.engine.models.spec import (
     Float,
@@ -103,11 +102,6 @@ class GGUFModel:
         self._architecture = self._check_supported()
         self.spec = check_spec(self._read_spec(), path)
         check_tensors(self.spec, self._file, _NAMES, self._file.tensors, ignored=[_ROPE_DIVISORS])
-
-    @property
-    def states(self) -> tuple[FileState, ...]:
-        """The file as it was opened."""
-        return (self._file.state,)
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of the file's vocabulary."""

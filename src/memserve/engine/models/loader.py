@@ -8,7 +8,6 @@ from typing import Protocol
 
 from memserve.engine.models.chat_template import ChatTemplate
 from memserve.engine.models.gguf_model import GGUFModel
-from memserve.engine.models.mapped_file import FileState
 from memserve.engine.models.resolve import resolve_model
 from memserve.engine.models.safetensors_model import SafetensorsModel
 from memserve.engine.models.spec import ModelSpec, ModelWeights, StoredWeights
@@ -20,11 +19,6 @@ class ModelSource(Protocol):
 
     @property
     def spec(self) -> ModelSpec: ...
-
-    @property
-    def states(self) -> tuple[FileState, ...]:
-        """The files that hold the weights, as they were opened."""
-        ...
 
     def tokenizer(self) -> Tokenizer:
         """Build the tokenizer (about 0.1 s; keep it)."""

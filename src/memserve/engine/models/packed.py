@@ -18,9 +18,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from memserve import _native
+from memserve import __version__, _native
 from memserve.core.errors import ModelError
-from memserve.engine.models.mapped_file import FileState
 from memserve.engine.models.spec import ModelSpec
 
 FILE_VERSION = 1
@@ -57,12 +56,44 @@ class PackedWeights:
     output_norm: bytes
 
 
-class PackedOrigin(msgspec.Struct, frozen=True):
-    """What packed weights were made from, and how; equal origins give equal weights."""
+class FileState(msgspec.Struct, frozen=True):
+    """A file at one time. ``modified`` and ``changed`` in nanoseconds; programs cannot set the latter.
 
-    identity: str
-    keep: str
+    Every way to other content changes it: writing in place, also with the modification time put back, and
+    replacing the file, also by one of equal size and time.
+    """
+
+    path: str
+    size: int
+    modified: int
+    changed: int
+
+    @classmethod
+    def of(cls, path: Path) -> FileState:
+        """The state now. Raises ``OSError``."""
+        status = path.stat()
+        return cls(str(path.resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
+class PackedOrigin(msgspec.Struct, frozen=True):
+    """What packed weights were made from, and how: equal origins give equal weights.
+
+    ``name`` is for people; ``version`` is MemServe's, which may read files differently.
+    """
+
+    name: str
     files: tuple[FileState, ...]
+    keep: str
+    version: str = __version__
+
+    @classmethod
+    def of(cls, model: Path, keep: str) -> PackedOrigin:
+        """The origin that weights of the file or folder ``model`` have now. Raises ``ModelError``."""
+        try:
+            files = [model] if model.is_file() else [*model.glob("*.json"), *model.glob("*.safetensors")]
+            return cls(model.stem, tuple(FileState.of(file) for file in sorted(files)), keep)
+        except OSError as error:
+            raise ModelError(f"{model}: cannot be read: {error}") from error
 
     @property
     def key(self) -> str:
@@ -70,12 +101,17 @@ class PackedOrigin(msgspec.Struct, frozen=True):
         return hashlib.blake2b(msgspec.msgpack.encode(self), digest_size=16).hexdigest()
 
     def is_current(self) -> bool:
-        """Whether its files are still there, as they were."""
-        return all(file.is_current() for file in self.files)
+        """Whether this version would make the same again: its files are still there, as they were."""
+        try:
+            same = all(FileState.of(Path(file.path)) == file for file in self.files)
+        except OSError:
+            return False
+        return same and self.version == __version__
 
 
 class _Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     origin: PackedOrigin
+    spec: ModelSpec
     matrices: list[tuple[int, int, int, int]]
     layers: list[PackedVectors]
     output_norm: bytes
@@ -88,6 +124,7 @@ def write_packed(file: BinaryIO, origin: PackedOrigin, weights: PackedWeights) -
     header = msgspec.msgpack.encode(
         _Header(
             origin,
+            weights.spec,
             weights.matrices,
             weights.layers,
             weights.output_norm,
@@ -103,7 +140,7 @@ def write_packed(file: BinaryIO, origin: PackedOrigin, weights: PackedWeights) -
     file.flush()
 
 
-def map_packed(path: Path, origin: PackedOrigin, spec: ModelSpec) -> PackedWeights:
+def map_packed(path: Path, origin: PackedOrigin) -> PackedWeights:
     """Map the file at ``path``, which should hold the weights of ``origin``, and check every byte of it.
 
     The memory is shared with all processes that map the file. Raises ``FileNotFoundError``, and
@@ -126,7 +163,7 @@ def map_packed(path: Path, origin: PackedOrigin, spec: ModelSpec) -> PackedWeigh
     if len(damaged):
         at = start + int(damaged[0]) * _PIECE
         raise ModelError(f"{path}: damaged: wrong checksum of the {_PIECE} bytes from byte {at} on")
-    return PackedWeights(spec, origin.keep, memory, header.matrices, header.layers, header.output_norm)
+    return PackedWeights(header.spec, origin.keep, memory, header.matrices, header.layers, header.output_norm)
 
 
 def is_outdated(path: Path) -> bool:

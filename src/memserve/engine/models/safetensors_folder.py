@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from memserve.core.errors import ModelError
 from memserve.engine.models.ggml_types import widen_bf16
-from memserve.engine.models.mapped_file import FileState, map_file, sample_bytes
+from memserve.engine.models.gguf_file import map_file, sample_bytes
 from memserve.engine.models.spec import Float, Matrix
 
 _NUMPY_TYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
@@ -53,7 +53,6 @@ class _Tensor:
 class _File:
     path: Path
     mapped: mmap.mmap
-    state: FileState
     header_end: int
 
 
@@ -78,11 +77,6 @@ class SafetensorsFolder:
     @property
     def names(self) -> list[str]:
         return list(self._tensors)
-
-    @property
-    def states(self) -> tuple[FileState, ...]:
-        """The files as they were opened."""
-        return tuple(file.state for file in self._files)
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """Row-major shape of a tensor, or None when the folder has no such tensor."""
@@ -141,11 +135,11 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _read_file(path: Path) -> tuple[_File, dict[str, _Tensor]]:
-    mapped, state = map_file(path)
+    mapped = map_file(path)
     length = int.from_bytes(mapped[:8], "little")
     if len(mapped) < 8 or length > min(len(mapped) - 8, _MAX_HEADER):
         raise ModelError(f"{path}: not a safetensors file, or truncated inside its header")
-    file = _File(path, mapped, state, 8 + length)
+    file = _File(path, mapped, 8 + length)
     header = parse_json(path, mapped[8 : 8 + length], dict[str, msgspec.Raw])
     header.pop("__metadata__", None)
     described = {name: parse_json(path, bytes(raw), _Described) for name, raw in header.items()}

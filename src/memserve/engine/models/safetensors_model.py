@@ -21,7 +21,6 @@ from memserve.engine.models.llama import (
     read_stored_weights,
     read_weights,
 )
-from memserve.engine.models.mapped_file import FileState
 from memserve.engine.models.safetensors_folder import SafetensorsFolder, parse_json, read_bytes
 from memserve.engine.models.spec import ModelWeights, StoredWeights
 from memserve.engine.models.tokenizer import Spelling, Tokenizer
@@ -93,11 +92,6 @@ class SafetensorsModel:
             raise ModelError(
                 f"{folder}: tensor {_NAMES.head} is missing, and config.json does not set tie_word_embeddings"
             )
-
-    @property
-    def states(self) -> tuple[FileState, ...]:
-        """The files of the weights, as they were opened."""
-        return self._tensors.states
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of tokenizer.json and tokenizer_config.json."""

@@ -173,9 +173,10 @@ def _fill_model(model: _native.Model, weights: ModelWeights | StoredWeights | Pa
 
 
 def _pack_weights(model: _native.Model, weights: ModelWeights | StoredWeights) -> _Vectors:
-    vectors = []
+    vectors: list[PackedVectors] = []
     layer: LayerWeights | StoredLayer
-    for index, layer in enumerate(weights.layers):
+    for layer in weights.layers:
+        index = len(vectors)
         _require_vectors(weights.spec, index, layer)
         model.set_layer(
             index,
@@ -195,7 +196,7 @@ def _pack_weights(model: _native.Model, weights: ModelWeights | StoredWeights) -
 
 
 def _require_vectors(spec: ModelSpec, index: int, layer: LayerWeights | StoredLayer) -> None:
-    """Raise ValueError unless the layer has the biases and norms of heads that its spec states, and no other."""
+    """Raise ValueError unless the layer has the biases and norms of heads that its spec states, no others."""
     wanted = {
         "q_bias": spec.attention_bias,
         "k_bias": spec.attention_bias,

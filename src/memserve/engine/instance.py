@@ -48,6 +48,9 @@ _CONNECT_SECONDS = 10.0
 _EVENT_SECONDS = 0.002
 """Pool events are collected this long, so that one step's changes travel as one message."""
 
+_WARM_UP_SECONDS = 1.0
+"""Touching a pool's memory takes a core for a third of a second per GiB; until then others start on it."""
+
 
 class Instance:
     """The composition root of an instance process."""
@@ -146,7 +149,7 @@ class Instance:
         assembled.pool.on_events(send_soon)
         self._load = assembled.read_load()
         self._control.notify(assembled.ready)
-        assembled.warm_up()
+        loop.call_later(_WARM_UP_SECONDS, assembled.warm_up)
         gc.collect()
         gc.freeze()
         await asyncio.gather(assembled.engine.run(), self._report(assembled))

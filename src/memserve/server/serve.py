@@ -172,6 +172,7 @@ class _Cluster:
             self._screen.ready(_url_of(listening), served_name, self._describe())
             gc.collect()
             gc.freeze()
+            gc.enable()
         await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
         answering.cancel()
         stopping.cancel()

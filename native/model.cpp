@@ -75,8 +75,13 @@ void check_shape(const ModelShape& s) {
 
 }  // namespace
 
-Model::Model(const ModelShape& shape, RopeTable rope, const Kernels& kernels, int threads, bool pin, Keep keep)
-    : shape_((check_shape(shape), shape)), rope_(std::move(rope)), kernels_(kernels), pool_(threads, pin), keep_(keep) {
+Model::Model(const ModelShape& shape, RopeTable rope, const Kernels& kernels, int threads,
+             const std::vector<int>& cores, Keep keep)
+    : shape_((check_shape(shape), shape)),
+      rope_(std::move(rope)),
+      kernels_(kernels),
+      pool_(threads, cores),
+      keep_(keep) {
   const int hidden = round_up(shape.hidden, kDepthMultiple);
   const int attended = round_up(shape.query_size(), kDepthMultiple);
   const int gated = round_up(shape.feed_forward, kDepthMultiple);

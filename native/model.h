@@ -75,7 +75,8 @@ struct Batch {
 
 class Model {
  public:
-  Model(const ModelShape& shape, RopeTable rope, const Kernels& kernels, int threads, bool pin, Keep keep);
+  Model(const ModelShape& shape, RopeTable rope, const Kernels& kernels, int threads, const std::vector<int>& cores,
+        Keep keep);
 
   const ModelShape& shape() const { return shape_; }
   const Kernels& kernels() const { return kernels_; }

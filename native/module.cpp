@@ -176,10 +176,11 @@ RopeTable rope_table(const Matrix& cosines, const Matrix& sines, int head_dim) {
 }
 
 void construct(PythonModel* self, int layers, int hidden, int heads, int kv_heads, int head_dim, int feed_forward,
-               int vocabulary, float rms_epsilon, const Matrix& cosines, const Matrix& sines, int threads, bool pin,
-               const std::optional<std::string>& isa, const std::string& keep) {
+               int vocabulary, float rms_epsilon, const Matrix& cosines, const Matrix& sines, int threads,
+               const std::vector<int>& cores, const std::optional<std::string>& isa, const std::string& keep) {
   const ModelShape shape{layers, hidden, heads, kv_heads, head_dim, feed_forward, vocabulary, rms_epsilon};
-  new (self) PythonModel(shape, rope_table(cosines, sines, head_dim), chosen_kernels(isa), threads, pin, keep_of(keep));
+  new (self) PythonModel(shape, rope_table(cosines, sines, head_dim), chosen_kernels(isa), threads, cores,
+                         keep_of(keep));
 }
 
 void check_layer(const ModelShape& s, int index) {
@@ -321,7 +322,7 @@ NB_MODULE(_native, m) {
       .def_static("of_blocks", &matrix_of_blocks, "kind"_a, "rows"_a, "inputs"_a);
   nb::class_<PythonModel>(m, "Model")
       .def("__init__", &construct, nb::kw_only(), "layers"_a, "hidden"_a, "heads"_a, "kv_heads"_a, "head_dim"_a,
-           "feed_forward"_a, "vocabulary"_a, "rms_epsilon"_a, "cosines"_a, "sines"_a, "threads"_a, "pin"_a = false,
+           "feed_forward"_a, "vocabulary"_a, "rms_epsilon"_a, "cosines"_a, "sines"_a, "threads"_a, "cores"_a = std::vector<int>(),
            "isa"_a = nb::none(), "keep"_a = "stored")
       .def_prop_ro("isa", [](const PythonModel& self) { return std::string(self.kernels().name); })
       .def_prop_ro("weight_bytes", [](const PythonModel& self) { return self.weight_bytes(); })

@@ -1,5 +1,7 @@
 """The C++ kernels. Addresses are of this process and are trusted; shapes and indices are checked."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -60,11 +62,14 @@ class Model:
         cosines: NDArray[np.float32],
         sines: NDArray[np.float32],
         threads: int,
-        pin: bool = False,
+        cores: Sequence[int] = (),
         isa: str | None = None,
         keep: str = "stored",
     ) -> None:
-        """cosines, sines: float32[positions, head_dim / 2]. Raises ValueError for shapes it cannot run."""
+        """cosines, sines: float32[positions, head_dim / 2]; cores: where each thread is to stay, or none.
+
+        Raises ValueError for shapes it cannot run.
+        """
 
     @property
     def isa(self) -> str: ...

@@ -39,6 +39,7 @@ class ServeOptions:
     disk: str | None = None
     disk_memory: str | None = None
     threads: int | None = None
+    pin: bool | None = None
     target_tpot: float | None = None
     host: str | None = None
     port: int | None = None
@@ -62,6 +63,7 @@ def serve(
     disk: options.Disk = None,
     disk_memory: options.DiskMemory = None,
     threads: options.Threads = None,
+    pin: options.Pin = None,
     target_tpot: options.TargetTpot = None,
     host: options.Host = None,
     port: options.Port = None,
@@ -86,6 +88,7 @@ def serve(
         disk=disk,
         disk_memory=disk_memory,
         threads=threads,
+        pin=pin,
         target_tpot=target_tpot,
         host=host,
         port=port,
@@ -114,6 +117,7 @@ def build_config(said: ServeOptions, file: Path | None) -> Config:
         config,
         "engine",
         threads=said.threads,
+        pin=said.pin,
         phases=said.phases,
         weights=said.weights,
         weights_cache=said.weights_cache,

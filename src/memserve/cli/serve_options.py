@@ -125,6 +125,16 @@ Threads = Annotated[
         rich_help_panel=_INSTANCES,
     ),
 ]
+Pin = Annotated[
+    bool | None,
+    typer.Option(
+        "--pin/--no-pin",
+        help="Keep the threads of each instance on cores of their own where together they take all cores. "
+        "Default: yes.",
+        show_default=False,
+        rich_help_panel=_INSTANCES,
+    ),
+]
 TargetTpot = Annotated[
     float | None,
     typer.Option(

@@ -50,6 +50,8 @@ class EngineConfig(_Section, frozen=True):
     ``target_tpot`` is the time in seconds between two tokens of a running stream that prefill of other
     prompts leaves it; 0 means: as much prefill as ``step_tokens`` allows, however long the streams wait.
     ``threads`` 0 means: cores divided by the instances on this machine, at least one.
+    ``pin``: where the threads of all instances are as many as the cores, each instance's stay on cores of
+    their own.
     ``weights``: ``stored`` keeps what the file has in 4 or 8 bits as it is; ``bf16`` expands it, which takes
     more memory and gives the same answers; ``int8`` also turns 16-bit weights into 8-bit groups.
     ``weights_cache`` is the folder for weights in the form that kernels read; ``off`` means none, and by
@@ -60,6 +62,7 @@ class EngineConfig(_Section, frozen=True):
     target_tpot: float = 0.1
     max_running: int = 64
     threads: int = 0
+    pin: bool = True
     weights: str = "stored"
     weights_cache: str | None = None
     phases: str = "pd-caching-3"

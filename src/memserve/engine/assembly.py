@@ -103,7 +103,7 @@ async def assemble(
     """Load and start everything. Raises ``ModelError`` or ``ConfigError`` naming what is wrong."""
     config = settings.config
     loaded = await asyncio.get_running_loop().run_in_executor(
-        None, load_model, config, settings.threads, progress
+        None, load_model, config, settings.threads, settings.cores, progress
     )
     spec, context, runner = loaded.spec, loaded.context, loaded.runner
     pool = MemPool(
@@ -130,6 +130,7 @@ async def assemble(
         vocabulary=spec.vocabulary,
         clock=clock,
         emit=emit,
+        cores=settings.cores,
     )
     endpoint.on_adopt = engine.adopt
     ready = Ready(

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
+import os
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
@@ -59,7 +61,8 @@ _STARVED_SECONDS = 0.05
 class Engine:
     """Runs sequences on ``runner`` with KV in ``pool``; everything it has to say goes to ``emit``.
 
-    ``context`` is the longest sequence in tokens, prompt and answer together.
+    ``context`` is the longest sequence in tokens, prompt and answer together. ``cores``: the first is where
+    the thread stays that calls the runner; none: anywhere.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class Engine:
         vocabulary: int,
         clock: Clock,
         emit: Callable[[Message], None],
+        cores: tuple[int, ...] = (),
     ) -> None:
         if pool.layout.arrangement is not Arrangement.AGGREGATED:
             raise ConfigError(
@@ -92,7 +96,8 @@ class Engine:
         self._vocabulary = vocabulary
         self._clock = clock
         self._emit = emit
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
+        stay = functools.partial(os.sched_setaffinity, 0, cores[:1]) if cores else None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="model", initializer=stay)
         self._wake = asyncio.Event()
         self._stepping: frozenset[Sequence] = frozenset()
         self._departing: dict[RequestId, asyncio.Task[RequestClosed | None]] = {}

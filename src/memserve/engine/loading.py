@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,8 +26,10 @@ class LoadedModel:
     runner: Runner
 
 
-def load_model(config: Config, threads: int, progress: Progress) -> LoadedModel:
+def load_model(config: Config, threads: int, cores: Sequence[int], progress: Progress) -> LoadedModel:
     """Find the model and build the configured runner; slow, for a worker thread.
+
+    ``cores``: see ``NativeRunner``.
 
     Raises ``ModelError`` or ``ConfigError`` naming what is wrong.
     """
@@ -44,10 +46,12 @@ def load_model(config: Config, threads: int, progress: Progress) -> LoadedModel:
         source = open_path(path)
         context = context_of(source.spec, config.model)
         return LoadedModel(source.spec, context, ReferenceRunner(source.weights(reading)))
-    return load_native(path, config, threads, reading)
+    return load_native(path, config, threads, cores, reading)
 
 
-def load_native(path: Path, config: Config, threads: int, reading: Callable[[float], None]) -> LoadedModel:
+def load_native(
+    path: Path, config: Config, threads: int, cores: Sequence[int], reading: Callable[[float], None]
+) -> LoadedModel:
     """The native runner, on weights from the cache where it has them; else packed now, and kept there."""
     from memserve.engine.runners.native import NativeRunner
 
@@ -55,7 +59,7 @@ def load_native(path: Path, config: Config, threads: int, reading: Callable[[flo
 
     def build(weights: StoredWeights | PackedWeights) -> tuple[LoadedModel, NativeRunner]:
         context = context_of(weights.spec, config.model)
-        runner = NativeRunner(weights, threads=threads, context=context, keep=keep)
+        runner = NativeRunner(weights, threads=threads, context=context, cores=cores, keep=keep)
         return LoadedModel(weights.spec, context, runner), runner
 
     cache = open_cache(config.engine.weights_cache)

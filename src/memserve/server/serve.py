@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import importlib
+import os
 import secrets
 import signal
 import socket
@@ -79,6 +80,17 @@ def plan_threads(asked: int, instances: int) -> int:
     return asked or max(1, cores // instances)
 
 
+def plan_cores(pin: bool, threads: int, instances: int) -> tuple[tuple[int, ...], ...]:
+    """The cores that each instance's threads stay on; empty where the system is to choose.
+
+    It is, unless the instances take all cores anyway: a fixed choice of some would be that of others, too.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    if not pin or threads * instances != len(cores):
+        return ((),) * instances
+    return tuple(tuple(cores[at * threads : (at + 1) * threads]) for at in range(instances))
+
+
 def require_memory(pool: PoolConfig, instances: int) -> None:
     """Raise ``ConfigError`` when the pools of all ``instances`` are more than this machine has."""
     available, asked = available_memory(), pool.memory + pool.host_memory
@@ -112,6 +124,7 @@ class _Cluster:
         self._screen = screen
         self._instances = plan_instances(config)
         self._threads = plan_threads(config.engine.threads, len(self._instances))
+        self._cores = plan_cores(config.engine.pin, self._threads, len(self._instances))
         require_memory(config.pool, len(self._instances))
         path = resolve_model(config.model.model)
         self._source: ModelSource = open_path(path)
@@ -138,9 +151,9 @@ class _Cluster:
         """Start all instances and wait until they are ready. Raises ``NoInstance`` if one fails."""
         address = f"@memserve-{self._name}-control"
         await self._manager.start(address)
-        for instance, role in self._instances:
+        for (instance, role), cores in zip(self._instances, self._cores, strict=True):
             settings = InstanceSettings(
-                instance, self._incarnation, role, self._name, address, self._threads, self._told
+                instance, self._incarnation, role, self._name, address, self._threads, self._told, cores
             )
             self._launcher.start(instance, msgspec.json.encode(settings))
         front = asyncio.get_running_loop().run_in_executor(None, _load_front, self._source)

@@ -41,7 +41,7 @@ class Loads:
         def progress(stage: str, fraction: float) -> None:
             self.read = True
 
-        return load_model(self._config, 1, progress)
+        return load_model(self._config, 1, (), progress)
 
 
 def logits_of(loaded: LoadedModel) -> np.ndarray:
@@ -108,10 +108,10 @@ def test_a_context_is_checked_on_either_way(model: Path, tmp_path: Path) -> None
     for one in (engine, EngineConfig(weights_cache="off")):
         config = Config(model=ModelConfig(model=str(model), context=1 << 20), engine=one)
         with pytest.raises(ConfigError, match=r"model\.context is 1048576"):
-            load_model(config, 1, lambda stage, fraction: None)
+            load_model(config, 1, (), lambda stage, fraction: None)
 
 
 def test_a_model_that_is_not_there(tmp_path: Path) -> None:
     config = Config(model=ModelConfig(model=str(tmp_path / "none.gguf")))
     with pytest.raises(ModelError, match="no such file"):
-        load_model(config, 1, lambda stage, fraction: None)
+        load_model(config, 1, (), lambda stage, fraction: None)

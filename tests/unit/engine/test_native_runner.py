@@ -168,8 +168,8 @@ def test_vectors_that_contradict_their_spec(name: str) -> None:
 
 
 def test_pinned_threads_compute_the_same(runner: NativeRunner) -> None:
-    threads = len(os.sched_getaffinity(0))
-    pinned = NativeRunner(tiny_weights(1), threads=threads, context=64, pin=True)
+    cores = sorted(os.sched_getaffinity(0), reverse=True)
+    pinned = NativeRunner(tiny_weights(1), threads=len(cores), context=64, cores=cores)
     pool, other = Pool(runner), Pool(runner)
     np.testing.assert_array_equal(pinned.forward(pool.batch(40)), runner.forward(other.batch(40)))
     pinned.close()

@@ -5,6 +5,7 @@ Knows how ModelWeights map onto the native model; what the kernels compute is in
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,11 +46,12 @@ class NativeRunner:
     threads : threads per pass, the caller's included; at most the cores this process may use.
     context : longest position + 1 that will be asked for, in tokens.
     isa : one of ``_native.supported_isas()``; by default the best.
-    pin : keep each worker thread on a core of its own.
+    cores : one per thread: workers stay on theirs; the first is for the thread that calls ``forward``, which
+        has to see to that itself. By default threads run where the system puts them.
 
     Raises
     ------
-    ConfigError : threads, context or isa are impossible here.
+    ConfigError : threads, cores, context or isa are impossible here.
     ModelError : the weights do not have the shapes that their spec states.
     """
 
@@ -60,7 +62,7 @@ class NativeRunner:
         threads: int,
         context: int,
         isa: str | None = None,
-        pin: bool = False,
+        cores: Sequence[int] = (),
         keep: str = "stored",
     ) -> None:
         spec = weights.spec
@@ -68,7 +70,7 @@ class NativeRunner:
             raise ConfigError(f"context is {context}; it must be at least 1 token")
         identity = f"{spec.identity}-int8" if keep == "int8" else spec.identity
         self._layout = KVLayout(identity, spec.layers, spec.kv_heads, spec.head_dim)
-        self._model: _native.Model | None = _build_model(spec, threads, context, isa, pin, keep)
+        self._model: _native.Model | None = _build_model(spec, threads, context, isa, cores, keep)
         self._isa: str = self._model.isa
         self._spec, self._keep = spec, keep
         try:
@@ -128,7 +130,7 @@ def rope_tables(spec: ModelSpec, context: int) -> tuple[Float, Float]:
 
 
 def _build_model(
-    spec: ModelSpec, threads: int, context: int, isa: str | None, pin: bool, keep: str
+    spec: ModelSpec, threads: int, context: int, isa: str | None, cores: Sequence[int], keep: str
 ) -> _native.Model:
     cosines, sines = rope_tables(spec, context)
     try:
@@ -144,7 +146,7 @@ def _build_model(
             cosines=cosines,
             sines=sines,
             threads=threads,
-            pin=pin,
+            cores=cores,
             isa=isa,
             keep=keep,
         )

@@ -223,5 +223,11 @@ extern const Kernels kernels;
 namespace amx_emulated {
 extern const Kernels kernels;
 }
+namespace neon {
+extern const Kernels kernels;
+}
+namespace neon_bf16 {
+extern const Kernels kernels;
+}
 
 }  // namespace memserve

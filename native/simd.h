@@ -8,7 +8,7 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
-#elif defined(__aarch64__)
+#elif defined(MEMSERVE_NEON)
 #include <arm_neon.h>
 #endif
 
@@ -103,9 +103,9 @@ inline void store_bf16_pairs(uint16_t* to, Floats low, Floats high) {
 #if defined(__AVX2__)
 constexpr int kNativeLanes = 8;
 constexpr int kMaxSums = 6;
-#elif defined(__aarch64__)
+#elif defined(MEMSERVE_NEON)
 constexpr int kNativeLanes = 4;
-constexpr int kMaxSums = 6;
+constexpr int kMaxSums = 6;  // of four registers each; the other 8 of 32 hold operands
 #else
 constexpr int kNativeLanes = 4;
 constexpr int kMaxSums = 2;
@@ -135,7 +135,7 @@ inline NativeFloats native_multiply_add(NativeFloats a, NativeFloats b, NativeFl
 #if defined(__FMA__)
   return reinterpret_cast<NativeFloats>(
       _mm256_fmadd_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(c)));
-#elif defined(__aarch64__)
+#elif defined(MEMSERVE_NEON)
   return reinterpret_cast<NativeFloats>(vfmaq_f32(reinterpret_cast<float32x4_t>(c), reinterpret_cast<float32x4_t>(a),
                                                   reinterpret_cast<float32x4_t>(b)));
 #else
@@ -191,6 +191,15 @@ inline Floats first_lanes(Floats x, int count, Floats others) {
 }
 
 // Round to nearest even, as the hardware does; NaN keeps its sign and stays NaN.
+#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+inline void store_bf16(uint16_t* to, Floats x) {
+  for (int p = 0; p < kParts; p += 2) {
+    const bfloat16x8_t low = vcvtq_low_bf16_f32(reinterpret_cast<float32x4_t>(x.part[p]));
+    const bfloat16x8_t both = vcvtq_high_bf16_f32(low, reinterpret_cast<float32x4_t>(x.part[p + 1]));
+    vst1q_bf16(reinterpret_cast<bfloat16_t*>(to) + p * kNativeLanes, both);
+  }
+}
+#else
 inline void store_bf16(uint16_t* to, Floats x) {
   uint32_t bits[kLanes16];
   std::memcpy(bits, &x, sizeof bits);
@@ -200,6 +209,7 @@ inline void store_bf16(uint16_t* to, Floats x) {
     to[i] = static_cast<uint16_t>(is_nan ? (bits[i] >> 16) | 0x40u : rounded);
   }
 }
+#endif
 
 inline Pairs load_pairs(const uint16_t* from) {
   Pairs x;
@@ -214,10 +224,18 @@ inline Pairs splat_pair(const uint16_t* from) {
 inline NativeFloats first_of_pair(NativeWords x) { return reinterpret_cast<NativeFloats>(x << 16); }
 inline NativeFloats second_of_pair(NativeWords x) { return reinterpret_cast<NativeFloats>(x & 0xffff0000u); }
 inline Floats dot_pairs(Floats sum, Pairs a, Pairs b) {
+#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+  return each_part<Floats>([&](int p) {
+    return reinterpret_cast<NativeFloats>(vbfdotq_f32(reinterpret_cast<float32x4_t>(sum.part[p]),
+                                                      reinterpret_cast<bfloat16x8_t>(a.part[p]),
+                                                      reinterpret_cast<bfloat16x8_t>(b.part[p])));
+  });
+#else
   return each_part<Floats>([&](int p) {
     const NativeFloats first = native_multiply_add(first_of_pair(a.part[p]), first_of_pair(b.part[p]), sum.part[p]);
     return native_multiply_add(second_of_pair(a.part[p]), second_of_pair(b.part[p]), first);
   });
+#endif
 }
 
 using Words = Pairs;
@@ -239,6 +257,13 @@ inline Floats load_u8(const unsigned char* from) {
 }
 // Finite numbers only. The exponent is moved by a multiplication, which also makes small numbers normal ones.
 inline Floats load_f16(const unsigned char* from) {
+#if defined(MEMSERVE_NEON)
+  uint16_t halves[kLanes16];
+  std::memcpy(halves, from, sizeof halves);
+  return each_part<Floats>([&](int p) {
+    return reinterpret_cast<NativeFloats>(vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(halves + p * kNativeLanes))));
+  });
+#else
   float x[kLanes16];
   for (int i = 0; i < kLanes16; ++i) {
     const uint32_t half = from[2 * i] | static_cast<uint32_t>(from[2 * i + 1]) << 8;
@@ -247,6 +272,7 @@ inline Floats load_f16(const unsigned char* from) {
     x[i] *= 0x1p112f;
   }
   return load(x);
+#endif
 }
 inline Floats low_nibbles(Words words, int nibble) {
   return each_part<Floats>([&](int p) {
@@ -259,10 +285,21 @@ struct PairLanes {
   Floats high;
 };
 inline PairLanes in_pairs(Floats x) {
+#if defined(MEMSERVE_NEON)
+  PairLanes twice;
+  for (int p = 0; p < kParts; ++p) {
+    const auto four = reinterpret_cast<float32x4_t>(x.part[p]);
+    Floats& half = p < kParts / 2 ? twice.low : twice.high;
+    half.part[p % 2 * 2] = reinterpret_cast<NativeFloats>(vzip1q_f32(four, four));
+    half.part[p % 2 * 2 + 1] = reinterpret_cast<NativeFloats>(vzip2q_f32(four, four));
+  }
+  return twice;
+#else
   float lanes[kLanes16], twice[2 * kLanes16];
   store(lanes, x);
   for (int i = 0; i < 2 * kLanes16; ++i) twice[i] = lanes[i / 2];
   return {load(twice), load(twice + kLanes16)};
+#endif
 }
 // Finite numbers only.
 inline NativeWords rounded_upper_half(NativeFloats x) {

@@ -1,13 +1,13 @@
 // Paged causal attention that reads K and V in place, in the pool's blocks.
 //
 // Canonical order, per (row, head): the context is cut into segments of kSegmentTokens from position 0 on. A segment
-// gives its largest score, the sum of exp2(score - largest), and the values weighted by those, rounded to bf16; the
+// gives its largest score, the sum of exp2(score - largest), and the values weighted by those, rounded to 16 bits; the
 // segments are merged in ascending order by one formula. A row alone, in a tile of rows, or with its segments spread
-// over threads goes through the same steps. `Products` supplies the two dot products
-// (attention_vectors.h or attention_tiles.h).
+// over threads goes through the same steps. `Products` supplies the two dot products (attention_vectors.h or
+// attention_tiles.h), and its `Kv` what the format of KV asks for (attention_bf16.h or attention_int8.h).
 //
-// Memory beyond a row's position may hold anything, NaN included. Scores there are replaced before use; of values, the
-// last block is read through a copy with zeros beyond the last row's position, since 0 * NaN is NaN.
+// Memory beyond a row's position may hold anything, NaN included, and is never used: scores there are replaced, and a
+// format sees to its values.
 #pragma once
 
 #include "gemm.h"
@@ -22,13 +22,15 @@ constexpr size_t kCacheLine = 64;
 
 // What one thread needs while it attends, carved out of one piece of memory.
 struct Scratch {
-  Bf16* queries;   // [vectors][query_stride]
-  float* scores;   // [vectors][kSegmentTokens]
-  Bf16* weights;   // [vectors][kSegmentTokens]
+  uint16_t* queries;   // [vectors][query_stride]; bf16 or int16, as the format multiplies
+  float* query_units;  // [vectors]; of int16
+  float* scores;       // [vectors][kSegmentTokens]
+  uint16_t* weights;   // [vectors][kSegmentTokens]; like queries
   float* segment;  // [vectors][partial_size]
   float* merged;   // [vectors][partial_size]
   Bf16* last_values;  // [kBlockTokens / 2][dim][2]
   size_t bytes;
+  size_t partial_size;
   int query_stride;
 
   Scratch(const Heads& heads, void* memory) : bytes(0) {
@@ -36,13 +38,20 @@ struct Scratch {
     const size_t vectors = static_cast<size_t>(kQueryRows) * heads.group();
     const size_t partial = static_cast<size_t>(heads.dim) + Attention::kLanesOfPartial;
     query_stride = ceil_divide(heads.dim, kDepthMultiple) * kDepthMultiple;
-    queries = take<Bf16>(memory, vectors * query_stride);
+    queries = take<uint16_t>(memory, vectors * query_stride);
+    query_units = take<float>(memory, vectors);
     scores = take<float>(memory, vectors * kSegmentTokens);
-    weights = take<Bf16>(memory, vectors * kSegmentTokens);
+    weights = take<uint16_t>(memory, vectors * kSegmentTokens);
     segment = take<float>(memory, vectors * partial);
     merged = take<float>(memory, vectors * partial);
     last_values = take<Bf16>(memory, static_cast<size_t>(kBlockTokens) * heads.dim);
+    partial_size = partial;
   }
+
+  uint16_t* queries_of(int vector) const { return queries + static_cast<size_t>(vector) * query_stride; }
+  float* scores_of(int vector) const { return scores + static_cast<size_t>(vector) * kSegmentTokens; }
+  uint16_t* weights_of(int vector) const { return weights + static_cast<size_t>(vector) * kSegmentTokens; }
+  float* segment_of(int vector) const { return segment + static_cast<size_t>(vector) * partial_size; }
 
  private:
   template <class Element>
@@ -55,42 +64,49 @@ struct Scratch {
 
 size_t attention_scratch(const Heads& heads) { return Scratch(heads, nullptr).bytes; }
 
-// Layout of a partial result: sum at 0, largest at 1, values from kLanesOfPartial on.
+// Layout of a partial result: sum at 0, largest at 1, what an integer weight stands for at 2, values from
+// kLanesOfPartial on.
 inline float& sum_of(float* partial) { return partial[0]; }
 inline float& largest_of(float* partial) { return partial[1]; }
+inline float& unit_of(float* partial) { return partial[2]; }
 inline float* values_of(float* partial) { return partial + Attention::kLanesOfPartial; }
 
-// K or V pieces of one segment's blocks.
+// Stored K or V of one head in the blocks of a segment.
+template <class Stored>
 struct Pieces {
-  const Bf16* blocks[kSegmentBlocks];
+  const Stored* blocks[kSegmentBlocks];
   int count;
 };
 
-// Scores of one vector become weights, in bf16: zero beyond its first `tokens` tokens.
-inline void weights_of_scores(const float* scores, Bf16* weights, int tokens, int blocks, float scale, float* partial) {
-  const Floats scales = splat(scale);
-  const Floats nothing = splat(kMinusInfinity);
-  const int whole = tokens / kLanes16;
-  Floats largest = nothing;
-  for (int b = 0; b < whole; ++b) largest = larger(largest, load(scores + b * kLanes16));
-  if (tokens % kLanes16 != 0)
-    largest = larger(largest, first_lanes(load(scores + whole * kLanes16), tokens % kLanes16, nothing));
-  const float top = largest_lane(largest) * scale;
-  const Floats minus_top = splat(-top);
-  Floats sum = zeros();
-  for (int b = 0; b < blocks; ++b) {
-    Floats exponent = multiply_add(load(scores + b * kLanes16), scales, minus_top);
-    if (b >= whole) exponent = first_lanes(exponent, tokens > b * kLanes16 ? tokens - b * kLanes16 : 0, nothing);
-    const Floats weight = exp2(exponent);
-    sum = add(sum, weight);
-    store_bf16(weights + b * kLanes16, weight);
+template <class Stored>
+struct Stretch {
+  Pieces<Stored> keys;
+  Pieces<Stored> values;
+};
+
+// `skip`: bytes in front of a head's values.
+template <class Stored>
+inline Stretch<Stored> stretch_of(const Attention& job, int index, size_t skip) {
+  const int first = index * kSegmentBlocks;
+  const int last = job.last_position() / kBlockTokens;
+  Stretch<Stored> found;
+  found.keys.count = found.values.count = smaller(kSegmentBlocks, last + 1 - first);
+  for (int b = 0; b < found.keys.count; ++b) {
+    const uint64_t block = job.blocks[first + b];
+    found.keys.blocks[b] = reinterpret_cast<const Stored*>(job.heads.keys(block, job.kv_head) + skip);
+    found.values.blocks[b] = reinterpret_cast<const Stored*>(job.heads.values(block, job.kv_head) + skip);
   }
-  sum_of(partial) = sum_of_lanes(sum);
-  largest_of(partial) = top;
+  return found;
 }
 
-inline void fill_weights_with_zeros(Bf16* weights, int blocks) {
-  std::memset(weights, 0, sizeof(Bf16) * static_cast<size_t>(blocks) * kBlockTokens);
+// How many tokens of a segment's block are among its first `tokens`; not limited to the block's own.
+inline int visible_lanes(int tokens, int block) {
+  const int left = tokens - block * kBlockTokens;
+  return left < 0 ? 0 : left;
+}
+
+inline void fill_weights_with_zeros(uint16_t* weights, int blocks) {
+  std::memset(weights, 0, sizeof(uint16_t) * static_cast<size_t>(blocks) * kBlockTokens);
 }
 
 // merged = merged and segment together, both relative to the larger of their largest scores.
@@ -122,53 +138,18 @@ inline void write_output(const Attention& job, int vector, float* merged) {
   for (int i = 0; i < job.heads.dim; i += kLanes16) store_bf16(out + i, multiply(load(values_of(merged) + i), scale));
 }
 
-inline void gather_queries(const Attention& job, const Scratch& s) {
+inline const Bf16* query_of(const Attention& job, int vector) {
   const int group = job.heads.group();
-  const size_t dim = static_cast<size_t>(job.heads.dim);
-  for (int v = 0; v < job.vectors(); ++v) {
-    const Bf16* from = job.queries + static_cast<size_t>(v / group) * job.queries_stride +
-                       static_cast<size_t>(job.kv_head * group + v % group) * dim;
-    std::memcpy(s.queries + static_cast<size_t>(v) * s.query_stride, from, dim * sizeof(Bf16));
-  }
-}
-
-// V of the block that holds the last row's position, without what lies beyond it.
-inline const Bf16* cleaned_values(const Attention& job, const Scratch& s, const Bf16* block) {
-  const int dim = job.heads.dim;
-  const int tokens = job.last_position() % kBlockTokens + 1;
-  const size_t row = 2 * static_cast<size_t>(dim);
-  const size_t whole = static_cast<size_t>(tokens / 2) * row;
-  std::memcpy(s.last_values, block, whole * sizeof(Bf16));
-  std::memset(s.last_values + whole, 0, (kBlockTokens / 2 * row - whole) * sizeof(Bf16));
-  if (tokens % 2 != 0)
-    for (size_t i = 0; i < row; i += 2) s.last_values[whole + i] = block[whole + i];
-  return s.last_values;
-}
-
-struct SegmentPieces {
-  Pieces keys;
-  Pieces values;
-};
-
-inline SegmentPieces pieces_of(const Attention& job, const Scratch& s, int segment) {
-  const int first = segment * kSegmentBlocks;
-  const int last = job.last_position() / kBlockTokens;
-  SegmentPieces pieces;
-  pieces.keys.count = pieces.values.count = smaller(kSegmentBlocks, last + 1 - first);
-  for (int b = 0; b < pieces.keys.count; ++b) {
-    const uint64_t block = job.blocks[first + b];
-    const Bf16* values = job.heads.values(block, job.kv_head);
-    pieces.keys.blocks[b] = job.heads.keys(block, job.kv_head);
-    pieces.values.blocks[b] = first + b == last ? cleaned_values(job, s, values) : values;
-  }
-  return pieces;
+  return job.queries + static_cast<size_t>(vector / group) * job.queries_stride +
+         static_cast<size_t>(job.kv_head * group + vector % group) * static_cast<size_t>(job.heads.dim);
 }
 
 // Pool blocks are scattered, so the hardware cannot guess where the next piece lies.
-inline void prefetch_pieces(const Pieces& pieces, size_t bytes) {
-  for (int b = 0; b < pieces.count; ++b)
-    for (size_t at = 0; at < bytes; at += kCacheLine)
-      __builtin_prefetch(reinterpret_cast<const char*>(pieces.blocks[b]) + at, 0, 2);
+inline void prefetch_values(const Attention& job, int segment, int blocks) {
+  for (int b = 0; b < blocks; ++b) {
+    const unsigned char* values = job.heads.values(job.blocks[segment * kSegmentBlocks + b], job.kv_head);
+    for (size_t at = 0; at < job.heads.head_bytes(); at += kCacheLine) __builtin_prefetch(values + at, 0, 2);
+  }
 }
 
 // How many of a segment's tokens a vector may see.
@@ -179,20 +160,19 @@ inline int visible_tokens(const Attention& job, int vector, int segment) {
 }
 
 template <class Products>
-void attend_segment(const Attention& job, const Scratch& s, int segment) {
-  const SegmentPieces pieces = pieces_of(job, s, segment);
-  const size_t partial = job.partial_size();
-  prefetch_pieces(pieces.values, job.heads.head_bytes());
-  Products::score(job, s, pieces.keys);
+void attend_segment(const Attention& job, const Scratch& s, int index) {
+  using Kv = typename Products::Kv;
+  const auto segment = Kv::find_segment(job, s, index);
+  prefetch_values(job, index, segment.values.count);
+  Products::score(job, s, segment.keys);
   for (int v = 0; v < job.vectors(); ++v) {
-    const size_t at = static_cast<size_t>(v) * kSegmentTokens;
-    const int tokens = visible_tokens(job, v, segment);
+    const int tokens = visible_tokens(job, v, index);
     if (tokens == 0)
-      fill_weights_with_zeros(s.weights + at, pieces.keys.count);
+      fill_weights_with_zeros(s.weights_of(v), segment.keys.count);
     else
-      weights_of_scores(s.scores + at, s.weights + at, tokens, pieces.keys.count, job.scale, s.segment + v * partial);
+      Kv::weights_of_scores(job, s, segment, v, tokens);
   }
-  Products::weigh(job, s, pieces.values);
+  Products::weigh(job, s, segment.values);
 }
 
 template <class Products>
@@ -220,7 +200,7 @@ template <class Products>
 void attend(const Attention& job, void* memory) {
   const Scratch scratch(job.heads, memory);
   Products::begin();
-  gather_queries(job, scratch);
+  Products::Kv::gather_queries(job, scratch);
   if (job.partials == nullptr)
     attend_and_output<Products>(job, scratch);
   else

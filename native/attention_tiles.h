@@ -11,11 +11,13 @@ namespace {
 
 // Needs a head dimension that is a multiple of 32, so that no K tile reaches into the next head.
 struct TileProducts {
+  using Kv = Bf16Kv;
+
   static void begin() { begin_tiles(); }
   static void end() { end_tiles(); }
 
   template <int kBlocks>
-  static void score_blocks(const Scratch& s, int vector, const Pieces& keys, int block, int dim) {
+  static void score_blocks(const Scratch& s, int vector, const Pieces<Bf16>& keys, int block, int dim) {
     zero_tile<0>();
     zero_tile<1>();
     zero_tile<2>();
@@ -28,7 +30,7 @@ struct TileProducts {
     store_scores<kBlocks, 0>(s.scores + static_cast<size_t>(vector) * kSegmentTokens + block * kBlockTokens);
   }
 
-  static void score(const Attention& job, const Scratch& s, const Pieces& keys) {
+  static void score(const Attention& job, const Scratch& s, const Pieces<Bf16>& keys) {
     for (int vector = 0; vector < job.vectors(); vector += kTileRows) {
       int block = 0;
       for (; block + 4 <= keys.count; block += 4) score_blocks<4>(s, vector, keys, block, job.heads.dim);
@@ -37,7 +39,7 @@ struct TileProducts {
   }
 
   template <int kColumns>
-  static void weigh_columns(const Scratch& s, int vector, const Pieces& values, int column, int dim, size_t partial) {
+  static void weigh_columns(const Scratch& s, int vector, const Pieces<Bf16>& values, int column, int dim, size_t partial) {
     zero_tile<0>();
     zero_tile<1>();
     zero_tile<2>();
@@ -50,7 +52,7 @@ struct TileProducts {
     store_values<kColumns, 0>(values_of(s.segment + vector * partial) + column * kGroupColumns, partial);
   }
 
-  static void weigh(const Attention& job, const Scratch& s, const Pieces& values) {
+  static void weigh(const Attention& job, const Scratch& s, const Pieces<Bf16>& values) {
     const int columns = job.heads.dim / kGroupColumns;
     for (int vector = 0; vector < job.vectors(); vector += kTileRows) {
       int column = 0;
@@ -63,7 +65,7 @@ struct TileProducts {
 
  private:
   template <int kBlocks, int kIndex>
-  static void take_key_tile(const Pieces& keys, int block, int d) {
+  static void take_key_tile(const Pieces<Bf16>& keys, int block, int d) {
     if constexpr (kIndex < kBlocks) {
       load_tile<kWeightTile>(keys.blocks[block + kIndex] + static_cast<size_t>(d) * kBlockTokens, 64);
       dot_tiles<kSumTile + kIndex, kInputTile, kWeightTile>();
@@ -97,11 +99,12 @@ struct TileProducts {
   }
 };
 
+// Tiles would have to multiply int8 by two bytes of each int16, and to put the sums together again.
 void attend_in_tiles(const Attention& job, void* memory) {
-  if (job.heads.dim % kTileDepth == 0)
+  if (job.heads.format == KvFormat::kBf16 && job.heads.dim % kTileDepth == 0)
     attend<TileProducts>(job, memory);
   else
-    attend<VectorProducts>(job, memory);
+    attend_in_vectors(job, memory);
 }
 
 }  // namespace

@@ -1,36 +1,72 @@
-// The two products of attention in vector registers: the same register blocks as matrix products, with K blocks or
-// value columns in place of column groups.
+// The two products of attention in vector registers: register blocks as of matrix products, with K blocks or value
+// columns in place of column groups, for KV of any format.
 #pragma once
 
-#include "attention.h"
-#include "gemm.h"
+#include "attention_bf16.h"
+#include "attention_int8.h"
 
 namespace memserve {
 namespace MEMSERVE_LEVEL {
 namespace {
 
 // Dot products in vector registers. Vectors are (row, head) pairs, all heads of a group share each load.
+template <class Format>
 struct VectorProducts {
+  using Kv = Format;
+  using Stored = typename Kv::Stored;
+
   static void begin() {}
   static void end() {}
 
+  template <int kVectors, int kColumns>
+  using Sums = typename Kv::Sum[kVectors][kColumns];
+
+  template <int kVectors, int kColumns>
+  static inline __attribute__((always_inline)) void clear(Sums<kVectors, kColumns>& sums) {
+#pragma GCC unroll 32
+    for (int v = 0; v < kVectors; ++v)
+#pragma GCC unroll 32
+      for (int c = 0; c < kColumns; ++c) sums[v][c] = Kv::no_sum();
+  }
+
+  // sums[v][c] += one pair of vector v * the pairs of sixteen outputs at columns[c].
+  template <int kVectors, int kColumns>
+  static inline __attribute__((always_inline)) void take_pair(Sums<kVectors, kColumns>& sums, const uint16_t* vector,
+                                                              size_t stride, const Stored* const (&columns)[kColumns],
+                                                              size_t offset) {
+    Pairs stored[kColumns];
+#pragma GCC unroll 32
+    for (int c = 0; c < kColumns; ++c) stored[c] = Kv::load_stored(columns[c] + offset);
+#pragma GCC unroll 32
+    for (int v = 0; v < kVectors; ++v) {
+      const Pairs inputs = splat_pair(vector + static_cast<size_t>(v) * stride);
+#pragma GCC unroll 32
+      for (int c = 0; c < kColumns; ++c) sums[v][c] = Kv::dot(sums[v][c], inputs, stored[c]);
+    }
+  }
+
   template <int kVectors, int kBlocks>
-  static __attribute__((noinline)) void score_block(const Scratch& s, int vector, const Pieces& keys, int block,
-                                                    int dim) {
-    const Bf16* columns[kBlocks];
+  static __attribute__((noinline)) void score_block(const Scratch& s, int vector, const Pieces<Stored>& keys,
+                                                    int block, int dim) {
+    const Stored* columns[kBlocks];
     for (int c = 0; c < kBlocks; ++c) columns[c] = keys.blocks[block + c];
     Sums<kVectors, kBlocks> sums;
     clear<kVectors, kBlocks>(sums);
-    Prefetch nothing(nullptr, 0, 1);
-    const Bf16* queries = s.queries + static_cast<size_t>(vector) * s.query_stride;
-    multiply_block<kVectors, kBlocks>(sums, queries, s.query_stride, columns, dim / 2, nothing);
+    const uint16_t* queries = s.queries_of(vector);
+    for (int pair = 0; pair < dim / 2; pair += kChunkPairs)
+#pragma GCC unroll 4
+      for (int i = 0; i < kChunkPairs; ++i)
+        take_pair<kVectors, kBlocks>(sums, queries + 2 * (pair + i), s.query_stride, columns,
+                                     static_cast<size_t>(pair + i) * 2 * kBlockTokens);
+#pragma GCC unroll 32
     for (int v = 0; v < kVectors; ++v)
+#pragma GCC unroll 32
       for (int c = 0; c < kBlocks; ++c)
-        store(s.scores + static_cast<size_t>(vector + v) * kSegmentTokens + (block + c) * kBlockTokens, sums[v][c]);
+        store(s.scores_of(vector + v) + (block + c) * kBlockTokens, Kv::score_of(sums[v][c]));
   }
 
   template <int kVectors>
-  static void score_vectors(const Scratch& s, int vector, const Pieces& keys, int dim) {
+  static void score_vectors(const Scratch& s, int vector, const Pieces<Stored>& keys, int dim) {
     constexpr int kRoom = kMaxSums / kVectors;
     constexpr int kWide = kRoom >= 8 ? 8 : kRoom >= 4 ? 4 : kRoom >= 2 ? 2 : 1;
     int block = 0;
@@ -39,33 +75,37 @@ struct VectorProducts {
   }
 
   template <int kVectors, int kColumns>
-  static __attribute__((noinline)) void weigh_block(const Scratch& s, int vector, const Pieces& values, int column,
-                                                    int dim, size_t partial) {
+  static __attribute__((noinline)) void weigh_block(const Scratch& s, int vector, const Pieces<Stored>& values,
+                                                    int column, int dim) {
     Sums<kVectors, kColumns> sums;
     clear<kVectors, kColumns>(sums);
-    const Bf16* weights = s.weights + static_cast<size_t>(vector) * kSegmentTokens;
+    const uint16_t* weights = s.weights_of(vector);
     for (int b = 0; b < values.count; ++b, weights += kBlockTokens) {
-      const Bf16* columns[kColumns];
+      const Stored* columns[kColumns];
       for (int c = 0; c < kColumns; ++c) columns[c] = values.blocks[b] + (column + c) * 2 * kLanes16;
 #pragma GCC unroll 32
       for (int pair = 0; pair < kBlockTokens / 2; ++pair)
         take_pair<kVectors, kColumns>(sums, weights + 2 * pair, kSegmentTokens, columns,
                                       static_cast<size_t>(pair) * dim * 2);
     }
-    for (int v = 0; v < kVectors; ++v)
+#pragma GCC unroll 32
+    for (int v = 0; v < kVectors; ++v) {
+      float* partial = s.segment_of(vector + v);
+#pragma GCC unroll 32
       for (int c = 0; c < kColumns; ++c)
-        store(values_of(s.segment + static_cast<size_t>(vector + v) * partial) + (column + c) * kLanes16, sums[v][c]);
+        store(values_of(partial) + (column + c) * kLanes16, Kv::values_of_sum(sums[v][c], partial));
+    }
   }
 
   template <int kVectors>
-  static void weigh_vectors(const Scratch& s, int vector, const Pieces& values, int dim, size_t partial) {
+  static void weigh_vectors(const Scratch& s, int vector, const Pieces<Stored>& values, int dim) {
     constexpr int kRoom = kMaxSums / kVectors;
     constexpr int kWide = kRoom >= 4 ? 4 : kRoom >= 2 ? 2 : 1;
     const int columns = dim / kLanes16;
     int column = 0;
     for (; column + kWide <= columns; column += kWide)
-      weigh_block<kVectors, kWide>(s, vector, values, column, dim, partial);
-    for (; column < columns; ++column) weigh_block<kVectors, 1>(s, vector, values, column, dim, partial);
+      weigh_block<kVectors, kWide>(s, vector, values, column, dim);
+    for (; column < columns; ++column) weigh_block<kVectors, 1>(s, vector, values, column, dim);
   }
 
   template <int kVectors, class Take>
@@ -80,7 +120,7 @@ struct VectorProducts {
 
   struct Score {
     const Scratch& s;
-    const Pieces& keys;
+    const Pieces<Stored>& keys;
     int dim;
     template <int kVectors>
     void operator()(int vector) const {
@@ -90,12 +130,11 @@ struct VectorProducts {
 
   struct Weigh {
     const Scratch& s;
-    const Pieces& values;
+    const Pieces<Stored>& values;
     int dim;
-    size_t partial;
     template <int kVectors>
     void operator()(int vector) const {
-      weigh_vectors<kVectors>(s, vector, values, dim, partial);
+      weigh_vectors<kVectors>(s, vector, values, dim);
     }
   };
 
@@ -108,14 +147,21 @@ struct VectorProducts {
     }
   }
 
-  static void score(const Attention& job, const Scratch& s, const Pieces& keys) {
+  static void score(const Attention& job, const Scratch& s, const Pieces<Stored>& keys) {
     for_all_vectors(job.vectors(), Score{s, keys, job.heads.dim});
   }
 
-  static void weigh(const Attention& job, const Scratch& s, const Pieces& values) {
-    for_all_vectors(job.vectors(), Weigh{s, values, job.heads.dim, job.partial_size()});
+  static void weigh(const Attention& job, const Scratch& s, const Pieces<Stored>& values) {
+    for_all_vectors(job.vectors(), Weigh{s, values, job.heads.dim});
   }
 };
+
+void attend_in_vectors(const Attention& job, void* memory) {
+  if (job.heads.format == KvFormat::kInt8)
+    attend<VectorProducts<Int8Kv>>(job, memory);
+  else
+    attend<VectorProducts<Bf16Kv>>(job, memory);
+}
 
 }  // namespace
 }  // namespace MEMSERVE_LEVEL

@@ -29,8 +29,8 @@ struct Range {
 // bf16(value * scale + minimum), and is multiplied as that: a format changes the bytes that are read, never a result.
 //
 //   kBf16         [16 pairs][16 outputs][2]
-//   kFour         scales f16[16], minima f16[16], nibbles [4][16 words]: see nibble_of
-//   kEight        scales f16[16], bytes [16 pairs][16 outputs][2]
+//   kFour         scales f16[16], minima f16[16], nibbles [4][16 outputs][4 bytes]: see nibble_of
+//   kEight        scales f16[16], bytes [8][16 outputs][4 inputs]
 //   kFourNested   like kFour, but uint8[16] scales and minima, to be multiplied by those in f16 of 8 steps before them
 //   kEightNested  like kEight, but int8[2][16] scales, one per 16 inputs, to be multiplied by one in f16 per 8 steps
 enum class Format { kBf16, kFour, kEight, kFourNested, kEightNested };
@@ -58,14 +58,14 @@ constexpr size_t header_bytes(Format format) {
   return format == Format::kFourNested ? 2 * kScales : format == Format::kEightNested ? kScales : 0;
 }
 
-// Where kFour keeps a weight: nibble `nibble` (0 lowest) of the 32-bit word `word`. Within a word lie weights that
-// a shift brings, eight outputs of both inputs of a pair at a time, to the lanes in which products need them.
+// Where kFour keeps a weight: nibble `nibble` (0 lowest) of the 32-bit word `word`. The low halves of a word's bytes are
+// four inputs of one output, as 8-bit dot products take them, and the high halves the next four.
 struct NibblePlace {
   int word;
   int nibble;
 };
 constexpr NibblePlace nibble_of(int input, int output) {
-  return {input / 8 * 16 + output % 8 * 2 + input % 2, input % 8 / 2 * 2 + output / 8};
+  return {input / 8 * kGroupColumns + output, input % 4 * 2 + input % 8 / 4};
 }
 
 struct PackedMatrix {
@@ -100,6 +100,24 @@ constexpr size_t panel_bytes(int depth) {
   return static_cast<size_t>(depth) * kGroupColumns * kWidestPanel * sizeof(Bf16);
 }
 
+// In what inputs are multiplied: bf16, or integers of 8 bits. Weights packed as bf16 are multiplied by bf16 either way.
+enum class Activations { kBf16, kInt8 };
+
+// 32 inputs of one row in 8 bits: input = value * scale.
+struct InputGroup {
+  int8_t values[kDepthMultiple];
+  float scale;       // NaN if an input was not finite
+  float sum;         // of the inputs, as they are here
+  int32_t bias[2];   // -128 times the sum of the values 0-15 and 16-31: what unsigned weights (+128) add too much
+};
+
+// depth inputs (a multiple of 32) to depth / 32 groups.
+struct Quantise {
+  const Bf16* input;
+  InputGroup* groups;
+  int depth;
+};
+
 enum class Output {
   kStore,  // float: out = in * weights
   kAdd,    // float: out += in * weights
@@ -114,6 +132,7 @@ struct Matmul {
   float* floats;        // [rows][output_stride] of kStore and kAdd
   Bf16* halves;         // [rows][output_stride] of kGate
   size_t output_stride;
+  const InputGroup* groups = nullptr;  // [rows][depth / 32]: the same inputs, for matmul_int8
 };
 
 // out[i] = bf16(x[i] / rms(x) * weight[i]); `size` counts, `padded` is a multiple of 16 with zeros at the end.
@@ -126,6 +145,17 @@ struct Normalise {
   float epsilon;
 };
 
+// How KV is kept. kInt8: int8[dim] per token and head, times a float of their own; the scales of a block's tokens lie in
+// front of the values they belong to, one cache line per head, and the values in the order of bf16.
+enum class KvFormat { kBf16, kInt8 };
+
+constexpr size_t kScaleBytes = kBlockTokens * sizeof(float);
+
+constexpr size_t kv_head_bytes(KvFormat format, int dim) {
+  const size_t values = static_cast<size_t>(dim) * kBlockTokens;
+  return format == KvFormat::kInt8 ? kScaleBytes + values : values * sizeof(Bf16);
+}
+
 // How the heads of one layer lie in memory.
 struct Heads {
   int queries;
@@ -133,13 +163,14 @@ struct Heads {
   int dim;
   size_t layer_offset;  // bytes from a block's start to this layer's K; V follows half_bytes later
   size_t half_bytes;
+  KvFormat format;
 
   int group() const { return queries / kv; }
-  size_t head_bytes() const { return static_cast<size_t>(dim) * kBlockTokens * sizeof(Bf16); }
-  const Bf16* keys(uint64_t block, int head) const {
-    return reinterpret_cast<const Bf16*>(block + layer_offset + static_cast<size_t>(head) * head_bytes());
+  size_t head_bytes() const { return kv_head_bytes(format, dim); }
+  unsigned char* keys(uint64_t block, int head) const {
+    return reinterpret_cast<unsigned char*>(block + layer_offset + static_cast<size_t>(head) * head_bytes());
   }
-  const Bf16* values(uint64_t block, int head) const { return keys(block + half_bytes, head); }
+  unsigned char* values(uint64_t block, int head) const { return keys(block + half_bytes, head); }
 };
 
 // What some families do to the heads of q, k and v before q and k are rotated; null where a model does not.
@@ -150,7 +181,7 @@ struct HeadVectors {
   float epsilon;
 };
 
-// Rotate a row's q and k by its position; q goes to `queries` in bf16, k and v into the row's KV block.
+// Rotate a row's q and k by its position; q goes to `queries` in bf16, k and v into the row's KV block, in its format.
 struct PlaceRow {
   Heads heads;
   HeadVectors vectors;
@@ -196,6 +227,8 @@ struct CopyJob {
 struct Kernels {
   const char* name;
   void (*matmul)(const Matmul&, Range rows, Range groups, void* scratch);  // of panel_bytes; untouched for kBf16
+  void (*matmul_int8)(const Matmul&, Range rows, Range groups);            // of any format but kBf16
+  void (*quantise)(const Quantise&);
   void (*expand)(const PackedMatrix&, int group, Bf16* to);  // a column group in kBf16
   void (*normalise)(const Normalise&);
   void (*place_row)(const PlaceRow&);
@@ -206,6 +239,7 @@ struct Kernels {
   void (*checksum_pieces)(const CopyJob&);
   uint64_t (*read_memory)(const void* from, size_t bytes);  // as fast as loads go; the result has no meaning
   double (*run_dots)(int64_t rounds, float* sink);          // register-fed dot products; returns FLOP done
+  double (*run_int8_dots)(int64_t rounds, float* sink);
 };
 
 namespace portable {

@@ -1,5 +1,7 @@
 #include "model.h"
 
+#include <sys/eventfd.h>
+
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -76,12 +78,13 @@ void check_shape(const ModelShape& s) {
 }  // namespace
 
 Model::Model(const ModelShape& shape, RopeTable rope, const Kernels& kernels, int threads,
-             const std::vector<int>& cores, Keep keep)
+             const std::vector<int>& cores, Keep keep, Activations activations)
     : shape_((check_shape(shape), shape)),
       rope_(std::move(rope)),
       kernels_(kernels),
       pool_(threads, cores),
-      keep_(keep) {
+      keep_(keep),
+      activations_(activations) {
   const int hidden = round_up(shape.hidden, kDepthMultiple);
   const int attended = round_up(shape.query_size(), kDepthMultiple);
   const int gated = round_up(shape.feed_forward, kDepthMultiple);
@@ -97,6 +100,8 @@ Model::Model(const ModelShape& shape, RopeTable rope, const Kernels& kernels, in
   queries_ = Buffer<Bf16>(kRows * shape.query_size());
   attended_ = Buffer<Bf16>(kRows * attended_stride_);
   gated_ = Buffer<Bf16>(kRows * gated_stride_);
+  if (activations_ == Activations::kInt8)
+    quantised_ = Buffer<InputGroup>(kRows * std::max({hidden, attended, gated}) / kDepthMultiple);
   expanded_ = Buffer<Bf16>(static_cast<size_t>(hidden) * kGroupColumns);
   scratch_bytes_ = std::max(kernels_.attention_scratch(heads_of(0)), panel_bytes(std::max({hidden, attended, gated})));
   scratch_ = Buffer<char>(scratch_bytes_ * static_cast<size_t>(pool_.size()));
@@ -117,6 +122,7 @@ PackedMatrix Model::allocate(Format format, int columns, int depth) {
   if (weights_.data() == nullptr) reserve_weights();
   const PackedMatrix matrix{weights_.data() + weights_used_, format, columns, round_up(depth, kDepthMultiple)};
   weights_used_ += (matrix.bytes() + 63) / 64 * 64;
+  has_integers_ = has_integers_ || format != Format::kBf16;
   return matrix;
 }
 
@@ -227,8 +233,9 @@ void Model::check(const Batch& batch) const {
 }
 
 Heads Model::heads_of(int layer) const {
-  const size_t half = static_cast<size_t>(shape_.kv_size()) * kBlockTokens * sizeof(Bf16);
-  return {shape_.heads, shape_.kv_heads, shape_.head_dim, 2 * half * static_cast<size_t>(layer), half};
+  const KvFormat format = shape_.kv_format;
+  const size_t half = static_cast<size_t>(shape_.kv_heads) * kv_head_bytes(format, shape_.head_dim);
+  return {shape_.heads, shape_.kv_heads, shape_.head_dim, 2 * half * static_cast<size_t>(layer), half, format};
 }
 
 HeadVectors Model::head_vectors_of(int index) const {
@@ -237,11 +244,24 @@ HeadVectors Model::head_vectors_of(int index) const {
   return {values(layer.qkv_bias), values(layer.q_norm), values(layer.k_norm), shape_.rms_epsilon};
 }
 
-void Model::forward(const Batch& batch, float* logits) {
+int Model::tile_rows() { return kRowsPerTile; }
+
+void LayerSignal::layer_done(int layer, int layers) const {
+  if (fd < 0) return;
+  const int done = layer + 1;
+  const int fresh = done % every == 0 ? every : done == layers ? done % every : 0;
+  // Whoever listens reads before the count could overflow, and one who has gone away misses nothing.
+  if (fresh > 0) static_cast<void>(eventfd_write(fd, static_cast<eventfd_t>(fresh)));
+}
+
+void Model::forward(const Batch& batch, float* logits, LayerSignal signal) {
   for (int begin = 0; begin < batch.rows; begin += kRowsPerTile) {
     const Tile tile = plan(batch, {begin, std::min(begin + kRowsPerTile, batch.rows)});
     embed(batch, tile);
-    for (int layer = 0; layer < shape_.layers; ++layer) run_layer(batch, tile, layer);
+    for (int layer = 0; layer < shape_.layers; ++layer) {
+      run_layer(batch, tile, layer);
+      signal.layer_done(layer, shape_.layers);
+    }
     write_logits(batch, tile, logits);
   }
 }
@@ -404,7 +424,23 @@ void Model::write_logits(const Batch& batch, const Tile& tile, float* logits) {
            wanted);
 }
 
-void Model::multiply(const Matmul& job, int rows) {
+void Model::quantise_rows(const Matmul& job, int rows) {
+  const int items = ceil_divide(rows, kRowsPerSmallItem);
+  const size_t groups = static_cast<size_t>(job.weights.steps());
+  pool_.run(items, [&](int item, int) {
+    const Range range = part_of(rows, item, items);
+    for (int row = range.begin; row < range.end; ++row)
+      kernels_.quantise({job.input + static_cast<size_t>(row) * job.input_stride,
+                         quantised_.data() + static_cast<size_t>(row) * groups, job.weights.depth});
+  });
+}
+
+void Model::multiply(Matmul job, int rows) {
+  const bool integers = activations_ == Activations::kInt8 && job.weights.format != Format::kBf16;
+  if (integers) {
+    quantise_rows(job, rows);
+    job.groups = quantised_.data();
+  }
   const int unit = job.output == Output::kGate ? 2 : 1;
   const int units = job.weights.groups() / unit;
   const int row_items = ceil_divide(rows, kRowsPerItem);
@@ -413,8 +449,12 @@ void Model::multiply(const Matmul& job, int rows) {
   pool_.run(row_items * group_items, [&](int item, int thread) {
     const int first_row = item / group_items * kRowsPerItem;
     const Range share = part_of(units, item % group_items, group_items);
-    kernels_.matmul(job, {first_row, std::min(first_row + kRowsPerItem, rows)},
-                    {share.begin * unit, share.end * unit}, scratch_of(thread));
+    const Range item_rows{first_row, std::min(first_row + kRowsPerItem, rows)};
+    const Range groups{share.begin * unit, share.end * unit};
+    if (integers)
+      kernels_.matmul_int8(job, item_rows, groups);
+    else
+      kernels_.matmul(job, item_rows, groups, scratch_of(thread));
   });
 }
 

@@ -21,6 +21,7 @@ struct ModelShape {
   int feed_forward;
   int vocabulary;
   float rms_epsilon;
+  KvFormat kv_format;
 
   int query_size() const { return heads * head_dim; }
   int kv_size() const { return kv_heads * head_dim; }
@@ -73,14 +74,25 @@ struct Batch {
   int wanted;
 };
 
+// Where a pass tells how far it is: an eventfd that layers are added to as a tile has passed them, `every` at a time
+// and the rest with the tile's last one. -1: nobody wants to know.
+struct LayerSignal {
+  int fd = -1;
+  int every = 1;
+
+  void layer_done(int layer, int layers) const;
+};
+
 class Model {
  public:
   Model(const ModelShape& shape, RopeTable rope, const Kernels& kernels, int threads, const std::vector<int>& cores,
-        Keep keep);
+        Keep keep, Activations activations);
 
   const ModelShape& shape() const { return shape_; }
   const Kernels& kernels() const { return kernels_; }
   size_t weight_bytes() const { return weights_used_; }
+  // Whether any matrix packed so far is multiplied in integers, which is other arithmetic and makes other KV.
+  bool multiplies_integers() const { return activations_ == Activations::kInt8 && has_integers_; }
 
   void set_layer(int index, const LayerSource& source);
   void set_norms(int index, const float* attention, const float* ffn);
@@ -101,7 +113,9 @@ class Model {
   // Throws std::invalid_argument if the batch does not hold together, before anything is written.
   void check(const Batch& batch) const;
   // logits: [wanted][vocabulary]. The batch must have passed check().
-  void forward(const Batch& batch, float* logits);
+  void forward(const Batch& batch, float* logits, LayerSignal signal = {});
+  // Rows that go through all layers together; the next as many follow when these have.
+  static int tile_rows();
 
  private:
   struct Layer {
@@ -163,7 +177,8 @@ class Model {
   void attend(const Tile& tile, const Heads& heads);
   Attention attention_of(const Tile& tile, const Heads& heads, const AttentionItem& item) const;
   void write_logits(const Batch& batch, const Tile& tile, float* logits);
-  void multiply(const Matmul& job, int rows);
+  void multiply(Matmul job, int rows);
+  void quantise_rows(const Matmul& job, int rows);
   Heads heads_of(int layer) const;
   HeadVectors head_vectors_of(int layer) const;
   void* scratch_of(int thread) const { return scratch_.data() + scratch_bytes_ * static_cast<size_t>(thread); }
@@ -174,8 +189,10 @@ class Model {
   ThreadPool pool_;
 
   Keep keep_;
+  Activations activations_;
   Buffer<unsigned char> weights_;
   size_t weights_used_ = 0;  // bytes
+  bool has_integers_ = false;  // a matrix in another format than bf16
   PackedMatrix embedding_{};
   PackedMatrix head_{};
   std::vector<Layer> layers_;
@@ -192,6 +209,7 @@ class Model {
   Buffer<Bf16> queries_;
   Buffer<Bf16> attended_;
   Buffer<Bf16> gated_;
+  Buffer<InputGroup> quantised_;  // inputs of the product at hand
   Buffer<float> partials_;
   size_t scratch_bytes_;
   Buffer<char> scratch_;

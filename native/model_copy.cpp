@@ -84,6 +84,7 @@ void Model::adopt(const unsigned char* memory, size_t bytes, const std::vector<P
   embedding_ = embedding;
   head_ = head;
   weights_used_ = bytes;
+  for (const PlacedMatrix& matrix : matrices) has_integers_ = has_integers_ || matrix.format != Format::kBf16;
 }
 
 }  // namespace memserve

@@ -16,6 +16,7 @@
 #include "limits.h"
 #include "model.h"
 #include "pool_module.h"
+#include "product.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -168,6 +169,34 @@ Keep keep_of(const std::string& name) {
   throw std::invalid_argument("keep is '" + name + "'; accepted: stored, bf16, int8");
 }
 
+KvFormat kv_format_of(const std::string& name) {
+  if (name == "bf16") return KvFormat::kBf16;
+  if (name == "int8") return KvFormat::kInt8;
+  throw std::invalid_argument("kv_dtype is '" + name + "'; accepted: bf16, int8");
+}
+
+Activations activations_of(const std::string& name) {
+  if (name == "bf16") return Activations::kBf16;
+  if (name == "int8") return Activations::kInt8;
+  throw std::invalid_argument("activations is '" + name + "'; accepted: bf16, int8");
+}
+
+using InputRows = nb::ndarray<const uint16_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+Logits multiply(const PythonMatrix& matrix, const InputRows& inputs, const std::optional<std::string>& isa,
+                const std::string& keep, const std::string& activations) {
+  const size_t rows = inputs.shape(0), columns = static_cast<size_t>(matrix.rows);
+  if (static_cast<int>(inputs.shape(1)) != matrix.inputs)
+    throw std::invalid_argument("rows of " + std::to_string(inputs.shape(1)) + " inputs for a matrix of " +
+                                std::to_string(matrix.inputs));
+  auto* outputs = new float[rows * columns];
+  nb::capsule owner(outputs, [](void* p) noexcept { delete[] static_cast<float*>(p); });
+  const MatrixSource source{"matrix", matrix.stored, matrix.data(), matrix.rows, matrix.inputs};
+  multiply_once(chosen_kernels(isa), source, keep_of(keep), activations_of(activations), inputs.data(),
+                static_cast<int>(rows), outputs);
+  return Logits(outputs, {rows, columns}, owner);
+}
+
 RopeTable rope_table(const Matrix& cosines, const Matrix& sines, int head_dim) {
   const int positions = static_cast<int>(cosines.shape(0));
   const float* c = checked(cosines, positions, head_dim / 2, "cosines");
@@ -177,10 +206,12 @@ RopeTable rope_table(const Matrix& cosines, const Matrix& sines, int head_dim) {
 
 void construct(PythonModel* self, int layers, int hidden, int heads, int kv_heads, int head_dim, int feed_forward,
                int vocabulary, float rms_epsilon, const Matrix& cosines, const Matrix& sines, int threads,
-               const std::vector<int>& cores, const std::optional<std::string>& isa, const std::string& keep) {
-  const ModelShape shape{layers, hidden, heads, kv_heads, head_dim, feed_forward, vocabulary, rms_epsilon};
+               const std::vector<int>& cores, const std::optional<std::string>& isa, const std::string& keep,
+               const std::string& activations, const std::string& kv_dtype) {
+  const KvFormat kv = kv_format_of(kv_dtype);
+  const ModelShape shape{layers, hidden, heads, kv_heads, head_dim, feed_forward, vocabulary, rms_epsilon, kv};
   new (self) PythonModel(shape, rope_table(cosines, sines, head_dim), chosen_kernels(isa), threads, cores,
-                         keep_of(keep));
+                         keep_of(keep), activations_of(activations));
 }
 
 void check_layer(const ModelShape& s, int index) {
@@ -278,14 +309,15 @@ Batch batch_of(const Indices& tokens, const Indices& positions, const Indices& s
 }
 
 Logits forward(PythonModel& self, const Indices& tokens, const Indices& positions, const Indices& starts,
-               const BlockTable& blocks, const Indices& logit_rows) {
+               const BlockTable& blocks, const Indices& logit_rows, int progress, int every) {
   const Batch batch = batch_of(tokens, positions, starts, blocks, logit_rows);
   self.check(batch);
+  if (every < 1) throw std::invalid_argument("every is " + std::to_string(every) + "; it must be at least 1 layer");
   const size_t vocabulary = static_cast<size_t>(self.shape().vocabulary);
   Logits logits = self.logits->lend(static_cast<size_t>(batch.wanted), vocabulary);
   float* values = logits.data();
   nb::gil_scoped_release unlocked;
-  self.forward(batch, values);
+  self.forward(batch, values, {progress, every});
   return logits;
 }
 
@@ -295,10 +327,11 @@ double read_bandwidth(int threads, size_t nbytes, const std::optional<std::strin
   return measure_read_bandwidth(kernels, threads, nbytes);
 }
 
-double dot_peak(int threads, const std::optional<std::string>& isa) {
+double dot_peak(int threads, const std::optional<std::string>& isa, const std::string& name) {
   const Kernels& kernels = chosen_kernels(isa);
+  const Activations activations = activations_of(name);
   nb::gil_scoped_release unlocked;
-  return measure_dot_peak(kernels, threads);
+  return measure_dot_peak(kernels, threads, activations);
 }
 
 }  // namespace
@@ -315,27 +348,33 @@ NB_MODULE(_native, m) {
   m.def("copy_blocks", &copy_blocks, "dst"_a, "src"_a, "nbytes"_a);
   m.def("checksum_blocks", &checksum_blocks, "src"_a, "nbytes"_a);
   m.def("read_bandwidth", &read_bandwidth, "threads"_a, "nbytes"_a = size_t{256} << 20, "isa"_a = nb::none());
-  m.def("dot_peak", &dot_peak, "threads"_a, "isa"_a = nb::none());
+  m.def("dot_peak", &dot_peak, "threads"_a, "isa"_a = nb::none(), "activations"_a = "bf16");
   m.attr("packed_layout") = kPackedLayout;
   nb::class_<PythonMatrix>(m, "Matrix")
       .def("__init__", &construct_floats, "values"_a)
       .def_static("of_blocks", &matrix_of_blocks, "kind"_a, "rows"_a, "inputs"_a);
+  m.def("multiply", &multiply, "matrix"_a, "inputs"_a, "isa"_a = nb::none(), "keep"_a = "stored",
+        "activations"_a = "bf16");
   nb::class_<PythonModel>(m, "Model")
       .def("__init__", &construct, nb::kw_only(), "layers"_a, "hidden"_a, "heads"_a, "kv_heads"_a, "head_dim"_a,
-           "feed_forward"_a, "vocabulary"_a, "rms_epsilon"_a, "cosines"_a, "sines"_a, "threads"_a, "cores"_a = std::vector<int>(),
-           "isa"_a = nb::none(), "keep"_a = "stored")
+           "feed_forward"_a, "vocabulary"_a, "rms_epsilon"_a, "cosines"_a, "sines"_a, "threads"_a,
+           "cores"_a = std::vector<int>(), "isa"_a = nb::none(), "keep"_a = "stored", "activations"_a = "bf16",
+           "kv_dtype"_a = "bf16")
       .def_prop_ro("isa", [](const PythonModel& self) { return std::string(self.kernels().name); })
       .def_prop_ro("weight_bytes", [](const PythonModel& self) { return self.weight_bytes(); })
+      .def_prop_ro("multiplies_integers", [](const PythonModel& self) { return self.multiplies_integers(); })
       .def("set_layer", &set_layer, "index"_a, "q"_a, "k"_a, "v"_a, "o"_a, "gate"_a, "up"_a, "down"_a)
+      .def("set_norms", &set_norms, "index"_a, "attention_norm"_a, "ffn_norm"_a)
       .def("set_head_vectors", &set_head_vectors, "index"_a, "qkv_bias"_a = nb::none(), "q_norm"_a = nb::none(),
            "k_norm"_a = nb::none())
       .def("set_embedding", &set_embedding, "embedding"_a)
-      .def("set_norms", &set_norms, "index"_a, "attention_norm"_a, "ffn_norm"_a)
+      .def("set_head", &set_head, "head"_a.none())
       .def("set_output_norm", &set_output_norm, "norm"_a)
       .def("placed", &placed)
       .def("packed", &packed)
       .def("adopt", &adopt, "memory"_a, "matrices"_a)
-      .def("set_head", &set_head, "head"_a.none())
-      .def("forward", &forward, "tokens"_a, "positions"_a, "starts"_a, "blocks"_a, "logit_rows"_a);
+      .def_prop_ro_static("tile_rows", [](nb::handle) { return PythonModel::tile_rows(); })
+      .def("forward", &forward, "tokens"_a, "positions"_a, "starts"_a, "blocks"_a, "logit_rows"_a, "progress"_a = -1,
+           "every"_a = 1);
   bind_pool_passes(m);
 }

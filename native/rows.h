@@ -24,23 +24,76 @@ void normalise(const Normalise& job) {
 constexpr int kMostHeadDim = 256;
 
 // Half-split ("neox") rotation: dimension i turns together with dimension i + dim / 2.
-inline void rotate_head(Bf16* to, const float* head, int dim, const float* cosines, const float* sines) {
+inline void rotate_head(float* to, const float* head, int dim, const float* cosines, const float* sines) {
   const int half = dim / 2;
-  float turned[kMostHeadDim];
   for (int i = 0; i < half; ++i) {
-    turned[i] = head[i] * cosines[i] - head[i + half] * sines[i];
-    turned[i + half] = head[i + half] * cosines[i] + head[i] * sines[i];
+    to[i] = head[i] * cosines[i] - head[i + half] * sines[i];
+    to[i + half] = head[i + half] * cosines[i] + head[i] * sines[i];
   }
-  for (int i = 0; i < dim; i += kLanes16) store_bf16(to + i, load(turned + i));
 }
 
-inline void place_keys(Bf16* block, int slot, const Bf16* key, int dim) {
-  for (int i = 0; i < dim; i += 2) std::memcpy(block + i * kBlockTokens + 2 * slot, key + i, 2 * sizeof(Bf16));
+inline void round_head(Bf16* to, const float* head, int dim) {
+  for (int i = 0; i < dim; i += kLanes16) store_bf16(to + i, load(head + i));
 }
 
-inline void place_values(Bf16* block, int slot, const Bf16* value, int dim) {
-  Bf16* pair = block + static_cast<size_t>(slot / 2) * dim * 2 + slot % 2;
-  for (int i = 0; i < dim; ++i) pair[2 * i] = value[i];
+// Returns the scale of to[i] = round(head[i] / scale): largest / 127; 0 for a head that is nothing but zeros, or too
+// small for a scale; NaN, and zeros, for one with a number that is not finite.
+inline float quantise_head(int8_t* to, const float* head, int dim) {
+  constexpr float kSmallestNormal = 0x1p-126f;
+  Floats largest = zeros(), broken = zeros();
+  for (int i = 0; i < dim; i += kLanes16) {
+    const Floats x = load(head + i);
+    largest = larger(largest, absolute(x));
+    broken = multiply_add(x, zeros(), broken);
+  }
+  const float scale = largest_lane(largest) / 127.0f + sum_of_lanes(broken);
+  if (!(scale >= kSmallestNormal)) {
+    std::memset(to, 0, static_cast<size_t>(dim));
+    return scale != scale ? scale : 0.0f;
+  }
+  const Floats inverse = splat(1.0f / scale);
+  for (int i = 0; i < dim; i += kLanes16) store_int8(to + i, multiply(load(head + i), inverse));
+  return scale;
+}
+
+template <class Element>
+inline void place_keys(unsigned char* block, int slot, const Element* key, int dim) {
+  for (int i = 0; i < dim; i += 2)
+    std::memcpy(block + (i * kBlockTokens + 2 * slot) * sizeof(Element), key + i, 2 * sizeof(Element));
+}
+
+template <class Element>
+inline void place_values(unsigned char* block, int slot, const Element* value, int dim) {
+  unsigned char* pair = block + (static_cast<size_t>(slot / 2) * dim * 2 + slot % 2) * sizeof(Element);
+  for (int i = 0; i < dim; ++i) std::memcpy(pair + 2 * i * sizeof(Element), value + i, sizeof(Element));
+}
+
+struct PlacedHead {
+  unsigned char* keys;    // of the head, in the row's block
+  unsigned char* values;
+  int slot;
+  int dim;
+};
+
+inline void place_bf16(const PlacedHead& to, const float* key, const float* value) {
+  Bf16 rounded[kMostHeadDim];
+  round_head(rounded, key, to.dim);
+  place_keys(to.keys, to.slot, rounded, to.dim);
+  round_head(rounded, value, to.dim);
+  place_values(to.values, to.slot, rounded, to.dim);
+}
+
+inline void place_int8(const PlacedHead& to, const float* key, const float* value) {
+  int8_t keys[kMostHeadDim], values[kMostHeadDim];
+  const float key_scale = quantise_head(keys, key, to.dim);
+  const float value_scale = quantise_head(values, value, to.dim);
+  // Softmax would skip a score of NaN; a weight cannot.
+  const float both = value_scale + 0.0f * key_scale;
+  const size_t at = static_cast<size_t>(to.slot) * sizeof(float);
+  std::memcpy(to.keys + at, &key_scale, sizeof key_scale);
+  std::memcpy(to.values + at, &both, sizeof both);
+  place_keys(to.keys + kScaleBytes, to.slot, keys, to.dim);
+  place_values(to.values + kScaleBytes, to.slot, values, to.dim);
 }
 
 // A head with its bias and norm, in `room` if the model has any of them. `bias` and `norm` may be null.
@@ -70,15 +123,16 @@ void place_row(const PlaceRow& job) {
     const float* bias = vectors.bias == nullptr ? nullptr : vectors.bias + at;
     return prepared_head(room, job.qkv + at, bias, norm, dim, vectors.epsilon);
   };
-  for (int h = 0; h < heads.queries; ++h)
-    rotate_head(job.queries + h * dim, head_at(h * dim, vectors.q_norm), dim, job.cosines, job.sines);
-  Bf16 rounded[kMostHeadDim];
+  float turned[kMostHeadDim];
+  for (int h = 0; h < heads.queries; ++h) {
+    rotate_head(turned, head_at(h * dim, vectors.q_norm), dim, job.cosines, job.sines);
+    round_head(job.queries + h * dim, turned, dim);
+  }
+  const auto place = heads.format == KvFormat::kInt8 ? place_int8 : place_bf16;
   for (int h = 0; h < heads.kv; ++h) {
-    rotate_head(rounded, head_at(first_key + h * dim, vectors.k_norm), dim, job.cosines, job.sines);
-    place_keys(const_cast<Bf16*>(heads.keys(job.block, h)), job.slot, rounded, dim);
+    rotate_head(turned, head_at(first_key + h * dim, vectors.k_norm), dim, job.cosines, job.sines);
     const float* value = head_at(first_value + h * dim, nullptr);
-    for (int i = 0; i < dim; i += kLanes16) store_bf16(rounded + i, load(value + i));
-    place_values(const_cast<Bf16*>(heads.values(job.block, h)), job.slot, rounded, dim);
+    place({heads.keys(job.block, h), heads.values(job.block, h), job.slot, dim}, turned, value);
   }
 }
 

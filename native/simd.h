@@ -8,6 +8,8 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__SSE2__)
+#include <emmintrin.h>
 #elif defined(MEMSERVE_NEON)
 #include <arm_neon.h>
 #endif
@@ -53,6 +55,11 @@ inline void store_bf16(uint16_t* to, Floats x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)));
 }
 
+inline Floats load_bf16(const uint16_t* from) {
+  const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+}
+
 inline Pairs load_pairs(const uint16_t* from) { return _mm512_loadu_si512(from); }
 inline Pairs splat_pair(const uint16_t* from) {
   int pair;
@@ -61,6 +68,27 @@ inline Pairs splat_pair(const uint16_t* from) {
 }
 inline Floats dot_pairs(Floats sum, Pairs a, Pairs b) {
   return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+}
+
+// Pairs of int16 as well: what int8 becomes on its way into products, with 32-bit sums that are exact in any order.
+using Ints = __m512i;
+
+inline Pairs load_byte_pairs(const int8_t* from) {
+  return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+inline Ints no_ints() { return _mm512_setzero_si512(); }
+// gcc 12 copies the sum before and after the intrinsic, which fills a register block with moves.
+inline Ints dot_int_pairs(Ints sum, Pairs a, Pairs b) {
+  __asm__("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+  return sum;
+}
+inline Floats floats_of(Ints x) { return _mm512_cvtepi32_ps(x); }
+// Round to nearest even; numbers that fit.
+inline void store_int16(uint16_t* to, Floats x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(x)));
+}
+inline void store_int8(int8_t* to, Floats x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x)));
 }
 
 using Words = __m512i;  // sixteen of 32 bits
@@ -85,17 +113,16 @@ inline Floats low_nibbles(Words words, int nibble) {
   return _mm512_permutexvar_ps(nibble == 0 ? words : _mm512_srli_epi32(words, 4 * nibble), numbers);
 }
 
-// Each of sixteen numbers twice: of the first eight, and of the others.
-struct PairLanes {
-  Floats low;
-  Floats high;
-};
-inline PairLanes in_pairs(Floats x) {
-  const __m512i low = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
-  return {_mm512_permutexvar_ps(low, x), _mm512_permutexvar_ps(_mm512_add_epi32(low, _mm512_set1_epi32(8)), x)};
+inline Floats signed_bytes(Words words, int byte) {
+  return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(words, 24 - 8 * byte), 24));
 }
-inline void store_bf16_pairs(uint16_t* to, Floats low, Floats high) {
-  _mm512_storeu_si512(to, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)));
+
+// Sixteen pairs (first[i], second[i]).
+inline void store_bf16_pairs(uint16_t* to, Floats first, Floats second) {
+  const __m512i places = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                          21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512i halves = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first));
+  _mm512_storeu_si512(to, _mm512_permutexvar_epi16(places, halves));
 }
 
 #else
@@ -211,6 +238,14 @@ inline void store_bf16(uint16_t* to, Floats x) {
 }
 #endif
 
+inline Floats load_bf16(const uint16_t* from) {
+  uint32_t bits[kLanes16];
+  for (int i = 0; i < kLanes16; ++i) bits[i] = static_cast<uint32_t>(from[i]) << 16;
+  Floats x;
+  std::memcpy(&x, bits, sizeof x);
+  return x;
+}
+
 inline Pairs load_pairs(const uint16_t* from) {
   Pairs x;
   std::memcpy(&x, from, sizeof x);
@@ -238,6 +273,47 @@ inline Floats dot_pairs(Floats sum, Pairs a, Pairs b) {
 #endif
 }
 
+// Pairs of int16 as well: what int8 becomes on its way into products, with 32-bit sums that are exact in any order.
+struct Ints {
+  NativeInts part[kParts];
+};
+typedef int8_t NativeBytePairs __attribute__((vector_size(kNativeLanes * 2)));
+typedef int16_t NativeShorts __attribute__((vector_size(kNativeLanes * 4)));
+
+inline Pairs load_byte_pairs(const int8_t* from) {
+  return each_part<Pairs>([&](int p) {
+    NativeBytePairs bytes;
+    std::memcpy(&bytes, from + p * 2 * kNativeLanes, sizeof bytes);
+    return reinterpret_cast<NativeWords>(__builtin_convertvector(bytes, NativeShorts));
+  });
+}
+inline Ints no_ints() { return Ints{}; }
+inline NativeInts native_dot_int_pairs(NativeWords a, NativeWords b) {
+#if defined(__AVX2__)
+  return reinterpret_cast<NativeInts>(_mm256_madd_epi16(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
+#elif defined(__SSE2__)
+  return reinterpret_cast<NativeInts>(_mm_madd_epi16(reinterpret_cast<__m128i>(a), reinterpret_cast<__m128i>(b)));
+#else
+  const NativeInts first = (reinterpret_cast<NativeInts>(a << 16) >> 16) * (reinterpret_cast<NativeInts>(b << 16) >> 16);
+  return first + (reinterpret_cast<NativeInts>(a) >> 16) * (reinterpret_cast<NativeInts>(b) >> 16);
+#endif
+}
+inline Ints dot_int_pairs(Ints sum, Pairs a, Pairs b) {
+  return each_part<Ints>([&](int p) { return sum.part[p] + native_dot_int_pairs(a.part[p], b.part[p]); });
+}
+inline Floats floats_of(Ints x) {
+  return each_part<Floats>([&](int p) { return __builtin_convertvector(x.part[p], NativeFloats); });
+}
+// Round to nearest even; numbers that fit.
+template <class Element>
+inline void store_whole(Element* to, Floats x) {
+  float lanes[kLanes16];
+  store(lanes, nearest(x));
+  for (int i = 0; i < kLanes16; ++i) to[i] = static_cast<Element>(static_cast<int32_t>(lanes[i]));
+}
+inline void store_int16(uint16_t* to, Floats x) { store_whole(to, x); }
+inline void store_int8(int8_t* to, Floats x) { store_whole(to, x); }
+
 using Words = Pairs;
 
 inline Words load_words(const unsigned char* from) {
@@ -245,33 +321,37 @@ inline Words load_words(const unsigned char* from) {
   std::memcpy(&x, from, sizeof x);
   return x;
 }
+typedef int8_t NativeBytes __attribute__((vector_size(kNativeLanes)));
+typedef uint8_t NativeUnsignedBytes __attribute__((vector_size(kNativeLanes)));
+typedef uint16_t NativeHalves __attribute__((vector_size(kNativeLanes * 2)));
+
+template <class Vector>
+inline Vector native_part(const unsigned char* from, int p) {
+  Vector x;
+  std::memcpy(&x, from + static_cast<size_t>(p) * sizeof x, sizeof x);
+  return x;
+}
 inline Floats load_s8(const unsigned char* from) {
-  float x[kLanes16];
-  for (int i = 0; i < kLanes16; ++i) x[i] = static_cast<float>(static_cast<int8_t>(from[i]));
-  return load(x);
+  return each_part<Floats>(
+      [&](int p) { return __builtin_convertvector(native_part<NativeBytes>(from, p), NativeFloats); });
 }
 inline Floats load_u8(const unsigned char* from) {
-  float x[kLanes16];
-  for (int i = 0; i < kLanes16; ++i) x[i] = static_cast<float>(from[i]);
-  return load(x);
+  return each_part<Floats>(
+      [&](int p) { return __builtin_convertvector(native_part<NativeUnsignedBytes>(from, p), NativeFloats); });
 }
 // Finite numbers only. The exponent is moved by a multiplication, which also makes small numbers normal ones.
 inline Floats load_f16(const unsigned char* from) {
 #if defined(MEMSERVE_NEON)
-  uint16_t halves[kLanes16];
-  std::memcpy(halves, from, sizeof halves);
   return each_part<Floats>([&](int p) {
-    return reinterpret_cast<NativeFloats>(vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(halves + p * kNativeLanes))));
+    uint16_t halves[kNativeLanes];
+    std::memcpy(halves, from + p * sizeof halves, sizeof halves);
+    return reinterpret_cast<NativeFloats>(vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(halves))));
   });
 #else
-  float x[kLanes16];
-  for (int i = 0; i < kLanes16; ++i) {
-    const uint32_t half = from[2 * i] | static_cast<uint32_t>(from[2 * i + 1]) << 8;
-    const uint32_t bits = (half & 0x8000u) << 16 | (half & 0x7fffu) << 13;
-    std::memcpy(&x[i], &bits, sizeof bits);
-    x[i] *= 0x1p112f;
-  }
-  return load(x);
+  return each_part<Floats>([&](int p) {
+    const NativeWords half = __builtin_convertvector(native_part<NativeHalves>(from, p), NativeWords);
+    return reinterpret_cast<NativeFloats>((half & 0x8000u) << 16 | (half & 0x7fffu) << 13) * 0x1p112f;
+  });
 #endif
 }
 inline Floats low_nibbles(Words words, int nibble) {
@@ -279,43 +359,21 @@ inline Floats low_nibbles(Words words, int nibble) {
     return __builtin_convertvector(reinterpret_cast<NativeInts>((words.part[p] >> (4 * nibble)) & 15u), NativeFloats);
   });
 }
+inline Floats signed_bytes(Words words, int byte) {
+  return each_part<Floats>([&](int p) {
+    return __builtin_convertvector(reinterpret_cast<NativeInts>(words.part[p] << (24 - 8 * byte)) >> 24, NativeFloats);
+  });
+}
 
-struct PairLanes {
-  Floats low;
-  Floats high;
-};
-inline PairLanes in_pairs(Floats x) {
-#if defined(MEMSERVE_NEON)
-  PairLanes twice;
-  for (int p = 0; p < kParts; ++p) {
-    const auto four = reinterpret_cast<float32x4_t>(x.part[p]);
-    Floats& half = p < kParts / 2 ? twice.low : twice.high;
-    half.part[p % 2 * 2] = reinterpret_cast<NativeFloats>(vzip1q_f32(four, four));
-    half.part[p % 2 * 2 + 1] = reinterpret_cast<NativeFloats>(vzip2q_f32(four, four));
-  }
-  return twice;
-#else
-  float lanes[kLanes16], twice[2 * kLanes16];
-  store(lanes, x);
-  for (int i = 0; i < 2 * kLanes16; ++i) twice[i] = lanes[i / 2];
-  return {load(twice), load(twice + kLanes16)};
-#endif
-}
-// Finite numbers only.
-inline NativeWords rounded_upper_half(NativeFloats x) {
-  const NativeWords bits = reinterpret_cast<NativeWords>(x);
-  return (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-}
-typedef uint16_t NativeHalves __attribute__((vector_size(kNativeLanes * 2)));
-inline void store_bf16_finite(uint16_t* to, Floats x) {
-  for (int p = 0; p < kParts; ++p) {
-    const NativeHalves halves = __builtin_convertvector(rounded_upper_half(x.part[p]), NativeHalves);
-    std::memcpy(to + p * kNativeLanes, &halves, sizeof halves);
-  }
-}
-inline void store_bf16_pairs(uint16_t* to, Floats low, Floats high) {
-  store_bf16_finite(to, low);
-  store_bf16_finite(to + kLanes16, high);
+// Sixteen pairs (first[i], second[i]); finite numbers only.
+inline void store_bf16_pairs(uint16_t* to, Floats first, Floats second) {
+  const auto rounded = [](NativeFloats x) {
+    const NativeWords bits = reinterpret_cast<NativeWords>(x);
+    return bits + 0x7fffu + ((bits >> 16) & 1u);
+  };
+  const Pairs pairs = each_part<Pairs>(
+      [&](int p) { return rounded(first.part[p]) >> 16 | (rounded(second.part[p]) & 0xffff0000u); });
+  std::memcpy(to, &pairs, sizeof pairs);
 }
 
 #endif
@@ -351,6 +409,8 @@ inline Floats exp2(Floats x) {
   p = multiply_add(p, f, splat(1.0f));
   return multiply(p, power_of_two(whole));
 }
+
+inline Floats absolute(Floats x) { return larger(x, subtract(zeros(), x)); }
 
 inline float first_lane(Floats x) {
   float lanes[kLanes16];

@@ -4,9 +4,9 @@ Needs aarch64-linux-gnu-g++ and qemu-aarch64 (Debian: g++-aarch64-linux-gnu, qem
 missing it says so and exits with code 77, which test drivers take for "skipped". On an ARM machine it uses
 the machine itself.
 
-For each level (neon-bf16, neon, portable) and each way to hold weights: logits against the float32 reference
-runner; the same bits whatever the chunks and the number of threads. And each level must be found, and only
-where the processor has its instructions.
+For each level (neon-bf16, neon, portable), each way to hold weights and to multiply: logits against the
+float32 reference runner; the same bits whatever the chunks and the number of threads. And each level must be
+found, and only where the processor has its instructions.
 
     python scripts/check_neon.py [--keep FOLDER]
 """
@@ -14,6 +14,7 @@ where the processor has its instructions.
 from __future__ import annotations
 
 import argparse
+import itertools
 import platform
 import shutil
 import struct
@@ -40,7 +41,7 @@ LEVELS = {
     "portable": [],
     "amx_emulated": [],
     "neon": [],
-    "neon_bf16": ["-march=armv8.2-a+bf16"],
+    "neon_bf16": ["-march=armv8.2-a+dotprod+bf16"],
 }
 SOURCES = ["model.cpp", "model_copy.cpp", "pack.cpp", "threads.cpp", "isa.cpp"]
 OPTIONS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wno-psabi"]
@@ -51,8 +52,8 @@ MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 TOKENS = 300
 """Two segments of attention."""
 CHUNKS = (1, 16, 230, 3, 17, 20, 1, 1, 1)
-TOLERANCE = 0.03
-"""Root of the mean square of the difference over the spread of logits; inputs of products are bf16."""
+TOLERANCES = {"bf16": 0.03, "int8": 0.06}
+"""Root of the mean square of the difference over the spread of logits, by what inputs are multiplied in."""
 
 Float = NDArray[np.float32]
 
@@ -115,25 +116,32 @@ def check_kind(kind: str, run: Sequence[str], levels: Sequence[str], folder: Pat
     model.write_bytes(b"".join(encode_model(weights, stored, tokens)))
     expected = reference_logits(weights, tokens)
     broken = []
-    for level in levels:
-        whole = run_model(run, model, level, 1, [], weights.spec.vocabulary)
-        chunked = run_model(run, model, level, 2, CHUNKS, weights.spec.vocabulary)
+    for level, activations in itertools.product(levels, TOLERANCES):
+        arguments = (run, model, level, activations, weights.spec.vocabulary)
+        whole, chunked = run_model(*arguments, 1, []), run_model(*arguments, 2, CHUNKS)
         error = float(np.sqrt(((whole - expected) ** 2).mean()) / expected.std())
         same = np.array_equal(whole, chunked)
+        name = f"{kind:5} {activations} {level:10}"
         verdict = "equal" if same else "DIFFER"
-        print(f"{kind:5} {level:10} rms error {error:.4f}, chunks and threads {verdict}", flush=True)
-        if not error < TOLERANCE:
-            broken.append(f"{kind} on {level}: rms error {error:.4f}, at most {TOLERANCE}")
+        print(f"{name} rms error {error:.4f}, chunks and threads {verdict}", flush=True)
+        if not error < TOLERANCES[activations]:
+            broken.append(f"{name}: rms error {error:.4f}, at most {TOLERANCES[activations]}")
         if not same:
-            broken.append(f"{kind} on {level}: other bits in chunks and with two threads")
+            broken.append(f"{name}: other bits in chunks and with two threads")
     return broken
 
 
 def run_model(
-    run: Sequence[str], model: Path, level: str, threads: int, chunks: Sequence[int], vocabulary: int
+    run: Sequence[str],
+    model: Path,
+    level: str,
+    activations: str,
+    vocabulary: int,
+    threads: int,
+    chunks: Sequence[int],
 ) -> Float:
     output = model.with_suffix(".logits")
-    command = [*run, str(model), level, str(threads), str(output), *map(str, chunks)]
+    command = [*run, str(model), level, activations, str(threads), str(output), *map(str, chunks)]
     subprocess.run(command, check=True, timeout=600)
     return np.fromfile(output, np.float32).reshape(-1, vocabulary)
 

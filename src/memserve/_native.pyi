@@ -1,6 +1,7 @@
 """The C++ kernels. Addresses are of this process and are trusted; shapes and indices are checked."""
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,8 +33,8 @@ packed_layout: int
 def read_bandwidth(threads: int, nbytes: int = ..., isa: str | None = None) -> float:
     """Measured: bytes/s that ``threads`` threads read from memory beyond the caches."""
 
-def dot_peak(threads: int, isa: str | None = None) -> float:
-    """Measured: FLOP/s of bf16 dot products fed from registers."""
+def dot_peak(threads: int, isa: str | None = None, activations: str = "bf16") -> float:
+    """Measured: operations/s, two per multiply-add, of dot products fed from registers."""
 
 class Matrix:
     """A matrix to be packed; borrows the caller's memory."""
@@ -44,6 +45,15 @@ class Matrix:
     @staticmethod
     def of_blocks(kind: str, rows: NDArray[np.uint8], inputs: int) -> Matrix:
         """rows: uint8[outputs, bytes] in blocks of ggml's type ``kind``; ValueError if they are not."""
+
+def multiply(
+    matrix: Matrix,
+    inputs: NDArray[np.uint16],
+    isa: str | None = None,
+    keep: str = "stored",
+    activations: str = "bf16",
+) -> NDArray[np.float32]:
+    """One product, float32[rows, outputs], of bf16 bits[rows, inputs], as a model computes it; for tests."""
 
 class Model:
     """A Llama-family decoder; see ``native/model.h``. One pass at a time."""
@@ -65,6 +75,8 @@ class Model:
         cores: Sequence[int] = (),
         isa: str | None = None,
         keep: str = "stored",
+        activations: str = "bf16",
+        kv_dtype: str = "bf16",
     ) -> None:
         """cosines, sines: float32[positions, head_dim / 2]; cores: where each thread is to stay, or none.
 
@@ -73,9 +85,15 @@ class Model:
 
     @property
     def isa(self) -> str: ...
+    tile_rows: ClassVar[int]
+    """Rows of a pass that go through all layers together, before the next ones do."""
     @property
     def weight_bytes(self) -> int:
         """Bytes of packed weights."""
+
+    @property
+    def multiplies_integers(self) -> bool:
+        """Whether any matrix set so far is multiplied in integers."""
 
     def set_layer(
         self,
@@ -123,8 +141,14 @@ class Model:
         starts: NDArray[np.int32],
         blocks: NDArray[np.uint64],
         logit_rows: NDArray[np.int32],
+        progress: int = -1,
+        every: int = 1,
     ) -> NDArray[np.float32]:
-        """Run a ForwardBatch; return float32[wanted, vocabulary]. Releases the GIL."""
+        """Run a ForwardBatch; return float32[wanted, vocabulary]. Releases the GIL.
+
+        ``progress``: an eventfd to which layers are added when a tile of rows has passed them, ``every`` at a
+        time and the rest with the tile's last one.
+        """
 
 # --- the pool's index: see native/blocks.h and native/prefixes.h ---
 #

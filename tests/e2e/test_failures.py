@@ -1,4 +1,4 @@
-"""What dies, who notices, and that nothing is left behind."""
+"""What dies, who notices, and that nothing is left behind, where nothing is started again."""
 
 from __future__ import annotations
 
@@ -19,6 +19,9 @@ ASK = {
     "messages": [{"role": "user", "content": "Tell me a long story about a lighthouse."}],
     "temperature": 0,
 }
+
+
+FOR_GOOD = "--no-restart-lost"
 
 
 def post(served: Served, **more: object) -> httpx.Response:
@@ -74,7 +77,7 @@ def test_kill_9_of_the_server_ends_the_instances() -> None:
 
 
 def test_kill_9_of_the_only_decode_instance_is_told_and_refused() -> None:
-    with serving() as served:
+    with serving(FOR_GOOD) as served:
         os.kill(served.instances()["decode-0"]["pid"], signal.SIGKILL)
         wait_for(lambda: health(served)["status"] == "unavailable", "the death was not noticed")
         assert "decode" in health(served)["message"]
@@ -87,7 +90,7 @@ def test_kill_9_of_the_only_decode_instance_is_told_and_refused() -> None:
 
 
 def test_the_remaining_instances_go_on() -> None:
-    with serving("--prefill", "1", "--decode", "2", "--threads", "1") as served:
+    with serving("--prefill", "1", "--decode", "2", "--threads", "1", FOR_GOOD) as served:
         expected = post(served, max_tokens=12).json()["choices"][0]["message"]["content"]
         os.kill(served.instances()["decode-0"]["pid"], signal.SIGKILL)
         wait_for(lambda: health(served)["status"] == "degraded", "the death was not noticed")
@@ -96,8 +99,8 @@ def test_the_remaining_instances_go_on() -> None:
         assert answer.json()["choices"][0]["message"]["content"] == expected
 
 
-def test_an_instance_that_dies_while_streaming_ends_the_stream_with_an_error() -> None:
-    with serving() as served:
+def test_the_last_of_its_kind_that_dies_while_streaming_ends_the_stream_with_an_error() -> None:
+    with serving(FOR_GOOD) as served:
         pid = served.instances()["decode-0"]["pid"]
         lines = []
         url = f"{served.url}/v1/chat/completions"
@@ -113,7 +116,7 @@ def test_an_instance_that_dies_while_streaming_ends_the_stream_with_an_error() -
 
 
 def test_a_frozen_instance_is_noticed_by_its_silence() -> None:
-    with serving() as served:
+    with serving(FOR_GOOD) as served:
         pid = served.instances()["decode-0"]["pid"]
         os.kill(pid, signal.SIGSTOP)
         wait_for(lambda: health(served)["status"] == "unavailable", "the silence was not noticed")

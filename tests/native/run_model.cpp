@@ -1,6 +1,6 @@
 // Runs a model of a plain file on one level, without Python: for machines that are only emulated.
 //
-//   run_model MODEL LEVEL THREADS OUTPUT [CHUNK...]
+//   run_model MODEL LEVEL ACTIVATIONS THREADS OUTPUT [CHUNK...]
 //
 // MODEL holds, in the machine's byte order, what scripts/check_neon.py writes; OUTPUT gets the logits of all tokens,
 // float32[tokens][vocabulary]. Tokens are taken in the given chunks, the rest at once.
@@ -63,7 +63,7 @@ struct StoredMatrix {
 
 ModelShape take_shape(File& file) {
   const auto n = file.take_many<int32_t>(7);
-  return {n[0], n[1], n[2], n[3], n[4], n[5], n[6], file.take<float>()};
+  return {n[0], n[1], n[2], n[3], n[4], n[5], n[6], file.take<float>(), KvFormat::kBf16};
 }
 
 void fill(Model& model, File& file) {
@@ -111,24 +111,26 @@ void run_chunk(Model& model, const Pool& pool, const std::vector<int32_t>& token
 }
 
 void run(int count, char** words) {
-  if (count < 5) throw std::runtime_error("usage: run_model MODEL LEVEL THREADS OUTPUT [CHUNK...]");
+  if (count < 6) throw std::runtime_error("usage: run_model MODEL LEVEL ACTIVATIONS THREADS OUTPUT [CHUNK...]");
+  const Activations activations = std::string(words[3]) == "int8" ? Activations::kInt8 : Activations::kBf16;
   File file(words[1]);
   const ModelShape shape = take_shape(file);
   const auto tokens = file.take_many<int32_t>(static_cast<size_t>(file.take<int32_t>()));
   const int total = static_cast<int>(tokens.size());
   const size_t angles = static_cast<size_t>(total) * static_cast<size_t>(shape.head_dim / 2);
   RopeTable rope{file.take_many<float>(angles), file.take_many<float>(angles), total};
-  Model model(shape, std::move(rope), kernels_of(words[2]), std::atoi(words[3]), {}, Keep::kStored);
+  Model model(shape, std::move(rope), kernels_of(words[2]), std::atoi(words[4]), {}, Keep::kStored,
+              activations);
   fill(model, file);
   const Pool pool(shape, total);
   std::vector<float> logits(tokens.size() * static_cast<size_t>(shape.vocabulary));
   int begin = 0;
-  for (int word = 5; begin < total; ++word) {
+  for (int word = 6; begin < total; ++word) {
     const int end = word < count ? std::min(total, begin + std::atoi(words[word])) : total;
     run_chunk(model, pool, tokens, begin, end, logits.data());
     begin = end;
   }
-  std::ofstream output(words[4], std::ios::binary);
+  std::ofstream output(words[5], std::ios::binary);
   output.write(reinterpret_cast<const char*>(logits.data()), static_cast<std::streamsize>(logits.size() * sizeof(float)));
 }
 

@@ -54,6 +54,12 @@ class TreeAgainstSets(RuleBasedStateMachine):
         for namespace in NAMESPACES:
             self.held[instance, namespace] = set()
 
+    @rule(instance=instances)
+    def forget(self, instance: InstanceId) -> None:
+        self.tree.forget(instance)
+        for namespace in NAMESPACES:
+            self.held[instance, namespace] = set()
+
     @rule(instance=instances, snapshot=st.lists(paths, max_size=3))
     def replace_by_snapshot(self, instance: InstanceId, snapshot: list[Blocks]) -> None:
         self.drop(instance)

@@ -18,11 +18,13 @@ from memserve.cluster.membership import (
     MemberLost,
     MemberReady,
     MemberRecovered,
+    MemberRoleChanged,
     MembersChanged,
     Membership,
     MemberState,
     MemberSuspected,
     ProcessExited,
+    RoleChanged,
     Tick,
 )
 from memserve.core.config import ClusterConfig
@@ -41,6 +43,7 @@ class FollowEffects(RuleBasedStateMachine):
         self.membership = Membership(CONFIG)
         self.now = 0.0
         self.serving: dict[InstanceId, tuple[int, MemberState]] = {}
+        self.roles: dict[InstanceId, Role] = {}
         self.announced: tuple = ()
         self.lost: set[tuple[InstanceId, int]] = set()
 
@@ -57,6 +60,12 @@ class FollowEffects(RuleBasedStateMachine):
             assert key not in self.lost
             assert effect.member.instance not in self.serving
             self.serving[effect.member.instance] = (effect.member.incarnation, MemberState.READY)
+            self.roles[effect.member.instance] = effect.member.role
+            return
+        if isinstance(effect, MemberRoleChanged):
+            assert self.serving[effect.member.instance][0] == effect.member.incarnation
+            assert self.roles[effect.member.instance] is not effect.member.role
+            self.roles[effect.member.instance] = effect.member.role
             return
         key = (effect.instance, effect.incarnation)
         assert key not in self.lost
@@ -89,6 +98,10 @@ class FollowEffects(RuleBasedStateMachine):
     def hear(self, name: InstanceId, incarnation: int) -> None:
         self.apply(Heard(name, incarnation))
 
+    @rule(name=names, incarnation=incarnations, role=st.sampled_from(Role))
+    def change_role(self, name: InstanceId, incarnation: int, role: Role) -> None:
+        self.apply(RoleChanged(name, incarnation, role))
+
     @rule(name=names)
     def leave(self, name: InstanceId) -> None:
         self.apply(LeaveRequested(name))
@@ -113,6 +126,7 @@ class FollowEffects(RuleBasedStateMachine):
         members = self.membership.members()
         assert members == self.announced
         assert {m.instance: m.incarnation for m in members} == {n: i for n, (i, _) in self.serving.items()}
+        assert all(self.roles[member.instance] is member.role for member in members)
         for line in self.membership.view():
             if line.state.serves:
                 assert self.serving[line.instance] == (line.incarnation, line.state)

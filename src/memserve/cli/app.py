@@ -13,6 +13,7 @@ from memserve.cli.chat import chat
 from memserve.cli.doctor import doctor
 from memserve.cli.instance import instance
 from memserve.cli.resize import resize
+from memserve.cli.role import role
 from memserve.cli.serve import serve
 from memserve.cli.serve_options import HELP
 from memserve.cli.status import status
@@ -31,6 +32,7 @@ app.command(help=HELP)(serve)
 app.command()(chat)
 app.command()(status)
 app.command()(resize)
+app.command()(role)
 app.command(help=BENCH_HELP)(bench)
 app.command()(doctor)
 app.command(hidden=True)(instance)

@@ -13,7 +13,7 @@ import msgspec
 
 from memserve.core.errors import MemServeError
 from memserve.server.schemas import ModelList
-from memserve.server.views import ClusterBody, HealthBody, MemoryAnswer, MemoryBody
+from memserve.server.views import ClusterBody, HealthBody, MemoryAnswer, MemoryBody, RoleAnswer, RoleBody
 
 S = TypeVar("S", bound=msgspec.Struct)
 
@@ -108,10 +108,12 @@ class ServerClient:
     def resize(self, instance: str, sizes: MemoryBody) -> MemoryAnswer:
         """Give an instance's pool more or less memory."""
         body = {name: size for name, size in msgspec.structs.asdict(sizes).items() if size is not None}
-        path = f"/v1/cluster/{quote(instance, safe='')}/memory"
-        with self._explained():
-            response = self._http.put(f"{self.url}{path}", json=body)
-        return self._decode(path, response, MemoryAnswer, (200,))
+        return self._put(f"/v1/cluster/{quote(instance, safe='')}/memory", body, MemoryAnswer)
+
+    def set_role(self, instance: str, role: str) -> RoleAnswer:
+        """Let an instance prefill, decode, or do both."""
+        body = msgspec.structs.asdict(RoleBody(role))
+        return self._put(f"/v1/cluster/{quote(instance, safe='')}/role", body, RoleAnswer)
 
     def chat(
         self, model: str, turns: Sequence[Turn], session: str, temperature: float | None
@@ -140,6 +142,11 @@ class ServerClient:
         with self._explained():
             response = self._http.get(f"{self.url}{path}")
         return self._decode(path, response, schema, accept)
+
+    def _put(self, path: str, body: dict[str, object], schema: type[S]) -> S:
+        with self._explained():
+            response = self._http.put(f"{self.url}{path}", json=body)
+        return self._decode(path, response, schema, (200,))
 
     def _decode(self, path: str, response: httpx.Response, schema: type[S], accept: Sequence[int]) -> S:
         if response.status_code not in accept:

@@ -35,7 +35,11 @@ class LineScreen:
         _print_ready(self._out, url, model)
 
     def lost(self, instance: str, reason: str) -> None:
+        self._stages.pop(instance, None)
         self._say(f"lost {instance}: {reason}")
+
+    def back(self, instance: str) -> None:
+        self._say(f"{instance} is back")
 
     def stopped(self) -> None:
         self._say("stopped")
@@ -75,6 +79,9 @@ class BarScreen:
 
     def lost(self, instance: str, reason: str) -> None:
         self._console.print(f"lost {instance}: {reason}", style="red", markup=False, highlight=False)
+
+    def back(self, instance: str) -> None:
+        self._console.print(f"{instance} is back", style="green", markup=False, highlight=False)
 
     def stopped(self) -> None:
         self._progress.stop()

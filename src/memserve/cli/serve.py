@@ -12,7 +12,7 @@ import typer
 from memserve.cli import serve_options as options
 from memserve.cli.failure import BAD_USAGE, CANNOT, fail
 from memserve.cli.sizes import parse_size
-from memserve.core.config import Config, check_config, override_config, parse_config
+from memserve.core.config import Activations, Config, check_config, override_config, parse_config
 from memserve.core.errors import ConfigError, MemServeError, ModelError
 
 DEFAULT_DISK = 4 << 30
@@ -29,20 +29,26 @@ class ServeOptions:
     runner: str | None = None
     weights: str | None = None
     weights_cache: str | None = None
+    activations: Activations | None = None
+    speculative_method: str | None = None
+    num_speculative_tokens: int | None = None
     prefill: int | None = None
     decode: int | None = None
     colocated: int | None = None
     phases: str | None = None
     policy: str | None = None
     kv_memory: str | None = None
+    kv_cache_dtype: str | None = None
     host_memory: str | None = None
     disk: str | None = None
     disk_memory: str | None = None
+    restart_lost: bool | None = None
     threads: int | None = None
     pin: bool | None = None
     target_tpot: float | None = None
     host: str | None = None
     port: int | None = None
+    request_timeout: float | None = None
     api_key: str | None = None
 
 
@@ -53,20 +59,26 @@ def serve(
     runner: options.Runner = None,
     weights: options.Weights = None,
     weights_cache: options.WeightsCache = None,
+    activations: options.Activations = None,
+    speculative_method: options.SpeculativeMethod = None,
+    num_speculative_tokens: options.NumSpeculativeTokens = None,
     prefill: options.Prefill = None,
     decode: options.Decode = None,
     colocated: options.Colocated = None,
     phases: options.Phases = None,
     policy: options.Policy = None,
     kv_memory: options.KvMemory = None,
+    kv_cache_dtype: options.KvCacheDtype = None,
     host_memory: options.HostMemory = None,
     disk: options.Disk = None,
     disk_memory: options.DiskMemory = None,
+    restart_lost: options.RestartLost = None,
     threads: options.Threads = None,
     pin: options.Pin = None,
     target_tpot: options.TargetTpot = None,
     host: options.Host = None,
     port: options.Port = None,
+    request_timeout: options.RequestTimeout = None,
     api_key: options.ApiKey = None,
     config: options.Config = None,
 ) -> None:
@@ -78,20 +90,26 @@ def serve(
         runner=runner,
         weights=weights,
         weights_cache=weights_cache,
+        activations=activations,
+        speculative_method=speculative_method,
+        num_speculative_tokens=num_speculative_tokens,
         prefill=prefill,
         decode=decode,
         colocated=colocated,
         phases=phases,
         policy=policy,
         kv_memory=kv_memory,
+        kv_cache_dtype=kv_cache_dtype,
         host_memory=host_memory,
         disk=disk,
         disk_memory=disk_memory,
+        restart_lost=restart_lost,
         threads=threads,
         pin=pin,
         target_tpot=target_tpot,
         host=host,
         port=port,
+        request_timeout=request_timeout,
         api_key=api_key or None,
     )
     try:
@@ -121,14 +139,18 @@ def build_config(said: ServeOptions, file: Path | None) -> Config:
         phases=said.phases,
         weights=said.weights,
         weights_cache=said.weights_cache,
+        activations=said.activations,
+        speculative_method=said.speculative_method,
+        num_speculative_tokens=said.num_speculative_tokens,
         target_tpot=said.target_tpot,
     )
-    config = override_config(config, "cluster", **_counts(said))
+    config = override_config(config, "cluster", restart_lost=said.restart_lost, **_counts(said))
     config = override_config(
         config,
         "server",
         host=said.host,
         port=said.port,
+        request_timeout=said.request_timeout,
         policy=said.policy,
         api_key=said.api_key,
     )
@@ -136,7 +158,7 @@ def build_config(said: ServeOptions, file: Path | None) -> Config:
 
 
 def _pool(said: ServeOptions) -> dict[str, int | str | None]:
-    """Sizes of the tiers; a disk without a size gets the default one."""
+    """Sizes of the tiers and what is in them; a disk without a size gets the default one."""
     sizes = {
         "memory": (said.kv_memory, "--kv-memory"),
         "host_memory": (said.host_memory, "--host-memory"),
@@ -147,7 +169,7 @@ def _pool(said: ServeOptions) -> dict[str, int | str | None]:
     }
     if said.disk is not None and pool["disk_memory"] is None:
         pool["disk_memory"] = DEFAULT_DISK
-    return pool | {"disk_path": said.disk}
+    return pool | {"disk_path": said.disk, "kv_cache_dtype": said.kv_cache_dtype}
 
 
 def _counts(said: ServeOptions) -> dict[str, int | None]:

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from memserve.core.config import PHASES, POLICIES
+from memserve.core import config
+from memserve.core.config import DEFAULT_ACTIVATIONS, KV_CACHE_DTYPES, PHASES, POLICIES
 
 _MODEL, _INSTANCES, _HTTP = "Model", "Instances", "HTTP"
 
@@ -59,6 +60,26 @@ WeightsCache = Annotated[
         rich_help_panel=_MODEL,
     ),
 ]
+Activations = Annotated[
+    config.Activations | None,
+    typer.Option(
+        help="In what weights of 4 and 8 bits are multiplied. **bf16**: as exact as bf16 weights. **int8**: "
+        f"integers, faster and less exact. Default: {DEFAULT_ACTIVATIONS.value}.",
+        rich_help_panel=_MODEL,
+    ),
+]
+SpeculativeMethod = Annotated[
+    str | None,
+    typer.Option(
+        help="**ngram**: several tokens per step where an answer repeats what was said; the same answers. "
+        "Default **off**.",
+        rich_help_panel=_MODEL,
+    ),
+]
+NumSpeculativeTokens = Annotated[
+    int | None,
+    typer.Option(help="At most so many per step with ngram. Default 8.", rich_help_panel=_MODEL),
+]
 Prefill = Annotated[
     int | None, typer.Option(help="Instances that only read prompts. Default 1.", rich_help_panel=_INSTANCES)
 ]
@@ -94,6 +115,14 @@ KvMemory = Annotated[
         rich_help_panel=_INSTANCES,
     ),
 ]
+KvCacheDtype = Annotated[
+    str | None,
+    typer.Option(
+        help=f"{', '.join(KV_CACHE_DTYPES)}. **int8**: half the KV memory and transfer, answers change a "
+        "little. Default auto: bf16. The same for all instances.",
+        rich_help_panel=_INSTANCES,
+    ),
+]
 HostMemory = Annotated[
     str | None,
     typer.Option(
@@ -115,6 +144,14 @@ DiskMemory = Annotated[
     typer.Option(
         help="Room per instance in --disk. Default 4GiB where --disk is given.",
         metavar="SIZE",
+        rich_help_panel=_INSTANCES,
+    ),
+]
+RestartLost = Annotated[
+    bool | None,
+    typer.Option(
+        "--restart-lost/--no-restart-lost",
+        help="Start an instance again that has died. Default: yes, 5 times in a row at most.",
         rich_help_panel=_INSTANCES,
     ),
 ]
@@ -149,6 +186,14 @@ Host = Annotated[
 ]
 Port = Annotated[
     int | None, typer.Option(help="Port. Default 8000; 0 takes a free one.", rich_help_panel=_HTTP)
+]
+RequestTimeout = Annotated[
+    float | None,
+    typer.Option(
+        help="Longest time for one answer; what takes longer is cancelled. Default 600.",
+        metavar="SECONDS",
+        rich_help_panel=_HTTP,
+    ),
 ]
 ApiKey = Annotated[
     str | None,

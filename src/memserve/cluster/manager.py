@@ -19,14 +19,18 @@ from memserve.cluster.membership import (
     Event,
     Heard,
     Joined,
+    LeaveRequested,
+    MemberDraining,
     MemberLost,
     MemberReady,
     MemberRecovered,
+    MemberRoleChanged,
     MembersChanged,
     Membership,
     MemberSuspected,
     MemberView,
     ProcessExited,
+    RoleChanged,
     Tick,
 )
 from memserve.core.clock import Clock
@@ -36,14 +40,16 @@ from memserve.core.messages import (
     ControlMessage,
     Heartbeat,
     Join,
+    Leave,
     LoadProgress,
     Member,
     Members,
     Message,
     Ready,
+    SetRole,
     Shutdown,
 )
-from memserve.core.types import InstanceId
+from memserve.core.types import InstanceId, Role
 from memserve.wire import Connection, listen
 
 log = logging.getLogger(__name__)
@@ -59,6 +65,10 @@ class ClusterListener(Protocol):
     def on_suspected(self, instance: InstanceId) -> None: ...
 
     def on_recovered(self, instance: InstanceId) -> None: ...
+
+    def on_draining(self, instance: InstanceId) -> None: ...
+
+    def on_role_changed(self, member: Member) -> None: ...
 
     def on_lost(self, instance: InstanceId, reason: str) -> None: ...
 
@@ -135,6 +145,13 @@ class ClusterManager:
         """Ask an instance; see :meth:`Connection.call`."""
         return await self._connection(instance).call(message, timeout)
 
+    async def set_role(self, instance: InstanceId, role: Role, timeout: float) -> None:
+        """Let an instance do other work; everybody is told once it has agreed. Raises ``PeerLost``."""
+        connection = self._connection(instance)
+        incarnation = self._links[instance].join.incarnation
+        await connection.call(SetRole(role), timeout)
+        self._apply(RoleChanged(instance, incarnation, role))
+
     def process_exited(self, instance: InstanceId, incarnation: int, reason: str) -> None:
         """The launcher saw a child end."""
         self._apply(ProcessExited(instance, incarnation, reason))
@@ -178,6 +195,8 @@ class ClusterManager:
         elif isinstance(message, Ready):
             link.ready = message
             self._apply(BecameReady(message.instance, link.join.incarnation, message.peer_address))
+        elif isinstance(message, Leave):
+            self._apply(LeaveRequested(link.join.instance))
         else:
             self._listener.on_message(link.join.instance, message)
 
@@ -196,6 +215,10 @@ class ClusterManager:
             self._listener.on_suspected(effect.instance)
         elif isinstance(effect, MemberRecovered):
             self._listener.on_recovered(effect.instance)
+        elif isinstance(effect, MemberDraining):
+            self._listener.on_draining(effect.instance)
+        elif isinstance(effect, MemberRoleChanged):
+            self._listener.on_role_changed(effect.member)
         elif isinstance(effect, MemberLost):
             self._lose(effect)
         elif isinstance(effect, MembersChanged):

@@ -3,6 +3,9 @@
     joining -> ready <-> suspect -> dead
                  \\-> draining -> left          (any living state -> dead)
 
+A role may change while an instance serves; that is no state of its own, because every engine can finish what
+it has begun under the earlier role.
+
 Knows names, incarnations and silences. Knows no connection, process or clock: the caller brings events in
 the order they happened, and a ``Tick`` at least once per heartbeat.
 """
@@ -70,6 +73,15 @@ class Heard:
 
 
 @dataclass(frozen=True, slots=True)
+class RoleChanged:
+    """The instance has said that it works as ``role`` from now on."""
+
+    instance: InstanceId
+    incarnation: int
+    role: Role
+
+
+@dataclass(frozen=True, slots=True)
 class LeaveRequested:
     """The instance shall finish what it runs and go: ending then is leaving, falling silent is dying."""
 
@@ -99,7 +111,7 @@ class Tick:
     """Time has passed: look at the deadlines."""
 
 
-Event = Joined | BecameReady | Heard | LeaveRequested | ConnectionLost | ProcessExited | Tick
+Event = Joined | BecameReady | Heard | RoleChanged | LeaveRequested | ConnectionLost | ProcessExited | Tick
 
 
 # --- effects ------------------------------------------------------------------------------------------
@@ -126,6 +138,13 @@ class MemberRecovered:
 
     instance: InstanceId
     incarnation: int
+
+
+@dataclass(frozen=True, slots=True)
+class MemberRoleChanged:
+    """Give ``member`` the requests of its new role; what it holds it holds still."""
+
+    member: Member
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +175,15 @@ class MembersChanged:
     members: tuple[Member, ...]
 
 
-Effect = MemberReady | MemberSuspected | MemberRecovered | MemberDraining | MemberLost | MembersChanged
+Effect = (
+    MemberReady
+    | MemberSuspected
+    | MemberRecovered
+    | MemberRoleChanged
+    | MemberDraining
+    | MemberLost
+    | MembersChanged
+)
 
 
 # --- the machine --------------------------------------------------------------------------------------
@@ -185,6 +212,10 @@ class _Record:
     state: MemberState = MemberState.JOINING
     peer_address: str = ""
     reason: str = ""
+
+    @property
+    def member(self) -> Member:
+        return Member(self.instance, self.incarnation, self.role, self.peer_address)
 
     def enter(self, state: MemberState, now: float) -> None:
         self.state = state
@@ -215,11 +246,7 @@ class Membership:
 
     def members(self) -> tuple[Member, ...]:
         """All that serve (ready, suspect, draining), ordered by name."""
-        return tuple(
-            Member(record.instance, record.incarnation, record.role, record.peer_address)
-            for _, record in sorted(self._records.items())
-            if record.state.serves
-        )
+        return tuple(record.member for _, record in sorted(self._records.items()) if record.state.serves)
 
     def view(self) -> tuple[MemberView, ...]:
         """Everyone ever seen, in the latest incarnation, ordered by name."""
@@ -260,6 +287,8 @@ class Membership:
             return self._ready(record, event.peer_address, now)
         if isinstance(event, Heard):
             return self._hear(record, now)
+        if isinstance(event, RoleChanged):
+            return self._change_role(record, event.role)
         return self._lose(record, event.reason, now, left=record.state is MemberState.DRAINING)
 
     def _join(self, event: Joined, now: float) -> list[Effect]:
@@ -278,7 +307,7 @@ class Membership:
         record.peer_address = peer_address
         record.heard_at = now
         record.enter(MemberState.READY, now)
-        return [MemberReady(Member(record.instance, record.incarnation, record.role, peer_address))]
+        return [MemberReady(record.member)]
 
     def _hear(self, record: _Record, now: float) -> list[Effect]:
         record.heard_at = now
@@ -286,6 +315,12 @@ class Membership:
             return []
         record.enter(MemberState.READY, now)
         return [MemberRecovered(record.instance, record.incarnation)]
+
+    def _change_role(self, record: _Record, role: Role) -> list[Effect]:
+        if not record.state.serves or record.role is role:
+            return []
+        record.role = role
+        return [MemberRoleChanged(record.member)]
 
     def _drain(self, record: _Record, now: float) -> list[Effect]:
         if record.state is MemberState.JOINING:

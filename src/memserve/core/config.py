@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import tomllib
 from typing import Any
 
@@ -12,7 +13,30 @@ from memserve.core.errors import ConfigError
 PHASES = ("pd-basic", "pd-caching-1", "pd-caching-2", "pd-caching-3", "colocated")
 EVICTION = ("hit-density", "lru", "slru", "lfu", "gdsf")
 WEIGHTS = ("stored", "bf16", "int8")
-POLICIES = ("round-robin", "least-load", "session-id", "prompt-tree")
+KV_CACHE_DTYPES = ("auto", "bf16", "int8")
+SPECULATIVE_METHODS = ("off", "ngram")
+RUNNERS = ("native", "reference")
+OVERLAPS = ("auto", "none", "whole", "layers", "chunks")
+POLICIES = (
+    "round-robin",
+    "least-load",
+    "session-id",
+    "prompt-tree",
+    "cost",
+    "weighted-overlap",
+    "cache-aware",
+    "exploit-explore",
+)
+
+
+class Activations(enum.StrEnum):
+    """In what the inputs of matrix products are multiplied with weights of 4 and 8 bits."""
+
+    BF16 = "bf16"
+    INT8 = "int8"
+
+
+DEFAULT_ACTIVATIONS = Activations.BF16
 
 
 class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -34,6 +58,8 @@ class PoolConfig(_Section, frozen=True):
     ``memory`` is where kernels read. What it has no room for goes to ``host_memory``, then to files below
     ``disk_path``, of at most ``disk_memory`` per instance, which a restart finds again.
     ``eviction`` names what decides which historical KV is given up first.
+    ``kv_cache_dtype``: ``bf16``; ``int8``, which takes about half the bytes and changes answers a little;
+    ``auto``: what the runner has by itself, bf16 (the reference runner: float32).
     """
 
     memory: int = 1 << 30
@@ -42,6 +68,7 @@ class PoolConfig(_Section, frozen=True):
     disk_path: str | None = None
     disk_memory: int = 0
     eviction: str = "hit-density"
+    kv_cache_dtype: str = "auto"
 
 
 class EngineConfig(_Section, frozen=True):
@@ -56,6 +83,12 @@ class EngineConfig(_Section, frozen=True):
     more memory and gives the same answers; ``int8`` also turns 16-bit weights into 8-bit groups.
     ``weights_cache`` is the folder for weights in the form that kernels read; ``off`` means none, and by
     default it is ``memserve`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
+    ``activations``: ``int8`` multiplies weights of 4 and 8 bits as integers, which is faster and less exact.
+    ``speculative_method``: ``ngram`` proposes up to ``num_speculative_tokens`` tokens per step, where they
+    pay; the last ``prompt_lookup_max`` tokens of a sequence, or fewer, down to ``prompt_lookup_min``, find
+    them in itself. Answers are the same as with ``off``.
+    ``backflow_tokens``: a running answer's KV goes back to P at least so much at a time; 0: only at its end.
+    ``overlap`` is what of a prompt's way to D goes on while it is computed: see ``engine.overlap.Overlap``.
     """
 
     step_tokens: int = 512
@@ -65,12 +98,23 @@ class EngineConfig(_Section, frozen=True):
     pin: bool = True
     weights: str = "stored"
     weights_cache: str | None = None
+    activations: Activations = DEFAULT_ACTIVATIONS
+    speculative_method: str = "off"
+    num_speculative_tokens: int = 8
+    prompt_lookup_max: int = 6
+    prompt_lookup_min: int = 1
     phases: str = "pd-caching-3"
     handoff_timeout: float = 60.0
+    overlap: str = "auto"
+    backflow_tokens: int = 256
 
 
 class ClusterConfig(_Section, frozen=True):
-    """Instances to start here, and how fast silence counts as death (seconds)."""
+    """Instances to start here, and how fast silence counts as death (seconds).
+
+    With ``restart_lost`` an instance that dies is started again, at most ``max_restarts`` times in a row.
+    One that is asked to end finishes what it runs, for at most ``leave_timeout`` seconds.
+    """
 
     prefill: int = 1
     decode: int = 1
@@ -78,6 +122,9 @@ class ClusterConfig(_Section, frozen=True):
     heartbeat: float = 0.25
     dead_after: float = 1.5
     start_timeout: float = 300.0
+    leave_timeout: float = 30.0
+    restart_lost: bool = True
+    max_restarts: int = 5
 
     @property
     def instances(self) -> int:
@@ -129,11 +176,14 @@ def override_config(config: Config, section: str, **values: Any) -> Config:
 def check_config(config: Config) -> Config:
     """Return ``config`` if every value makes sense, else raise ``ConfigError`` naming field and remedy."""
     cluster, engine, pool, server = config.cluster, config.engine, config.pool, config.server
-    _require(engine.phases in PHASES, "engine.phases", engine.phases, f"one of {', '.join(PHASES)}")
-    _require(engine.weights in WEIGHTS, "engine.weights", engine.weights, f"one of {', '.join(WEIGHTS)}")
-    _require(server.policy in POLICIES, "server.policy", server.policy, f"one of {', '.join(POLICIES)}")
-    runners = ("native", "reference")
-    _require(config.model.runner in runners, "model.runner", config.model.runner, "native or reference")
+    _check_names(config)
+    _check_engine(engine)
+    _require(
+        engine.backflow_tokens == 0 or engine.backflow_tokens >= pool.block_tokens,
+        "engine.backflow_tokens",
+        engine.backflow_tokens,
+        f"0 (only at the end of an answer), or at least {pool.block_tokens}, a block",
+    )
     for name in ("prefill", "decode", "colocated"):
         count = getattr(cluster, name)
         _require(0 <= count <= 64, f"cluster.{name}", count, "a count from 0 to 64")
@@ -152,8 +202,47 @@ def check_config(config: Config) -> Config:
     )
     some = cluster.instances > 0
     _require(some, "cluster", "0 instances", "at least one colocated, or one prefill and one decode")
+    _check_pool(pool)
+    _require(0 <= server.port <= 65535, "server.port", server.port, "0 (any free port) to 65535")
+    _require(server.max_body >= 1024, "server.max_body", server.max_body, "at least 1024 bytes")
+    _require(server.max_waiting >= 1, "server.max_waiting", server.max_waiting, "at least 1")
+    _require(
+        server.request_timeout > 0,
+        "server.request_timeout",
+        server.request_timeout,
+        "a positive number of seconds",
+    )
+    for name in ("heartbeat", "dead_after", "start_timeout", "leave_timeout"):
+        value = getattr(cluster, name)
+        _require(value > 0, f"cluster.{name}", value, "a positive number of seconds")
+    _require(cluster.max_restarts >= 0, "cluster.max_restarts", cluster.max_restarts, "0 (never) or more")
+    _require(
+        cluster.dead_after >= 2 * cluster.heartbeat,
+        "cluster.dead_after",
+        cluster.dead_after,
+        "at least two heartbeats",
+    )
+    return config
+
+
+def _check_names(config: Config) -> None:
+    """The fields that name one of a few things."""
+    engine = config.engine
+    for field, value, accepted in (
+        ("model.runner", config.model.runner, RUNNERS),
+        ("engine.phases", engine.phases, PHASES),
+        ("engine.weights", engine.weights, WEIGHTS),
+        ("engine.speculative_method", engine.speculative_method, SPECULATIVE_METHODS),
+        ("engine.overlap", engine.overlap, OVERLAPS),
+        ("server.policy", config.server.policy, POLICIES),
+        ("pool.eviction", config.pool.eviction, EVICTION),
+        ("pool.kv_cache_dtype", config.pool.kv_cache_dtype, KV_CACHE_DTYPES),
+    ):
+        _require(value in accepted, field, value, f"one of {', '.join(accepted)}")
+
+
+def _check_pool(pool: PoolConfig) -> None:
     _require(pool.block_tokens == 16, "pool.block_tokens", pool.block_tokens, "16 (the kernels' block size)")
-    _require(pool.eviction in EVICTION, "pool.eviction", pool.eviction, f"one of {', '.join(EVICTION)}")
     _require(pool.memory >= 1 << 20, "pool.memory", pool.memory, "at least 1 MiB")
     _require(pool.host_memory >= 0, "pool.host_memory", pool.host_memory, "0 (no host tier) or more bytes")
     _require(
@@ -168,24 +257,19 @@ def check_config(config: Config) -> Config:
         pool.disk_memory,
         "0, or a size together with pool.disk_path",
     )
+
+
+def _check_engine(engine: EngineConfig) -> None:
     _require(engine.step_tokens >= 16, "engine.step_tokens", engine.step_tokens, "at least 16")
     paced = 0 <= engine.target_tpot <= 60
     _require(paced, "engine.target_tpot", engine.target_tpot, "0 (no pacing) to 60 seconds")
     _require(engine.max_running >= 1, "engine.max_running", engine.max_running, "at least 1")
     _require(engine.threads >= 0, "engine.threads", engine.threads, "0 (automatic) or more")
-    _require(0 <= server.port <= 65535, "server.port", server.port, "0 (any free port) to 65535")
-    _require(server.max_body >= 1024, "server.max_body", server.max_body, "at least 1024 bytes")
-    _require(server.max_waiting >= 1, "server.max_waiting", server.max_waiting, "at least 1")
-    for name in ("heartbeat", "dead_after", "start_timeout"):
-        value = getattr(cluster, name)
-        _require(value > 0, f"cluster.{name}", value, "a positive number of seconds")
-    _require(
-        cluster.dead_after >= 2 * cluster.heartbeat,
-        "cluster.dead_after",
-        cluster.dead_after,
-        "at least two heartbeats",
-    )
-    return config
+    most, least = engine.prompt_lookup_max, engine.prompt_lookup_min
+    tokens = engine.num_speculative_tokens
+    _require(1 <= tokens <= 16, "engine.num_speculative_tokens", tokens, "1 to 16")
+    _require(1 <= most <= 16, "engine.prompt_lookup_max", most, "1 to 16")
+    _require(1 <= least <= most, "engine.prompt_lookup_min", least, "1 to engine.prompt_lookup_max")
 
 
 def _require(condition: bool, field: str, value: object, accepted: str) -> None:

@@ -19,6 +19,7 @@ from memserve.core.types import (
     RequestId,
     Role,
     SamplingParams,
+    StepPrices,
     TokenLogprob,
 )
 
@@ -59,6 +60,12 @@ class Join(Message, frozen=True):
     pid: int
 
 
+class Leave(Message, frozen=True):
+    """The instance has been told to end: no new request for it, and ``Shutdown`` when it has none left."""
+
+    instance: InstanceId
+
+
 class LoadProgress(Message, frozen=True):
     """What an instance is doing before it is ready, for people: a stage's name and 0..1."""
 
@@ -75,7 +82,11 @@ class StartFailed(Message, frozen=True):
 
 
 class Ready(Message, frozen=True):
-    """The instance can take requests. ``blocks`` of ``block_bytes`` bytes, ``context`` in tokens."""
+    """The instance can take requests. ``blocks`` of ``block_bytes`` bytes, ``context`` in tokens.
+
+    A step computes up to ``step_tokens`` prompt tokens, and fewer where streams would wait longer than
+    ``target_tpot`` seconds for their next token (0: they wait).
+    """
 
     instance: InstanceId
     peer_address: str
@@ -86,6 +97,8 @@ class Ready(Message, frozen=True):
     block_bytes: int
     layout_fingerprint: str
     isa: str
+    step_tokens: int = 512
+    target_tpot: float = 0.0
 
 
 class Members(Message, frozen=True):
@@ -103,7 +116,10 @@ class Heartbeat(Message, frozen=True):
 
 
 class LoadReport(msgspec.Struct, frozen=True, array_like=True):
-    """Requests waiting and running, prompt tokens still to prefill, blocks of the device, those by state."""
+    """Requests waiting and running, prompt tokens still to prefill, blocks of the device, those by state.
+
+    ``prices`` is what the engine's steps have cost of late.
+    """
 
     waiting: int = 0
     running: int = 0
@@ -113,6 +129,13 @@ class LoadReport(msgspec.Struct, frozen=True, array_like=True):
     historical_blocks: int = 0
     incoming_blocks: int = 0
     blocks: int = 0
+    prices: StepPrices | None = None
+
+
+class SetRole(Message, frozen=True):
+    """Do this kind of work from now on; answered by ``Ok``. What runs goes on as it was begun."""
+
+    role: Role
 
 
 class Shutdown(Message, frozen=True):
@@ -171,13 +194,17 @@ class RequestClosed(Message, frozen=True):
 
 
 class Trace(Message, frozen=True):
-    """A traced request entered a room of ``docs/data-path.md``. ``at`` is the sender's monotonic clock, s."""
+    """A traced request entered a room of ``docs/data-path.md``. ``at`` is the sender's monotonic clock, s.
+
+    ``ledger`` comes with the room where the prompt is all there.
+    """
 
     request: RequestId
     instance: InstanceId
     room: str
     event: str
     at: float
+    ledger: Ledger | None = None
 
 
 # --- control: pool events -----------------------------------------------------------------------------
@@ -393,11 +420,13 @@ ControlMessage = (
     Ok
     | Failed
     | Join
+    | Leave
     | LoadProgress
     | StartFailed
     | Ready
     | Members
     | Heartbeat
+    | SetRole
     | Shutdown
     | Submit
     | Cancel

@@ -51,7 +51,8 @@ class SamplingParams(msgspec.Struct, frozen=True):
     """How to choose tokens and when to stop.
 
     ``temperature`` 0 is greedy. ``top_k`` 0 and ``top_p`` 1 switch the filters off. ``logprobs`` is the
-    number of alternatives to report per token (0: the chosen token only, None: nothing).
+    number of alternatives to report per token (0: the chosen token only, None: nothing). ``first_index``
+    numbers the first sampled token: a continuation goes on with the random numbers of what it continues.
     """
 
     max_tokens: int
@@ -61,6 +62,7 @@ class SamplingParams(msgspec.Struct, frozen=True):
     seed: int = 0
     stop_token_ids: tuple[int, ...] = ()
     logprobs: int | None = None
+    first_index: int = 0
 
 
 class Ledger(msgspec.Struct, frozen=True):
@@ -80,6 +82,26 @@ class Ledger(msgspec.Struct, frozen=True):
     @property
     def prompt(self) -> int:
         return self.computed + self.cached
+
+
+class StepPrices(msgspec.Struct, frozen=True, array_like=True):
+    """What an engine's steps cost, in seconds: ``step`` for each one, ``row`` for a stream that decodes a
+    token, ``proposed`` for a token that is checked along with it, ``token`` for a prompt token;
+    ``row_context`` and ``token_context`` for each token of context that a row attends to.
+
+    The defaults are those of a 135 M parameter model on two slow cores.
+    """
+
+    step: float = 1e-2
+    row: float = 1e-3
+    row_context: float = 1e-6
+    proposed: float = 1e-3
+    token: float = 1e-3
+    token_context: float = 2e-7
+
+    def decode_step(self, rows: float, context: float) -> float:
+        """Seconds of a step in which ``rows`` streams decode over ``context`` tokens together."""
+        return self.step + self.row * rows + self.row_context * context
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):

@@ -19,10 +19,12 @@ from memserve.engine.batcher import Batcher
 from memserve.engine.carrier import PoolCarrier
 from memserve.engine.engine import Engine
 from memserve.engine.loading import Progress, load_model
+from memserve.engine.overlap import Overlap
 from memserve.engine.pace import Pace
 from memserve.engine.phases import PHASES
 from memserve.engine.runners.base import Runner
 from memserve.engine.settings import InstanceSettings
+from memserve.engine.speculation import Lookup
 from memserve.mempool import DiskTier, MemPool, Tier, TransferEndpoint
 
 log = logging.getLogger(__name__)
@@ -56,6 +58,7 @@ class Assembled:
             historical_blocks=blocks.historical,
             incoming_blocks=blocks.incoming,
             blocks=blocks.blocks,
+            prices=batcher.pace.times.prices,
         )
 
     def read_stats(self) -> Stats:
@@ -131,6 +134,8 @@ async def assemble(
         clock=clock,
         emit=emit,
         cores=settings.cores,
+        overlap=Overlap(config.engine.overlap),
+        backflow_tokens=config.engine.backflow_tokens,
     )
     endpoint.on_adopt = engine.adopt
     ready = Ready(
@@ -143,6 +148,8 @@ async def assemble(
         runner.layout.block_bytes,
         runner.layout.fingerprint,
         runner.isa,
+        config.engine.step_tokens,
+        config.engine.target_tpot,
     )
     return Assembled(settings, runner, pool, endpoint, carrier, engine, ready)
 
@@ -158,8 +165,17 @@ def _require_memory(more: int) -> None:
 
 def build_batcher(config: EngineConfig) -> Batcher:
     """The batcher that the configuration asks for."""
-    pace = Pace(config.target_tpot or None)
-    return Batcher(step_tokens=config.step_tokens, max_running=config.max_running, pace=pace)
+    lookup = None
+    if config.speculative_method == "ngram":
+        lookup = Lookup(
+            config.num_speculative_tokens, longest=config.prompt_lookup_max, shortest=config.prompt_lookup_min
+        )
+    return Batcher(
+        step_tokens=config.step_tokens,
+        max_running=config.max_running,
+        pace=Pace(config.target_tpot or None),
+        lookup=lookup,
+    )
 
 
 def disk_tier(config: PoolConfig, instance: InstanceId, block_bytes: int) -> DiskTier | None:

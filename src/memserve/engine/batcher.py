@@ -8,20 +8,33 @@ that it gets done whatever comes after it, and the rest to the shortest, which d
 from __future__ import annotations
 
 import bisect
+import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from memserve.core.types import RequestId
 from memserve.engine.pace import Budget, Pace, Work
 from memserve.engine.sequence import Sequence
+from memserve.engine.speculation import Lookup
+
+WORTH = 1.2
+"""A proposed token must bring this much more tokens per second than the step does: both are estimates."""
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """The next ``count`` pending tokens of a sequence; ``last`` when none remain, so a token is sampled."""
+    """The next ``count`` pending tokens of a sequence; ``last`` when none remain, so a token is sampled.
+
+    ``proposed`` are what may be sampled then: their rows are computed in the same pass.
+    """
 
     sequence: Sequence
     count: int
+    proposed: tuple[int, ...] = ()
+
+    @property
+    def rows(self) -> int:
+        return self.count + len(self.proposed)
 
     @property
     def last(self) -> bool:
@@ -34,6 +47,8 @@ def work_of(chunks: Iterable[Chunk]) -> Work:
     for chunk in chunks:
         computed = chunk.sequence.computed
         work = work.decode(computed) if chunk.count == 1 else work.prefill(computed, chunk.count)
+        if chunk.proposed:
+            work = work.speculate(computed, len(chunk.proposed))
     return work
 
 
@@ -41,11 +56,15 @@ class Batcher:
     """Waiting and running sequences of one engine, both in order of arrival.
 
     ``step_tokens`` bounds the rows of a forward pass; ``pace`` bounds prefill further while streams run.
-    Prefill gets a little of each step even where the streams alone exceed these bounds.
+    Prefill gets a little of each step even where the streams alone exceed these bounds. With ``lookup``
+    streams propose tokens where these bring more tokens per second than the step has without them.
     """
 
-    def __init__(self, *, step_tokens: int, max_running: int, pace: Pace | None = None) -> None:
+    def __init__(
+        self, *, step_tokens: int, max_running: int, pace: Pace | None = None, lookup: Lookup | None = None
+    ) -> None:
         self.pace = pace or Pace()
+        self.lookup = lookup
         self._step_tokens = step_tokens
         self._max_running = max_running
         self._arrivals = 0
@@ -117,11 +136,33 @@ class Batcher:
     def plan(self) -> tuple[Chunk, ...]:
         """The chunks of the next step; empty when there is nothing to compute."""
         decoding = tuple(Chunk(sequence, 1) for sequence in self._running if sequence.pending == 1)
+        if self.lookup is not None:
+            decoding = tuple(self._speculate(self.lookup, decoding))
         prompts = [sequence for sequence in self._running if sequence.pending > 1]
-        rows = max(self._step_tokens - len(decoding), 1)
+        rows = max(self._step_tokens - sum(chunk.rows for chunk in decoding), 1)
         behind = prompts[0].computed if prompts else 0
         budget = Budget(self.pace.times, rows, self.pace.seconds_left(work_of(decoding), behind))
         return (*decoding, *_share_out(prompts, budget))
+
+    def _speculate(self, lookup: Lookup, decoding: tuple[Chunk, ...]) -> Iterator[Chunk]:
+        """Let streams propose tokens: in half of the rows that are left, and within the target time."""
+        times, work = self.pace.times, work_of(decoding)
+        rows = (self._step_tokens - len(decoding)) // 2
+        alone = times.seconds_of(work)
+        seconds = (self.pace.target or math.inf) - alone
+        for chunk in decoding:
+            sequence = chunk.sequence
+            if sequence.sampled == 0:
+                yield chunk
+                continue
+            cost = times.speculation_seconds(sequence.computed)
+            # The last wanted token takes no row: it is sampled from the one before.
+            room = int(max(0, min(sequence.wanted - 1, rows, seconds / cost)))
+            worth = WORTH * cost * len(decoding) / alone
+            proposed = sequence.draft_with(lookup).propose(sequence.tokens, room, worth)
+            rows -= len(proposed)
+            seconds -= len(proposed) * cost
+            yield replace(chunk, proposed=proposed)
 
     def check(self) -> None:
         """Assert the invariants."""

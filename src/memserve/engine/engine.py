@@ -11,8 +11,9 @@ import contextlib
 import functools
 import logging
 import os
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 from memserve.core.clock import Clock
 from memserve.core.errors import ConfigError, InvalidRequest, MemServeError, Overloaded, RequestFailed
@@ -27,19 +28,24 @@ from memserve.core.messages import (
 from memserve.core.types import (
     FinishReason,
     InstanceId,
+    Ledger,
     RequestId,
     Tokens,
     unpack_tokens,
 )
+from memserve.engine.backflow import PIECE_TOKENS, Backflow
 from memserve.engine.batcher import Batcher, Chunk, work_of
 from memserve.engine.carrier import Carrier
+from memserve.engine.head_start import HeadStarts
+from memserve.engine.journeys import Journeys
+from memserve.engine.overlap import Overlap
 from memserve.engine.phases import Handoff, Phases
 from memserve.engine.runners.base import Runner
-from memserve.engine.sampling import SampledToken
 from memserve.engine.sequence import Patience, Sequence, from_adoption, new_sequence
 from memserve.engine.sequence_blocks import SequenceBlocks
 from memserve.engine.sharing import Lead, Leaders
-from memserve.engine.step import compute_step
+from memserve.engine.speculation import Speculated
+from memserve.engine.step import Run, compute_step
 from memserve.mempool.address import Addresses
 from memserve.mempool.layout import Arrangement
 from memserve.mempool.pool import MemPool
@@ -61,7 +67,8 @@ _STARVED_SECONDS = 0.05
 class Engine:
     """Runs sequences on ``runner`` with KV in ``pool``; everything it has to say goes to ``emit``.
 
-    ``context`` is the longest sequence in tokens, prompt and answer together. ``cores``: the first is where
+    ``context`` is the longest sequence in tokens, prompt and answer together; ``backflow_tokens`` how much of
+    a running answer is sent back to P at least at a time, 0: only at its end. ``cores``: the first is where
     the thread stays that calls the runner; none: anywhere.
     """
 
@@ -79,6 +86,8 @@ class Engine:
         clock: Clock,
         emit: Callable[[Message], None],
         cores: tuple[int, ...] = (),
+        overlap: Overlap = Overlap.AUTO,
+        backflow_tokens: int = PIECE_TOKENS,
     ) -> None:
         if pool.layout.arrangement is not Arrangement.AGGREGATED:
             raise ConfigError(
@@ -90,8 +99,20 @@ class Engine:
         self._runner = runner
         self._batcher = batcher
         self._phases = phases
-        self._carrier = carrier
         self._blocks = SequenceBlocks(pool, phases, batcher.pace.times, clock)
+        self._heads = HeadStarts(instance, runner, phases, carrier, batcher.pace.times, overlap)
+        self._backflow = Backflow(carrier, backflow_tokens if phases.backflow else 0, self._blocks_came_free)
+        self._journeys = Journeys(
+            instance,
+            phases,
+            carrier,
+            self._heads,
+            self._backflow,
+            clock,
+            release=self._release,
+            trace=self._trace,
+            emit=emit,
+        )
         self._context = context
         self._vocabulary = vocabulary
         self._clock = clock
@@ -100,12 +121,12 @@ class Engine:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model", initializer=stay)
         self._wake = asyncio.Event()
         self._stepping: frozenset[Sequence] = frozenset()
-        self._departing: dict[RequestId, asyncio.Task[RequestClosed | None]] = {}
         self._cancelled: dict[RequestId, None] = {}
         self._starved = False
         self._expecting = False
         self._steps = 0
         self._shared = 0
+        self._speculated = Speculated()
 
     # --- requests come and go ---
 
@@ -116,7 +137,8 @@ class Engine:
     def counters(self) -> Mapping[str, float]:
         """What has been done so far, for metrics."""
         own = {"steps": float(self._steps), "shared_prefills": float(self._shared)}
-        return {**own, **self._blocks.counters()}
+        parts = (self._blocks, self._heads, self._backflow, self._speculated)
+        return own | {name: value for part in parts for name, value in part.counters().items()}
 
     def submit(self, message: Submit) -> None:
         """Queue a new request; a bad one is answered with a ``RequestError``."""
@@ -156,11 +178,7 @@ class Engine:
 
     def cancel(self, request: RequestId, reason: FinishReason) -> None:
         """End a request early, wherever it is; an unknown one is remembered in case it arrives late."""
-        departing = self._departing.get(request)
-        if departing is not None:
-            # After a stop the KV is still worth moving; after a disconnect nobody waits for it.
-            if reason is FinishReason.CANCELLED:
-                departing.cancel()
+        if self._journeys.cancel(request, reason):
             return
         sequence = self._batcher.find(request)
         if sequence is None:
@@ -186,23 +204,26 @@ class Engine:
             self._wake.clear()
             self._admit()
             self._grow()
-            chunks = self._batcher.plan()
+            chunks = tuple(map(self._fit, self._batcher.plan()))
             if not chunks:
                 await self._sleep()
                 continue
             self._stepping = frozenset(chunk.sequence for chunk in chunks)
-            work, started = work_of(chunks), self._clock.now()
+            work, started, signal = work_of(chunks), self._clock.now(), self._heads.begin_step(chunks)
             try:
-                sampled = await loop.run_in_executor(self._thread, compute_step, self._runner, chunks)
+                sampled = await loop.run_in_executor(self._thread, compute_step, self._runner, chunks, signal)
             except Exception as error:
                 log.exception("a forward pass failed")
                 self._stepping = frozenset()
                 self._fail_step(chunks, error)
+                self._heads.end_step()
                 continue
             self._stepping = frozenset()
+            self._heads.end_step()
             self._steps += 1
             self._batcher.pace.times.learn(work, self._clock.now() - started)
             self._apply(chunks, sampled)
+            self._backflow.send_early(self._batcher.admitted())
 
     async def _sleep(self) -> None:
         """Until something arrives or is given back. What peers bring or free is looked for in between."""
@@ -215,9 +236,9 @@ class Engine:
     async def close(self) -> None:
         """Cancel what is under way and give all blocks back. Call after ``run`` has been cancelled."""
         await asyncio.get_running_loop().run_in_executor(None, self._thread.shutdown)
-        for task in list(self._departing.values()):
-            task.cancel()
-        await asyncio.gather(*self._departing.values(), return_exceptions=True)
+        await self._journeys.close()
+        await self._heads.close()
+        await self._backflow.close()
         for sequence in list(self._batcher):
             self._batcher.remove(sequence)
             self._release(sequence)
@@ -298,7 +319,16 @@ class Engine:
                 self._blocks.give_up(victim)
                 self._blocks_came_free()
 
+    def _fit(self, chunk: Chunk) -> Chunk:
+        """Speculate no further than context and free blocks reach: nobody is preempted for it."""
+        if not chunk.proposed:
+            return chunk
+        ahead = min(len(chunk.proposed), self._context - chunk.sequence.length - 1)
+        return replace(chunk, proposed=chunk.proposed[: self._blocks.reach(chunk.sequence, ahead)])
+
     def _release(self, sequence: Sequence) -> None:
+        self._heads.call_off(sequence.request)
+        self._backflow.forget(sequence.request)
         self._blocks.release(sequence)
         self._blocks_came_free()
 
@@ -308,7 +338,7 @@ class Engine:
 
     # --- what a step brought ---
 
-    def _apply(self, chunks: tuple[Chunk, ...], sampled: list[SampledToken | RequestFailed]) -> None:
+    def _apply(self, chunks: tuple[Chunk, ...], sampled: list[Run | RequestFailed]) -> None:
         results = iter(sampled)
         for chunk in chunks:
             sequence, last = chunk.sequence, chunk.last
@@ -320,22 +350,25 @@ class Engine:
                 self._drop(sequence, result)
             elif result is not None:
                 self._accept(sequence, result)
+                self._speculated.count(len(chunk.proposed), len(result) - 1)
 
-    def _accept(self, sequence: Sequence, result: SampledToken) -> None:
-        first = sequence.sampled == 0
-        sequence.append(result.token)
-        finish = sequence.finish_reason(self._context)
+    def _accept(self, sequence: Sequence, run: Run) -> None:
+        before = sequence.sampled
+        first = before == 0
+        finish = sequence.extend((one.token for one in run), self._context)
+        sequence.computed = sequence.length - 1
+        self._blocks.trim(sequence)
+        run = run[: sequence.sampled - before]
         chunk = TokenChunk(
             sequence.request,
-            sequence.sampled - 1,
-            (result.token,),
-            (result.logprob,) if result.logprob is not None else (),
+            before,
+            tuple(one.token for one in run),
+            tuple(one.logprob for one in run if one.logprob is not None),
             finish,
-            None if sequence.ledger_sent else sequence.ledger,
+            self._blocks.settle_account(sequence),
         )
-        sequence.ledger_sent = True
         if first:
-            self._trace(sequence, "engine.prefill", "prefilled")
+            self._trace(sequence, "engine.prefill", "prefilled", chunk.ledger)
             self._blocks.publish(sequence)
             self._trace(sequence, "mempool.insert", "insert")
         self._emit(chunk)
@@ -343,7 +376,7 @@ class Engine:
             self._end(sequence, finish, told=True)
         elif first and sequence.decode_on is not None and self._phases.handoff is not Handoff.NONE:
             self._batcher.remove(sequence)
-            self._depart(sequence, self._hand_over(sequence))
+            self._journeys.hand_over(sequence)
 
     def _end(self, sequence: Sequence, reason: FinishReason, *, told: bool = False) -> None:
         """Take a sequence out, keep its KV as the phases say, and send the answer's KV back to P."""
@@ -352,7 +385,7 @@ class Engine:
             self._emit(TokenChunk(sequence.request, sequence.sampled, (), finish=reason))
         self._blocks.publish(sequence)
         if self._phases.backflow and sequence.prefilled_on is not None and sequence.addrs is not None:
-            self._depart(sequence, self._send_back(sequence))
+            self._journeys.send_back(sequence)
         else:
             self._release(sequence)
             self._emit(RequestClosed(sequence.request, self._instance))
@@ -370,45 +403,6 @@ class Engine:
     def _fail(self, request: RequestId, error: MemServeError) -> None:
         self._emit(RequestError(request, type(error).__name__, str(error)))
         self._emit(RequestClosed(request, self._instance))
-
-    # --- KV on its way to or from a peer ---
-
-    def _depart(self, sequence: Sequence, journey: Coroutine[None, None, RequestClosed | None]) -> None:
-        task = asyncio.get_running_loop().create_task(journey)
-        self._departing[sequence.request] = task
-        # Not a ``finally`` of the journey: a task that is cancelled before its first step runs none.
-        task.add_done_callback(lambda done: self._arrive(sequence, done))
-
-    def _arrive(self, sequence: Sequence, journey: asyncio.Task[RequestClosed | None]) -> None:
-        """However a journey ended: let go of the blocks, and close the request unless it goes on at D."""
-        del self._departing[sequence.request]
-        self._release(sequence)
-        closed: RequestClosed | None = RequestClosed(sequence.request, self._instance)
-        if not journey.cancelled():
-            closed = journey.result()
-        if closed is not None:
-            self._emit(closed)
-
-    async def _hand_over(self, sequence: Sequence) -> RequestClosed | None:
-        """P to D. When it cannot be done the request fails; the prompt's KV stays here for the next try."""
-        with_insert = self._phases.handoff is Handoff.TRANSFER_WITH_INSERT
-        try:
-            await self._carrier.hand_over(sequence, with_insert=with_insert)
-        except MemServeError as error:
-            self._emit(RequestError(sequence.request, type(error).__name__, str(error)))
-            return RequestClosed(sequence.request, self._instance)
-        self._trace(sequence, "mempool.transfer", "handed over")
-        return None
-
-    async def _send_back(self, sequence: Sequence) -> RequestClosed:
-        """D to P. When it cannot be done the next turn computes a little more; nobody is told."""
-        sent = 0
-        try:
-            sent = await self._carrier.send_back(sequence)
-            self._trace(sequence, "mempool.backflow", "sent back")
-        except MemServeError as error:
-            log.info("the answer's KV of %s did not go back: %s", sequence.request, error)
-        return RequestClosed(sequence.request, self._instance, sent)
 
     # --- small things ---
 
@@ -432,9 +426,9 @@ class Engine:
                 field="max_tokens",
             )
 
-    def _trace(self, sequence: Sequence, room: str, event: str) -> None:
+    def _trace(self, sequence: Sequence, room: str, event: str, ledger: Ledger | None = None) -> None:
         if sequence.trace:
-            self._emit(Trace(sequence.request, self._instance, room, event, self._clock.now()))
+            self._emit(Trace(sequence.request, self._instance, room, event, self._clock.now(), ledger))
 
 
 _MISSING = object()

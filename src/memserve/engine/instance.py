@@ -28,12 +28,15 @@ from memserve.core.messages import (
     GetSnapshot,
     GetStats,
     Join,
+    Leave,
     LoadProgress,
     LoadReport,
     Members,
     Message,
+    Ok,
     RequestError,
     ResizePool,
+    SetRole,
     Shutdown,
     StartFailed,
     Submit,
@@ -62,6 +65,7 @@ class Instance:
         self._stopped = asyncio.Event()
         self._load = LoadReport()
         self._members: Members | None = None
+        self._leaving = False
 
     async def run(self) -> None:
         """Serve until told to stop or left alone. Raises ``MemServeError`` when it cannot start."""
@@ -99,6 +103,15 @@ class Instance:
     def stop(self) -> None:
         self._stopped.set()
 
+    def leave(self) -> None:
+        """Ask the server for leave and go on until it is given; at once when there is nothing to finish."""
+        if self._assembled is None or self._leaving:
+            self.stop()
+            return
+        self._leaving = True
+        self._emit(Leave(self._settings.instance))
+        asyncio.get_running_loop().call_later(self._settings.config.cluster.leave_timeout, self.stop)
+
     # --- control messages ---
 
     def on_notify(self, connection: Connection, message: Any) -> None:
@@ -123,6 +136,10 @@ class Instance:
             return self._assembled.pool.snapshot()
         if isinstance(message, ResizePool):
             return await self._assembled.resize(message)
+        if isinstance(message, SetRole):
+            # Requests say what is to be done with them, so there is nothing to stop and nothing to wait for.
+            log.info("%s: %s from now on", self._settings.instance, message.role)
+            return Ok()
         raise ProtocolError(f"an instance does not answer {type(message).__name__}")
 
     def on_close(self, connection: Connection, reason: str) -> None:
@@ -212,7 +229,7 @@ def run_from_stdin() -> int:
 async def _run(settings: InstanceSettings) -> None:
     instance = Instance(settings)
     for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, instance.stop)
+        asyncio.get_running_loop().add_signal_handler(number, instance.leave)
     await instance.run()
 
 

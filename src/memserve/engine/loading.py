@@ -45,7 +45,11 @@ def load_model(config: Config, threads: int, cores: Sequence[int], progress: Pro
 
         source = open_path(path)
         context = context_of(source.spec, config.model)
-        return LoadedModel(source.spec, context, ReferenceRunner(source.weights(reading)))
+        return LoadedModel(
+            source.spec,
+            context,
+            ReferenceRunner(source.weights(reading), layout_dtype=_kv_dtype(config) or "f32"),
+        )
     return load_native(path, config, threads, cores, reading)
 
 
@@ -59,7 +63,15 @@ def load_native(
 
     def build(weights: StoredWeights | PackedWeights) -> tuple[LoadedModel, NativeRunner]:
         context = context_of(weights.spec, config.model)
-        runner = NativeRunner(weights, threads=threads, context=context, cores=cores, keep=keep)
+        runner = NativeRunner(
+            weights,
+            threads=threads,
+            context=context,
+            cores=cores,
+            keep=keep,
+            activations=config.engine.activations,
+            kv_dtype=_kv_dtype(config) or "bf16",
+        )
         return LoadedModel(weights.spec, context, runner), runner
 
     cache = open_cache(config.engine.weights_cache)
@@ -81,3 +93,8 @@ def _read(path: Path, reading: Callable[[float], None]) -> StoredWeights:
     from memserve.engine.models.loader import open_path
 
     return open_path(path).stored_weights(reading)
+
+
+def _kv_dtype(config: Config) -> str | None:
+    """What is asked for; None: whatever suits the runner."""
+    return None if config.pool.kv_cache_dtype == "auto" else config.pool.kv_cache_dtype

@@ -6,15 +6,15 @@ Knows what steps have cost so far; which sequences get the tokens is the batcher
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import msgspec
+
+from memserve.core.types import StepPrices
 from memserve.engine.cost import LinearCost
 
 FLOOR_TOKENS = 16
 """Prefill goes on by at least this much per step, however slow the streams are without it."""
-
-# Seconds, of a 135 M parameter model on two slow cores; the first step corrects the scale.
-_PRIOR = (1e-2, 1e-3, 1e-6, 1e-3, 2e-7)
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,42 +22,60 @@ class Work:
     """What a step computes.
 
     ``decode_context`` is the sum of the tokens that decode rows attend to, ``prefill_context`` the same for
-    prefill rows.
+    prefill rows and for speculated ones: those share what they read with others of their sequence.
     """
 
     decode_rows: int = 0
     decode_context: int = 0
+    speculated_rows: int = 0
     prefill_tokens: int = 0
     prefill_context: int = 0
 
     def decode(self, computed: int) -> Work:
         """One row more, for a stream that has ``computed`` tokens behind it."""
-        return Work(
-            self.decode_rows + 1,
-            self.decode_context + computed,
-            self.prefill_tokens,
-            self.prefill_context,
+        return replace(self, decode_rows=self.decode_rows + 1, decode_context=self.decode_context + computed)
+
+    def speculate(self, computed: int, count: int) -> Work:
+        """``count`` proposed tokens more, of a stream that has ``computed`` tokens behind it."""
+        return replace(
+            self,
+            speculated_rows=self.speculated_rows + count,
+            prefill_context=self.prefill_context + count * computed + count * count // 2,
         )
 
     def prefill(self, computed: int, count: int) -> Work:
         """``count`` tokens more, of a prompt that has ``computed`` tokens behind it."""
-        return Work(
-            self.decode_rows,
-            self.decode_context,
-            self.prefill_tokens + count,
-            self.prefill_context + count * computed + count * count // 2,
+        return replace(
+            self,
+            prefill_tokens=self.prefill_tokens + count,
+            prefill_context=self.prefill_context + count * computed + count * count // 2,
         )
 
     @property
     def amounts(self) -> tuple[float, ...]:
-        return (1, self.decode_rows, self.decode_context, self.prefill_tokens, self.prefill_context)
+        return (
+            1,
+            self.decode_rows,
+            self.decode_context,
+            self.speculated_rows,
+            self.prefill_tokens,
+            self.prefill_context,
+        )
 
 
 class StepTimes:
-    """What a step costs: fixed + rows and context of decode + tokens and context of prefill."""
+    """What a step costs: fixed + decode rows and context + proposed rows + prefill.
+
+    The first step that is measured corrects the scale of the prices assumed before.
+    """
 
     def __init__(self) -> None:
-        self._cost = LinearCost(_PRIOR)
+        self._cost = LinearCost(msgspec.structs.astuple(StepPrices()))
+
+    @property
+    def prices(self) -> StepPrices:
+        """What it has come to believe."""
+        return StepPrices(*self._cost.prices)
 
     def learn(self, work: Work, seconds: float) -> None:
         """A step of ``work`` has taken ``seconds``."""
@@ -71,6 +89,10 @@ class StepTimes:
         """What ``count`` more tokens of a prompt with ``computed`` behind them add to a step."""
         work = Work().prefill(computed, count)
         return self.seconds_of(work) - self.seconds_of(Work())
+
+    def speculation_seconds(self, computed: int) -> float:
+        """What a proposed token of a stream with ``computed`` tokens behind it adds to a step."""
+        return self.seconds_of(Work().speculate(computed, 1)) - self.seconds_of(Work())
 
     def tokens_within(self, seconds: float, computed: int) -> int:
         """The most prompt tokens that add at most ``seconds``, with ``computed`` behind them: >= 0."""

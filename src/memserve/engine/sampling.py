@@ -43,7 +43,7 @@ def sample_row(logits: Floats, params: SamplingParams, index: int) -> SampledTok
         token = int(np.argmax(logits))
         _check_finite(float(logits[token]))
     else:
-        token = _draw(logits, params, draw_uniform(params.seed, index))
+        token = _draw(logits, params, draw_uniform(params.seed, params.first_index + index))
     if params.logprobs is None:
         return SampledToken(token)
     return SampledToken(token, report_logprobs(logits, token, params.logprobs))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import msgspec
@@ -11,7 +12,6 @@ from numpy.typing import NDArray
 from memserve.core.types import (
     FinishReason,
     InstanceId,
-    Ledger,
     Namespace,
     RequestId,
     SamplingParams,
@@ -19,6 +19,8 @@ from memserve.core.types import (
     pack_tokens,
     unpack_tokens,
 )
+from memserve.engine.account import PromptAccount
+from memserve.engine.speculation import Draft, Lookup
 from memserve.mempool.address import Addresses
 
 
@@ -68,14 +70,16 @@ class Sequence:
     pointers: NDArray[np.uint64] = field(default_factory=lambda: np.empty(0, np.uint64))
     decode_on: InstanceId | None = None
     prefilled_on: InstanceId | None = None
-    ledger: Ledger | None = None
-    ledger_sent: bool = False
+    account: PromptAccount | None = None
+    """Where the prompt's KV came from; None before any was looked for and after the ledger was sent."""
     ended: FinishReason | None = None
     patience: float | None = None
     """Until when to wait for KV on its way here, in the engine's clock; None if there was none so far."""
     leader_patience: Patience | None = None
     """With the sequence that computes what this one begins with; None if it has waited for none so far."""
     trace: bool = False
+    draft: Draft | None = None
+    """What its text says about how it may go on; None until somebody asks."""
 
     @property
     def tokens(self) -> Tokens:
@@ -92,12 +96,32 @@ class Sequence:
         return self.length - self.computed
 
     @property
+    def wanted(self) -> int:
+        """Tokens still to be sampled, at most."""
+        return len(self.buffer) - self.length
+
+    @property
     def blocks_held(self) -> int:
         return len(self.pointers)
+
+    def draft_with(self, lookup: Lookup) -> Draft:
+        """Its own draft, made by ``lookup`` when it is asked for first."""
+        if self.draft is None:
+            self.draft = Draft(lookup)
+        return self.draft
 
     def append(self, token: int) -> None:
         self.buffer[self.length] = token
         self.length += 1
+
+    def extend(self, tokens: Iterable[int], context: int) -> FinishReason | None:
+        """Append ``tokens`` up to the one that ends the sequence, if one does; says why it ended."""
+        for token in tokens:
+            self.append(token)
+            reason = self.finish_reason(context)
+            if reason is not None:
+                return reason
+        return None
 
     def finish_reason(self, context: int) -> FinishReason | None:
         """Why the sequence ends with its last sampled token, or None."""
@@ -152,5 +176,4 @@ def from_adoption(raw: bytes) -> Sequence:
         sequence.append(int(token))
     sequence.computed = sequence.length - 1
     sequence.prefilled_on = adoption.prefilled_on
-    sequence.ledger_sent = True
     return sequence

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from memserve.core.clock import Clock
 from memserve.core.errors import OutOfBlocks
 from memserve.core.types import Ledger
+from memserve.engine.account import PromptAccount
 from memserve.engine.cost import LinearCost
 from memserve.engine.pace import StepTimes
 from memserve.engine.phases import Phases
 from memserve.engine.sequence import Sequence
-from memserve.mempool.address import Addresses, Origin, Tier
+from memserve.mempool.address import Addresses, Tier
 from memserve.mempool.match import Match
 from memserve.mempool.pool import MemPool
 
@@ -38,12 +40,15 @@ class SequenceBlocks:
         self._swaps = LinearCost(_SWAP_PRIOR)
         self._preempted_swap = 0
         self._preempted_recompute = 0
+        self._accounted = np.zeros(len(Ledger.__struct_fields__), np.int64)
 
     def counters(self) -> Mapping[str, float]:
         """What has been done so far, for metrics."""
+        accounted = zip(Ledger.__struct_fields__, self._accounted.tolist(), strict=True)
         return {
             "preempted_swap": float(self._preempted_swap),
             "preempted_recompute": float(self._preempted_recompute),
+            **{f"prompt_tokens_{source}": float(tokens) for source, tokens in accounted},
         }
 
     def take(self, sequence: Sequence) -> bool:
@@ -58,17 +63,15 @@ class SequenceBlocks:
             if len(wanted) < len(match.addrs):
                 left = _in_tiers(match.tiers[len(wanted) :])
                 self._swaps.learn(left, self._swaps.predict(left) * _RETRY)
-            if sequence.ledger is None:
-                tokens = pool.layout.block_tokens
-                sequence.ledger = _account(match, len(cached), tokens, sequence.prompt_length)
+            self._account(sequence, match, len(cached))
         sequence.computed = len(cached) * pool.layout.block_tokens
         self.hold(sequence, cached.concat(fresh))
         return True
 
-    def grow(self, sequence: Sequence) -> bool:
-        """See to a block for the next token; False where there is none."""
+    def grow(self, sequence: Sequence, ahead: int = 0) -> bool:
+        """See to blocks for the next token and ``ahead`` more; False where there are none."""
         assert sequence.addrs is not None
-        missing = self._pool.layout.blocks_for(sequence.length) - sequence.blocks_held
+        missing = self._pool.layout.blocks_for(sequence.length + ahead) - sequence.blocks_held
         if missing <= 0:
             return True
         try:
@@ -76,6 +79,20 @@ class SequenceBlocks:
         except OutOfBlocks:
             return False
         return True
+
+    def trim(self, sequence: Sequence) -> None:
+        """Give back what :meth:`grow` has taken ahead and the next token does not need."""
+        assert sequence.addrs is not None
+        needed = self._pool.layout.blocks_for(sequence.length)
+        if sequence.blocks_held > needed:
+            self._pool.free_mem(sequence.addrs[needed:])
+            self.hold(sequence, sequence.addrs[:needed])
+
+    def reach(self, sequence: Sequence, ahead: int) -> int:
+        """For how many tokens after the next one there are blocks: ``ahead``, or fewer."""
+        if self.grow(sequence, ahead):
+            return ahead
+        return sequence.blocks_held * self._pool.layout.block_tokens - sequence.length
 
     def hold(self, sequence: Sequence, addrs: Addresses) -> None:
         """Let the sequence have ``addrs`` from now on."""
@@ -105,6 +122,8 @@ class SequenceBlocks:
         """
         tiers = [tier for tier in (Tier.HOST, Tier.DISK) if self._pool.size_of(tier)]
         blocks = victim.computed // self._pool.layout.block_tokens
+        if victim.account is not None:
+            victim.account.lose(victim.computed)
         swap = False
         if tiers and blocks and self._phases.reuses:
             below = np.full(blocks, tiers[0], np.uint8)
@@ -116,6 +135,22 @@ class SequenceBlocks:
             self._preempted_swap += 1
         else:
             self._preempted_recompute += 1
+
+    def settle_account(self, sequence: Sequence) -> Ledger | None:
+        """The ledger of a prompt that is computed now; None if it was settled before, here or elsewhere."""
+        if sequence.account is None:
+            return None
+        ledger, sequence.account = sequence.account.ledger(), None
+        self._accounted += np.array(msgspec.structs.astuple(ledger))
+        return ledger
+
+    def _account(self, sequence: Sequence, match: Match, blocks: int) -> None:
+        """Note where the first ``blocks`` blocks, those that are used of ``match``, came from."""
+        if sequence.sampled:
+            return
+        if sequence.account is None:
+            sequence.account = PromptAccount(sequence.prompt_length, self._pool.layout.block_tokens)
+        sequence.account.find(match.origins[:blocks], match.tiers[:blocks])
 
     def _worth_using(self, match: Match) -> int:
         """How many of the matched blocks to use: what lies below only if computing it takes longer."""
@@ -157,19 +192,3 @@ class SequenceBlocks:
 def _in_tiers(tiers: NDArray[np.uint8]) -> tuple[int, int]:
     """How many blocks lie on host and on disk."""
     return int(np.count_nonzero(tiers == Tier.HOST)), int(np.count_nonzero(tiers == Tier.DISK))
-
-
-def _account(match: Match, blocks: int, block_tokens: int, prompt: int) -> Ledger:
-    """Split a prompt's tokens by where their KV came from; the first ``blocks`` of ``match`` were used."""
-    tiers = match.tiers[:blocks]
-    lay_in = np.bincount(tiers, minlength=len(Tier)) * block_tokens
-    on_device = match.origins[:blocks][tiers == Tier.DEVICE]
-    counts = np.bincount(on_device, minlength=len(Origin)) * block_tokens
-    return Ledger(
-        computed=prompt - blocks * block_tokens,
-        host=int(lay_in[Tier.HOST]),
-        disk=int(lay_in[Tier.DISK]),
-        local=int(counts[Origin.COMPUTED]),
-        peer=int(counts[Origin.PEER]),
-        backflow=int(counts[Origin.BACKFLOW]),
-    )

@@ -6,7 +6,8 @@ import enum
 import hashlib
 from dataclasses import dataclass
 
-_DTYPE_BYTES = {"bf16": 2, "f32": 4}
+_DTYPE_BYTES = {"bf16": 2, "f32": 4, "int8": 1}
+_SCALE_BYTES = {"int8": 4}
 _ORDERS = ("tile", "plain")
 
 
@@ -31,6 +32,10 @@ class KVLayout:
                neighbouring pairs are what bf16 dot-product instructions and AMX tiles read in place.
     ``plain``  K: [kv_heads][block_tokens][head_dim], V: the same.
 
+    With ``dtype`` ``int8`` each head's values follow its scales, float32[block_tokens]: what moves a layer's
+    K or V moves both. A number is its int8 times the scale of its token and head, which is the largest
+    absolute one / 127. In blocks of 16 tokens heads stay aligned to 64 bytes if head_dim is a multiple of 4.
+
     ``model`` identifies the weights: KV of different models is never exchanged.
     """
 
@@ -50,7 +55,8 @@ class KVLayout:
     @property
     def half_layer_bytes(self) -> int:
         """Bytes of one layer's K (or V) in one block."""
-        return self.kv_heads * self.head_dim * self.block_tokens * _DTYPE_BYTES[self.dtype]
+        values = self.head_dim * _DTYPE_BYTES[self.dtype]
+        return self.kv_heads * self.block_tokens * (values + _SCALE_BYTES.get(self.dtype, 0))
 
     @property
     def layer_bytes(self) -> int:

@@ -339,6 +339,7 @@ class LocalPool:
             corrupt_blocks=count.corrupt_blocks,
             sent=count.sent,
             sent_bytes=count.sent_bytes,
+            spared_bytes=count.spared_bytes,
             received=count.received,
             received_bytes=count.received_bytes,
             stale=count.stale,

@@ -26,7 +26,7 @@ from memserve.mempool.modes import TransferMode
 from memserve.mempool.reservations import Completed, Reservation, ReservationTable
 from memserve.mempool.results import Freed, Transferred
 from memserve.mempool.stats import AbortCause, PoolStats, Traffic
-from memserve.mempool.transport import Transport
+from memserve.mempool.transport import Attachment, Transport
 
 
 class MemPool(LocalPool):
@@ -79,7 +79,7 @@ class MemPool(LocalPool):
         peer: InstanceId,
         src: Addresses,
         *,
-        attachment: bytes = b"",
+        attachment: Attachment = b"",
         mode: TransferMode | None = None,
         ready: LayerGate | None = None,
         dst: Addresses | None = None,
@@ -101,7 +101,7 @@ class MemPool(LocalPool):
         namespace: Namespace,
         *,
         origin: Origin = Origin.PEER,
-        attachment: bytes = b"",
+        attachment: Attachment = b"",
         mode: TransferMode | None = None,
         ready: LayerGate | None = None,
         dst: Addresses | None = None,
@@ -111,7 +111,8 @@ class MemPool(LocalPool):
         ``src`` covers ``tokens``. The last, partly filled block travels only together with an
         ``attachment``, whose taker gets references to all blocks of the path. ``mode`` says in which pieces
         and in which order, and is chosen if None. With ``ready`` the blocks are still being computed: nothing
-        is read before the gate is open for it. With ``dst`` (see :meth:`alloc_peer_mem`) ``src[i]`` goes to
+        is read before the gate is open for it, and ``attachment`` may be a future, which is waited for at the
+        end; cancelling it aborts the transfer. With ``dst`` (see :meth:`alloc_peer_mem`) ``src[i]`` goes to
         ``dst[i]``, but for what the peer has already; the loan goes on.
 
         All or nothing: raises ``PeerLost``, ``PeerOutOfBlocks``, ``CorruptBlock``, ``LeaseExpired``,
@@ -360,6 +361,7 @@ class MemPool(LocalPool):
         """For the transport: a transfer was published by ``peer``."""
         self._counters.sent += 1
         self._counters.sent_bytes += done.bytes
+        self._counters.spared_bytes += done.held * self.layout.block_bytes
         self._traffic.count(peer, done)
 
     def stats(self) -> PoolStats:

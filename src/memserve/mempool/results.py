@@ -27,7 +27,8 @@ class Inserted:
 class Transferred:
     """Of the blocks asked for the receiver ``held`` some already; ``sent`` were copied, ``bytes`` in all.
 
-    ``calls`` counts the contiguous pieces in which they went, by ``mode`` over ``backend``.
+    ``calls`` counts the contiguous pieces in which they went, by ``mode`` over ``backend``. ``seconds`` is
+    what it took, less the waiting for layers and attachment that were still to be computed.
     """
 
     held: int
@@ -36,6 +37,7 @@ class Transferred:
     calls: int
     mode: TransferMode
     backend: str
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,8 +50,9 @@ class PoolStats:
     held and to be retired: they count by their state, but not among ``blocks``. Hits and misses are
     prompt tokens found and not found by ``match``, with what lay in lower tiers counted once more by tier.
     Evicted (dropped for good), swapped and corrupt are in blocks; ``sent`` and ``received`` count published
-    transfers, the ``_bytes`` what was copied for them, ``traffic`` the sent ones by link and mode. ``lent``
-    blocks are active ones that peers have allocated here.
+    transfers, the ``_bytes`` what was copied for them, ``spared_bytes`` what the receivers had,
+    ``traffic`` the sent ones by link and mode. ``lent`` blocks are active ones that peers have allocated
+    here.
     """
 
     blocks: int
@@ -76,6 +77,7 @@ class PoolStats:
     corrupt_blocks: int
     sent: int
     sent_bytes: int
+    spared_bytes: int
     received: int
     received_bytes: int
     stale: int
@@ -86,7 +88,15 @@ class PoolStats:
 
     def counters(self) -> Mapping[str, float]:
         """Everything but the states, flat, for metrics."""
-        names = ("hit_tokens", "miss_tokens", "evicted_blocks", "sent", "sent_bytes", "received")
+        names = (
+            "hit_tokens",
+            "miss_tokens",
+            "evicted_blocks",
+            "sent",
+            "sent_bytes",
+            "spared_bytes",
+            "received",
+        )
         more = ("received_bytes", "stale", "tree_nodes", "tree_blocks", "leases", "pinned", "corrupt_blocks")
         lower = ("host_hit_tokens", "disk_hit_tokens", "swapped_out_blocks", "swapped_in_blocks", "draining")
         flat = {f"pool_{name}": float(getattr(self, name)) for name in (*names, *more, *lower)}
@@ -133,6 +143,7 @@ class Counters:
     corrupt_blocks: int = 0
     sent: int = 0
     sent_bytes: int = 0
+    spared_bytes: int = 0
     received: int = 0
     received_bytes: int = 0
     stale: int = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Protocol
 
 from memserve.core.messages import Member
@@ -10,6 +11,9 @@ from memserve.mempool.address import Addresses, Origin, Tier
 from memserve.mempool.layer_gate import LayerGate
 from memserve.mempool.modes import TransferMode
 from memserve.mempool.results import Freed, Transferred
+
+Attachment = bytes | asyncio.Future[bytes]
+"""What a transfer's taker is told; a future where that is known only once all layers are computed."""
 
 
 class Transport(Protocol):
@@ -22,7 +26,7 @@ class Transport(Protocol):
         peer: InstanceId,
         src: Addresses,
         *,
-        attachment: bytes,
+        attachment: Attachment,
         mode: TransferMode | None,
         ready: LayerGate | None,
         dst: Addresses | None,
@@ -36,7 +40,7 @@ class Transport(Protocol):
         namespace: Namespace,
         *,
         origin: Origin,
-        attachment: bytes,
+        attachment: Attachment,
         mode: TransferMode | None,
         ready: LayerGate | None,
         dst: Addresses | None,

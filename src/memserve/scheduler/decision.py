@@ -5,14 +5,17 @@ Deterministic: the same state and request give the same decision, so a log repla
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from itertools import chain
 
 import msgspec
+import numpy as np
 
 from memserve.core.errors import NoInstance
 from memserve.core.types import InstanceId, Namespace, RequestId, Role, Tokens
-from memserve.scheduler.policies import Choice, Policy, Query
+from memserve.scheduler.costs import prefill_costs
+from memserve.scheduler.policies import Choice, Plan, Policy, Query, Weighed
 from memserve.scheduler.state import InstanceState, Leg, Places, SchedulerState, Share, Work
 from memserve.scheduler.tree import Holdings
 
@@ -22,19 +25,21 @@ MAX_CANDIDATES = 8
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RouteRequest:
-    """A request to place. ``tokens``: contiguous int32[n], n at least 1."""
+    """A request to place. ``tokens``: contiguous int32[n], n at least 1; ``max_tokens`` 0: unknown."""
 
     request: RequestId
     namespace: Namespace
     tokens: Tokens
     session: str | None = None
+    max_tokens: int = 0
 
 
 class Candidate(msgspec.Struct, frozen=True, gc=False):
     """A place as it looked at the time of the decision.
 
     ``queued_tokens`` are ahead of the request: prompt tokens to compute where it would prefill, tokens
-    of context to read in each step where it would decode.
+    of context to read in each step where it would decode. The rest is known where the policy weighs
+    costs, in seconds: see :class:`memserve.scheduler.policies.Weighed`.
     """
 
     instance: InstanceId
@@ -43,13 +48,19 @@ class Candidate(msgspec.Struct, frozen=True, gc=False):
     queued_tokens: int
     running: int
     chosen: bool
+    wait: float | None = None
+    fetch: float | None = None
+    prefill: float | None = None
+    total: float | None = None
 
 
 class Decision(msgspec.Struct, frozen=True, gc=False):
     """Where a request runs and why. ``decode`` None: where it prefills. Candidates are ordered by id.
 
     ``matched_prefill`` and ``matched_decode`` are the tokens of the prompt believed to be held there;
-    ``decided_at`` is in the scheduler's clock, seconds.
+    ``decided_at`` is in the scheduler's clock, seconds. ``predicted_ttft``: seconds from then to the first
+    token, of which ``predicted_prefill`` to compute it. With ``fetch_from``, that instance sends the first
+    ``fetch_tokens`` tokens of the prompt to where it is prefilled.
     """
 
     request: RequestId
@@ -63,11 +74,16 @@ class Decision(msgspec.Struct, frozen=True, gc=False):
     matched_decode: int
     decided_at: float
     reason: str
+    predicted_ttft: float = 0.0
+    predicted_prefill: float = 0.0
+    fetch_from: InstanceId | None = None
+    fetch_tokens: int = 0
 
     def prefill_share(self) -> Share:
         """Load to book where it prefills. The last prompt token is always computed."""
-        to_compute = max(1, self.prompt_tokens - self.matched_prefill)
-        return Share(self.prefill, Work(prefill_tokens=to_compute, requests=0 if self.decode is None else 1))
+        to_compute = max(1, self.prompt_tokens - max(self.matched_prefill, self.fetch_tokens))
+        work = Work(prefill_tokens=to_compute, requests=0 if self.decode is None else 1)
+        return Share(self.prefill, work, self.predicted_prefill)
 
     def decode_share(self) -> Share:
         """Load to book where it decodes."""
@@ -75,59 +91,93 @@ class Decision(msgspec.Struct, frozen=True, gc=False):
         return Share(place, Work(context_tokens=self.prompt_tokens, requests=1))
 
 
-class _Outcome(NamedTuple):
-    choice: Choice
-    matched: int
-    candidates: tuple[Candidate, ...]
+def decide(
+    request: RouteRequest, state: SchedulerState, policy: Policy, now: float, answer: float = 128.0
+) -> Decision:
+    """Choose the places of ``request``; changes nothing. Raises ``NoInstance`` naming the missing role.
 
-
-def decide(request: RouteRequest, state: SchedulerState, policy: Policy, now: float) -> Decision:
-    """Choose the places of ``request``; changes nothing. Raises ``NoInstance`` naming the missing role."""
-    prefill = _choose(Leg.PREFILL, request, state, policy)
-    decode = None
-    if prefill.choice.place.role is not Role.COLOCATED:
-        decode = _choose(Leg.DECODE, request, state, policy)
+    ``answer``: tokens that answers have on average.
+    """
+    query = _ask(request, state, now, answer)
+    plan = policy.plan(query)
+    prefill, decode, held = plan.prefill.place, plan.decode, query.held
+    matched = held.tokens(prefill.instance)
+    fetched = plan.fetch.tokens if plan.fetch else 0
+    ttft, work = _predict(query, prefill, max(matched, fetched), query.wire.seconds(fetched - matched))
     return Decision(
         request=request.request,
-        prefill=prefill.choice.place.instance,
-        decode=decode.choice.place.instance if decode else None,
+        prefill=prefill.instance,
+        decode=decode.place.instance if decode else None,
         policy=policy.name,
-        prompt_tokens=len(request.tokens),
-        prefill_candidates=prefill.candidates,
-        decode_candidates=decode.candidates if decode else (),
-        matched_prefill=prefill.matched,
-        matched_decode=decode.matched if decode else prefill.matched,
+        prompt_tokens=query.prompt,
+        prefill_candidates=_record_candidates(query.prefill, held, plan.prefill, plan.prefill_weighed),
+        decode_candidates=(
+            _record_candidates(query.decode, held, decode, plan.decode_weighed) if decode else ()
+        ),
+        matched_prefill=matched,
+        matched_decode=held.tokens(decode.place.instance) if decode else matched,
         decided_at=now,
-        reason=_explain(prefill, decode),
+        reason=_explain(plan),
+        predicted_ttft=ttft,
+        predicted_prefill=work,
+        fetch_from=plan.fetch.source if plan.fetch else None,
+        fetch_tokens=fetched,
     )
 
 
-def _choose(leg: Leg, request: RouteRequest, state: SchedulerState, policy: Policy) -> _Outcome:
-    places = state.places(leg)
-    if not places.instances:
+def _ask(request: RouteRequest, state: SchedulerState, now: float, answer: float) -> Query:
+    prefill, decode = state.places(Leg.PREFILL), state.places(Leg.DECODE)
+    if not prefill.instances or (not decode.instances and not prefill.decodes.any()):
+        missing = Leg.DECODE if prefill.instances else Leg.PREFILL
         raise NoInstance(
-            f"no {leg.value} or colocated instance takes requests now; "
+            f"no {missing.value} or colocated instance takes requests now; "
             f"start one, or try again when it is ready"
         )
-    held = state.match(leg, request.namespace, request.tokens)
-    choice = policy.choose(Query(places, held, request.session, state.turn))
-    matched = held.tokens(choice.place.instance)
-    return _Outcome(choice, matched, _record_candidates(places, held, choice))
+    return Query(
+        prompt=len(request.tokens),
+        answer=min(answer, request.max_tokens) if request.max_tokens else answer,
+        session=request.session,
+        turn=state.turn,
+        now=now,
+        held=state.match(request.namespace, request.tokens),
+        prefill=prefill,
+        decode=decode,
+        start=state.places(Leg.START),
+        fleet=state.fleet,
+        wire=state.wire,
+        error=state.predictions.typical,
+    )
 
 
-def _record_candidates(places: Places, held: Holdings, choice: Choice) -> tuple[Candidate, ...]:
-    chosen, prefills = choice.place, places.leg is Leg.PREFILL
+def _predict(query: Query, place: InstanceState, computed: int, fetch: float) -> tuple[float, float]:
+    """Seconds to the first token, and of prefill among them."""
+    there = np.array([min(computed, query.prompt - 1)], np.float64)
+    slots = np.array([place.slot], np.intp)
+    costs = prefill_costs(query.fleet, slots, query.prompt, there, fetch, query.now)
+    return float(costs.ttft[0]), float(costs.prefill[0])
+
+
+def _record_candidates(
+    places: Places, held: Holdings, choice: Choice, weighed: tuple[Weighed, ...]
+) -> tuple[Candidate, ...]:
+    if weighed:
+        return tuple(_candidate(places.leg, one.place, held, choice, one) for one in weighed)
     recorded = sorted(_select(places, held, choice), key=_by_id)
-    return tuple(
-        Candidate(
-            place.instance,
-            place.role,
-            held.tokens(place.instance),
-            place.load.prefill_tokens if prefills else place.load.context_tokens,
-            place.load.requests,
-            place is chosen,
-        )
-        for place in recorded
+    return tuple(_candidate(places.leg, place, held, choice, None) for place in recorded)
+
+
+def _candidate(
+    leg: Leg, place: InstanceState, held: Holdings, choice: Choice, weighed: Weighed | None
+) -> Candidate:
+    load = place.load
+    return Candidate(
+        place.instance,
+        place.role,
+        held.tokens(place.instance),
+        load.context_tokens if leg is Leg.DECODE else load.prefill_tokens,
+        load.requests,
+        place is choice.place,
+        *(weighed[1:] if weighed else ()),
     )
 
 
@@ -135,7 +185,7 @@ def _select(places: Places, held: Holdings, choice: Choice) -> list[InstanceStat
     """All places when they are few; else the chosen one, what the reason speaks of, and a longest holder."""
     if len(places.instances) <= MAX_CANDIDATES:
         return list(places.instances)
-    longest = places.by_id.get(next(held.tiers[0].instances())) if held.tiers else None
+    longest = next((place for name in _longest(held) if (place := places.by_id.get(name))), None)
     selected = [choice.place]
     for place in (longest, *choice.considered):
         if place is not None and place not in selected and len(selected) < MAX_CANDIDATES:
@@ -147,8 +197,13 @@ def _by_id(place: InstanceState) -> InstanceId:
     return place.instance
 
 
-def _explain(prefill: _Outcome, decode: _Outcome | None) -> str:
-    first = f"prefill on {prefill.choice.place.instance}: {prefill.choice.reason}"
-    if decode is None:
+def _longest(held: Holdings) -> Iterator[InstanceId]:
+    """Names of holders, longest prefix first."""
+    return chain.from_iterable(tier.instances() for tier in held.tiers)
+
+
+def _explain(plan: Plan) -> str:
+    first = f"prefill on {plan.prefill.place.instance}: {plan.prefill.reason}"
+    if plan.decode is None:
         return f"{first}; decode there too"
-    return f"{first}; decode on {decode.choice.place.instance}: {decode.choice.reason}"
+    return f"{first}; decode on {plan.decode.place.instance}: {plan.decode.reason}"

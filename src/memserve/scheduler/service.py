@@ -9,10 +9,16 @@ from collections import OrderedDict
 
 from memserve.core.clock import Clock
 from memserve.core.messages import Heartbeat, Member, PoolEvents, Ready, Snapshot
-from memserve.core.types import InstanceId, RequestId, Role
+from memserve.core.types import InstanceId, RequestId
 from memserve.scheduler.decision import Decision, RouteRequest, decide
 from memserve.scheduler.policies import Policy
 from memserve.scheduler.state import Admission, EventOutcome, SchedulerState
+
+_ANSWER_TOKENS = 128.0
+_ANSWER_RATE = 0.02
+"""Length of answers to begin with, and the weight of a new one in their mean."""
+EASING_BEATS = 8
+"""So many heartbeats long an instance that has come back takes only what no other can take."""
 
 
 class GlobalScheduler:
@@ -23,14 +29,19 @@ class GlobalScheduler:
         self._policy = policy
         self._clock = clock
         self._history = history
+        self._answer = _ANSWER_TOKENS
         self._decisions: OrderedDict[RequestId, Decision] = OrderedDict()
+        self._easing: dict[InstanceId, int] = {}
+        self._seen: set[InstanceId] = set()
 
     # --- requests ---
 
     def route(self, request: RouteRequest) -> Decision:
         """Decide, book the load and remember why. Raises ``NoInstance``."""
-        decision = decide(request, self.state, self._policy, self._clock.now())
-        self.state.book(decision.request, decision.prefill_share(), decision.decode_share())
+        decision = decide(request, self.state, self._policy, self._clock.now(), self._answer)
+        self.state.book(
+            decision.request, decision.prefill_share(), decision.decode_share(), decision.decided_at
+        )
         self._decisions.pop(decision.request, None)
         self._decisions[decision.request] = decision
         if len(self._decisions) > self._history:
@@ -39,11 +50,22 @@ class GlobalScheduler:
 
     def first_token(self, request: RequestId) -> None:
         """The request's prefill is done: its load at the prefill place ends."""
-        self.state.finish_prefill(request)
+        now, decision = self._clock.now(), self._decisions.get(request)
+        if decision is not None:
+            self.state.predictions.learn(decision.predicted_ttft, now - decision.decided_at)
+        self.state.finish_prefill(request, now)
+
+    def answered(self, tokens: int) -> None:
+        """An answer had so many tokens: others are expected to be like it."""
+        self._answer += _ANSWER_RATE * (tokens - self._answer)
 
     def finish(self, request: RequestId) -> None:
         """The request ended, however: nothing of it is load any more. May be repeated."""
-        self.state.unbook(request)
+        self.state.unbook(request, self._clock.now())
+
+    def has_work(self, instance: InstanceId) -> bool:
+        """Whether anything that was routed to it is still booked there."""
+        return self.state.is_booked(instance)
 
     def decision(self, request: RequestId) -> Decision | None:
         """Why the request runs where it runs; None when unknown or forgotten."""
@@ -52,8 +74,15 @@ class GlobalScheduler:
     # --- membership ---
 
     def member_ready(self, member: Member, ready: Ready) -> None:
-        """A new incarnation takes requests; what an earlier one held is forgotten. ``LayoutMismatch``."""
+        """A new incarnation takes requests; what an earlier one held is forgotten. ``LayoutMismatch``.
+
+        One that comes back, empty, is eased in: memory is touched and weights are read before load comes.
+        """
         self.state.add_instance(member, ready)
+        if member.instance in self._seen:
+            self._easing[member.instance] = EASING_BEATS
+            self.state.set_admission(member.instance, Admission.LAST_RESORT)
+        self._seen.add(member.instance)
 
     def member_suspected(self, instance: InstanceId) -> None:
         """Use it only if no other can take a request."""
@@ -61,20 +90,29 @@ class GlobalScheduler:
 
     def member_recovered(self, instance: InstanceId) -> None:
         """Use it as before."""
-        self.state.set_admission(instance, Admission.OPEN)
+        easing = instance in self._easing
+        self.state.set_admission(instance, Admission.LAST_RESORT if easing else Admission.OPEN)
 
     def member_draining(self, instance: InstanceId) -> None:
         """Give it no new request; what it holds stays known."""
+        self._easing.pop(instance, None)
         self.state.set_admission(instance, Admission.CLOSED)
+
+    def member_role_changed(self, member: Member) -> None:
+        """Route to it by its new role; what it holds stays known."""
+        self.state.set_role(member.instance, member.role)
 
     def member_lost(self, instance: InstanceId) -> None:
         """Forget it and all it held."""
+        self._easing.pop(instance, None)
         self.state.drop_instance(instance)
 
     # --- news from instances ---
 
     def on_heartbeat(self, heartbeat: Heartbeat) -> None:
         self.state.apply_load(heartbeat)
+        if heartbeat.instance in self._easing:
+            self._ease(heartbeat.instance)
 
     def on_pool_events(self, events: PoolEvents) -> bool:
         """Apply a batch; True when a snapshot is needed first.
@@ -87,8 +125,8 @@ class GlobalScheduler:
         """Apply a snapshot; True when another one is needed because events were lost meanwhile."""
         return self.state.apply_snapshot(snapshot) is EventOutcome.NEEDS_SNAPSHOT
 
-    # --- for people ---
-
-    def tree_sizes(self) -> dict[Role, int]:
-        """Compressed edges of each role's global prompt tree."""
-        return {role: self.state.tree(role).nodes for role in Role}
+    def _ease(self, instance: InstanceId) -> None:
+        self._easing[instance] -= 1
+        if self._easing[instance] == 0:
+            del self._easing[instance]
+            self.state.set_admission(instance, Admission.OPEN)

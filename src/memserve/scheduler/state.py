@@ -6,12 +6,26 @@ Changes only through its methods, one per kind of news, so that a log of calls r
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
+
+import numpy as np
 
 from memserve.core.errors import LayoutMismatch
 from memserve.core.messages import Heartbeat, LoadReport, Member, PoolEvents, Ready, Removed, Snapshot, Stored
-from memserve.core.types import InstanceId, Namespace, RequestId, Role, Tokens, unpack_tokens
+from memserve.core.types import (
+    InstanceId,
+    Namespace,
+    RequestId,
+    Role,
+    StepPrices,
+    Tokens,
+    unpack_tokens,
+)
+from memserve.scheduler.costs import Wire
+from memserve.scheduler.fleet import Flags, Fleet, Slots, stretch_of
+from memserve.scheduler.line import PrefillLine
+from memserve.scheduler.predictions import Predictions
 from memserve.scheduler.tree import GlobalPromptTree, Holdings
 
 MAX_EARLY_BATCHES = 64
@@ -35,31 +49,44 @@ class Admission(enum.Enum):
 
 
 class Leg(enum.Enum):
-    """The two parts of a request's way, each with a place of its own or both at one colocated instance."""
+    """The two parts of a request's way, each with a place of its own or both at one colocated instance.
+
+    ``START``: where a request may begin when costs are weighed. A decode instance may then prefill what
+    little is missing there, and keep the request.
+    """
 
     PREFILL = "prefill"
     DECODE = "decode"
+    START = "start"
 
 
 class Work(NamedTuple):
-    """Load of an instance: prompt tokens to prefill, tokens of context to decode over, requests."""
+    """Load of an instance: prompt tokens to prefill, tokens of context to decode over, requests.
+
+    ``streams`` are those of the requests whose first token is out.
+    """
 
     prefill_tokens: int = 0
     context_tokens: int = 0
     requests: int = 0
+    streams: int = 0
 
     def plus(self, other: Work) -> Work:
-        return Work(self[0] + other[0], self[1] + other[1], self[2] + other[2])
+        return Work(self[0] + other[0], self[1] + other[1], self[2] + other[2], self[3] + other[3])
 
     def minus(self, other: Work) -> Work:
-        return Work(self[0] - other[0], self[1] - other[1], self[2] - other[2])
+        return Work(self[0] - other[0], self[1] - other[1], self[2] - other[2], self[3] - other[3])
 
     def at_least(self, other: Work) -> Work:
-        return Work(max(self[0], other[0]), max(self[1], other[1]), max(self[2], other[2]))
+        return Work(
+            max(self[0], other[0]), max(self[1], other[1]), max(self[2], other[2]), max(self[3], other[3])
+        )
 
 
 _NO_REPORT = LoadReport()
 _NO_WORK = Work()
+_STREAM = Work(streams=1)
+_PRIOR = StepPrices()
 
 
 @dataclass(slots=True, eq=False)
@@ -69,7 +96,8 @@ class InstanceState:
     ``load`` is what is booked and not finished, but never less than what the last report said, plus and
     minus what was booked and finished since. The report adds what this scheduler did not book (before a
     restart of its own) and contexts that grew while decoding. The ``order`` pairs, kept beside it because
-    policies compare them for every instance, rank places: tokens ahead, then requests.
+    policies compare them for every instance, rank places: tokens ahead, then requests. ``slot`` is its row
+    in the fleet, ``line`` the forecast of its prefills.
     """
 
     instance: InstanceId
@@ -77,6 +105,11 @@ class InstanceState:
     role: Role
     block_tokens: int
     capacity: int
+    slot: int
+    step_tokens: int
+    target_tpot: float
+    prices: StepPrices = _PRIOR
+    line: PrefillLine = field(default_factory=PrefillLine)
     admission: Admission = Admission.OPEN
     report: LoadReport = _NO_REPORT
     booked: Work = _NO_WORK
@@ -95,10 +128,12 @@ class InstanceState:
     def take_report(self, report: LoadReport) -> None:
         """Replace the last load report."""
         self.report = report
+        if report.prices is not None:
+            self.prices = report.prices
         if report.blocks:
             self.capacity = report.blocks * self.block_tokens
         context = (report.active_blocks + report.incoming_blocks) * self.block_tokens
-        reported = Work(report.tokens_to_prefill, context, report.waiting + report.running)
+        reported = Work(report.tokens_to_prefill, context, report.waiting + report.running, 0)
         self._set_load(self.booked.at_least(reported))
 
     def _set_load(self, load: Work) -> None:
@@ -109,19 +144,26 @@ class InstanceState:
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """The instances that may take one leg of a request now, ordered by id."""
+    """The instances that may take one leg of a request now, ordered by id.
+
+    In the same order their ``slots`` in the fleet, whether their role ``decodes``, and nothing else.
+    """
 
     leg: Leg
     instances: tuple[InstanceState, ...]
     by_id: dict[InstanceId, InstanceState]
+    slots: Slots
+    decodes: Flags
+    only_decodes: Flags
 
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """What one leg of a request adds to the load of its place."""
+    """What one leg of a request adds to the load of its place; ``seconds`` of prefill."""
 
     instance: InstanceId
     work: Work
+    seconds: float = 0.0
 
 
 @dataclass(slots=True)
@@ -133,14 +175,20 @@ class _Feed:
 
 
 class SchedulerState:
-    """Instances, load and one global prompt tree per role. ``turn`` counts the bookings ever made."""
+    """Instances, load and the global prompt tree. ``turn`` counts the bookings ever made."""
 
     def __init__(self, block_tokens: int = 16) -> None:
         self.block_tokens = block_tokens
         self.turn = 0
         self._instances: dict[InstanceId, InstanceState] = {}
         self._feeds: dict[InstanceId, _Feed] = {}
-        self._trees = {role: GlobalPromptTree(block_tokens) for role in Role}
+        self.tree = GlobalPromptTree(block_tokens)
+        """Who holds what; change it through events only."""
+        self.fleet = Fleet()
+        """The instances as columns; read only."""
+        self.predictions = Predictions()
+        self.wire = Wire()
+        """How KV travels between instances."""
         self._bookings: dict[RequestId, list[tuple[InstanceState, Work]]] = {}
         self._places = {leg: self._find_places(leg) for leg in Leg}
 
@@ -150,10 +198,6 @@ class SchedulerState:
         """All known instances, ordered by id."""
         return tuple(state for _, state in sorted(self._instances.items()))
 
-    def tree(self, role: Role) -> GlobalPromptTree:
-        """The global prompt tree of one kind of instance; change it through events only."""
-        return self._trees[role]
-
     def places(self, leg: Leg) -> Places:
         """Who may take this leg. Empty when nobody can.
 
@@ -162,11 +206,9 @@ class SchedulerState:
         """
         return self._places[leg]
 
-    def match(self, leg: Leg, namespace: Namespace, tokens: Tokens) -> Holdings:
-        """What instances whose role allows this leg hold of ``tokens`` (contiguous int32[n])."""
-        own = Role.PREFILL if leg is Leg.PREFILL else Role.DECODE
-        held = self._trees[own].match(namespace, tokens)
-        return held.joined(self._trees[Role.COLOCATED].match(namespace, tokens))
+    def match(self, namespace: Namespace, tokens: Tokens) -> Holdings:
+        """What instances hold of ``tokens`` (contiguous int32[n])."""
+        return self.tree.match(namespace, tokens)
 
     # --- membership ---
 
@@ -182,9 +224,20 @@ class SchedulerState:
             )
         self.drop_instance(member.instance)
         capacity = ready.blocks * ready.block_tokens
-        self._instances[member.instance] = InstanceState(
-            member.instance, member.incarnation, member.role, ready.block_tokens, capacity
+        state = InstanceState(
+            member.instance,
+            member.incarnation,
+            member.role,
+            ready.block_tokens,
+            capacity,
+            self.tree.enlist(member.instance),
+            ready.step_tokens,
+            ready.target_tpot,
         )
+        self._instances[member.instance] = state
+        self.wire = replace(self.wire, bytes_per_token=ready.block_bytes / ready.block_tokens)
+        self.fleet.reserve(state.slot)
+        self._update_fleet(state)
         self._feeds[member.instance] = _Feed()
         self._refresh_places()
 
@@ -194,7 +247,8 @@ class SchedulerState:
         if state is None:
             return
         del self._feeds[instance]
-        self._trees[state.role].drop_instance(instance)
+        self.tree.drop_instance(instance)
+        self.fleet.clear(state.slot)
         self._refresh_places()
 
     def set_admission(self, instance: InstanceId, admission: Admission) -> None:
@@ -204,11 +258,22 @@ class SchedulerState:
             state.admission = admission
             self._refresh_places()
 
+    def set_role(self, instance: InstanceId, role: Role) -> None:
+        """The instance does other work from now on and holds what it held; unknown names are ignored.
+
+        How far its events have been applied, what is booked on it and its admission stay as they are.
+        """
+        state = self._instances.get(instance)
+        if state is not None and state.role is not role:
+            state.role = role
+            self._refresh_places()
+
     def apply_load(self, heartbeat: Heartbeat) -> None:
         """Take a load report in; one of another incarnation is ignored."""
         state = self._instances.get(heartbeat.instance)
         if state is not None and state.incarnation == heartbeat.incarnation:
             state.take_report(heartbeat.load)
+            self._update_fleet(state)
 
     # --- what pools hold ---
 
@@ -241,10 +306,9 @@ class SchedulerState:
         feed = self._feeds[snapshot.instance]
         if snapshot.next_seq < feed.next_seq:
             return EventOutcome.NEEDS_SNAPSHOT if feed.early else EventOutcome.APPLIED
-        tree = self._trees[state.role]
-        tree.drop_instance(state.instance)
+        self.tree.forget(state.instance)
         for path in snapshot.paths:
-            tree.store(state.instance, path.namespace, unpack_tokens(path.tokens))
+            self.tree.store(state.instance, path.namespace, unpack_tokens(path.tokens))
         feed.next_seq = snapshot.next_seq
         early, feed.early = feed.early, []
         outcomes = [self.apply_events(batch) for batch in early]
@@ -252,7 +316,7 @@ class SchedulerState:
         return EventOutcome.NEEDS_SNAPSHOT if gap else EventOutcome.APPLIED
 
     def _apply_known_start(self, state: InstanceState, feed: _Feed, batch: PoolEvents) -> None:
-        tree = self._trees[state.role]
+        tree = self.tree
         for event in batch.events[feed.next_seq - batch.seq :]:
             tokens = unpack_tokens(event.tokens)
             if isinstance(event, Stored):
@@ -263,26 +327,37 @@ class SchedulerState:
 
     # --- bookings ---
 
-    def book(self, request: RequestId, prefill: Share, decode: Share) -> None:
+    def book(self, request: RequestId, prefill: Share, decode: Share, now: float = 0.0) -> None:
         """Add a request's work to its places until it is unbooked; booking again replaces."""
-        self.unbook(request)
+        self.unbook(request, now)
         self.turn += 1
         booked = [(self._instances[share.instance], share.work) for share in (prefill, decode)]
+        booked[0][0].line.join(request, now, prefill.seconds)
         for state, work in booked:
             state.book(work)
+            self._update_fleet(state)
         self._bookings[request] = booked
 
-    def finish_prefill(self, request: RequestId) -> None:
+    def finish_prefill(self, request: RequestId, now: float = 0.0) -> None:
         """The first token is out: the prefill share is done. Repeats and unknown requests are ignored."""
         booked = self._bookings.get(request, [])
-        if len(booked) > 1:
-            state, work = booked.pop(0)
-            state.unbook(work)
+        if len(booked) < 2:
+            return
+        self._unbook(request, *booked.pop(0), now)
+        state, work = booked[0]
+        booked[0] = (state, work.plus(_STREAM))
+        state.book(_STREAM)
+        self._update_fleet(state)
 
-    def unbook(self, request: RequestId) -> None:
+    def unbook(self, request: RequestId, now: float = 0.0) -> None:
         """The request ended, however. Unknown requests are ignored."""
         for state, work in self._bookings.pop(request, []):
-            state.unbook(work)
+            self._unbook(request, state, work, now)
+
+    def is_booked(self, instance: InstanceId) -> bool:
+        """Whether work is booked on an instance; unknown ones have none."""
+        state = self._instances.get(instance)
+        return state is not None and any(state.booked)
 
     def check(self) -> None:
         """Raise ``AssertionError`` if trees or bookings contradict the instances. Costs a full pass."""
@@ -292,10 +367,27 @@ class SchedulerState:
                 booked[state.instance] = booked[state.instance].plus(work)
         for name, state in self._instances.items():
             assert state.booked == booked[name], f"{name}: {state.booked} should be {booked[name]}"
-        for tree in self._trees.values():
-            tree.check()
+        self.tree.check()
 
     # --- inside ---
+
+    def _unbook(self, request: RequestId, state: InstanceState, work: Work, now: float) -> None:
+        state.line.leave(request, now)
+        state.unbook(work)
+        self._update_fleet(state)
+
+    def _update_fleet(self, state: InstanceState) -> None:
+        if self._instances.get(state.instance) is not state:
+            return
+        fleet, slot, load, prices = self.fleet, state.slot, state.load, state.prices
+        fleet.set_prices(slot, prices, state.step_tokens)
+        fleet.free_at[slot] = state.line.free_at
+        fleet.streams[slot] = load.streams
+        fleet.context[slot] = load.context_tokens
+        fleet.room[slot] = state.capacity - load.context_tokens
+        fleet.stretch[slot] = stretch_of(
+            prices, state.step_tokens, state.target_tpot, load.streams, load.context_tokens
+        )
 
     def _refresh_places(self) -> None:
         self._places = {leg: self._find_places(leg) for leg in Leg}
@@ -306,11 +398,19 @@ class SchedulerState:
             for roles in _ROLES[leg]:
                 found = tuple(i for i in instances if i.admission is admission and i.role in roles)
                 if found:
-                    return Places(leg, found, {state.instance: state for state in found})
-        return Places(leg, (), {})
+                    return _places(leg, found)
+        return _places(leg, ())
+
+
+def _places(leg: Leg, instances: tuple[InstanceState, ...]) -> Places:
+    slots = np.array([state.slot for state in instances], np.intp)
+    decodes = np.array([state.role.decodes for state in instances], np.bool_)
+    only = np.array([not state.role.prefills for state in instances], np.bool_)
+    return Places(leg, instances, {state.instance: state for state in instances}, slots, decodes, only)
 
 
 _ROLES: dict[Leg, tuple[tuple[Role, ...], ...]] = {
     Leg.PREFILL: ((Role.PREFILL, Role.COLOCATED),),
     Leg.DECODE: ((Role.DECODE,), (Role.COLOCATED,)),
+    Leg.START: ((Role.PREFILL, Role.COLOCATED, Role.DECODE),),
 }

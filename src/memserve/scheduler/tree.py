@@ -49,8 +49,14 @@ class Tier(NamedTuple):
 
     def instances(self) -> Iterator[InstanceId]:
         """Their names, in no meaningful order."""
-        digits = bin(self.mask)[:1:-1].encode().translate(_BIT_OF_DIGIT)
-        return compress(self.numbering.names, digits)
+        return compress(self.numbering.names, self._digits())
+
+    def numbered(self) -> Iterator[tuple[int, InstanceId]]:
+        """Their numbers and names."""
+        return compress(enumerate(self.numbering.names), self._digits())
+
+    def _digits(self) -> bytes:
+        return bin(self.mask)[:1:-1].encode().translate(_BIT_OF_DIGIT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,25 +70,15 @@ class Holdings:
 
     def tokens(self, instance: InstanceId) -> int:
         """What ``instance`` holds, 0 if nothing."""
-        numbering, bit = None, 0
-        for tier in self.tiers:
-            if tier.numbering is not numbering:
-                numbering = tier.numbering
-                number = numbering.numbers.get(instance)
-                bit = 0 if number is None else 1 << number
-            if tier.mask & bit:
-                return tier.tokens
-        return 0
+        if not self.tiers:
+            return 0
+        number = self.tiers[0].numbering.numbers.get(instance)
+        bit = 0 if number is None else 1 << number
+        return next((tier.tokens for tier in self.tiers if tier.mask & bit), 0)
 
     def by_instance(self) -> dict[InstanceId, int]:
         """The same as a plain dictionary."""
         return {name: tier.tokens for tier in self.tiers for name in tier.instances()}
-
-    def joined(self, other: Holdings) -> Holdings:
-        """Both together; they must concern different instances."""
-        if not other.tiers:
-            return self
-        return Holdings(_longest_first([*self.tiers, *other.tiers]))
 
 
 class GlobalPromptTree:
@@ -117,6 +113,11 @@ class GlobalPromptTree:
             return Holdings()
         return Holdings(_longest_first(self._collect_tiers(tree, path)))
 
+    def enlist(self, instance: InstanceId) -> int:
+        """The number of ``instance``, its own until it is dropped. Small: free numbers are given again."""
+        self._bit_for(instance)
+        return self._numbering.numbers[instance]
+
     def store(self, instance: InstanceId, namespace: Namespace, tokens: Tokens) -> None:
         """``instance`` holds all whole blocks of ``tokens`` (contiguous int32[n]) from now on."""
         blocks = len(tokens) // self._block_tokens
@@ -147,7 +148,13 @@ class GlobalPromptTree:
         self._forget_if_empty(namespace)
 
     def drop_instance(self, instance: InstanceId) -> None:
-        """Forget everything ``instance`` holds: one pass over the tree's edges."""
+        """Forget ``instance`` and everything it holds."""
+        self.forget(instance)
+        self._held_blocks.pop(instance, None)
+        self._numbering = self._numbering.without_name(instance)
+
+    def forget(self, instance: InstanceId) -> None:
+        """``instance`` holds nothing: one pass over the tree's edges. It keeps its number."""
         number = self._numbering.numbers.get(instance)
         if number is None:
             return
@@ -156,8 +163,7 @@ class GlobalPromptTree:
             for node in tops:
                 _release(tree, node, 1 << number, 0)
             self._forget_if_empty(namespace)
-        del self._held_blocks[instance]
-        self._numbering = self._numbering.without_name(instance)
+        self._held_blocks[instance] = 0
 
     def check(self) -> None:
         """Raise ``AssertionError`` if masks, tree and counts contradict each other. Costs a full pass."""
@@ -244,6 +250,13 @@ def _credit(tree: RadixTree[Holders], path: Path[Holders], bit: int) -> int:
         if before < matched:
             node.payload.set_depth(bit, matched, size)
     return held
+
+
+def _longest_held(tree: RadixTree[Holders], node: Node[Holders], bit: int) -> int:
+    """Blocks of ``node``'s edge that ``bit`` holds, if it holds nothing below; else 0."""
+    if any(child.payload.mask & bit for child in node.children.values()):
+        return 0
+    return node.payload.depth(bit, tree.blocks_of(node))
 
 
 def _release(tree: RadixTree[Holders], node: Node[Holders], bit: int, keep: int) -> int:

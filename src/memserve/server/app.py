@@ -25,7 +25,15 @@ from memserve.server.middleware import EveryRequest
 from memserve.server.operations import OperationEndpoints
 from memserve.server.schemas import ChatBody, ChatCompletion, Completion, CompletionBody, ModelCard, ModelList
 from memserve.server.validation import Limits
-from memserve.server.views import ClusterBody, HealthBody, MemoryAnswer, MemoryBody, TraceBody
+from memserve.server.views import (
+    ClusterBody,
+    HealthBody,
+    MemoryAnswer,
+    MemoryBody,
+    RoleAnswer,
+    RoleBody,
+    TraceBody,
+)
 
 _REFERENCE = "#/components/schemas/{name}"
 
@@ -80,12 +88,14 @@ def _add_routes(app: FastAPI, door: Door) -> None:
         ("/health", operations.show_health, HealthBody),
     ):
         app.add_api_route(path, endpoint, methods=["GET"], openapi_extra=schemas.describe(schema))
-    app.add_api_route(
-        "/v1/cluster/{instance}/memory",
-        operations.resize_memory,
-        methods=["PUT"],
-        openapi_extra=schemas.describe(MemoryAnswer, body=MemoryBody),
-    )
+    for what, change, answer, body in (
+        ("memory", operations.resize_memory, MemoryAnswer, MemoryBody),
+        ("role", operations.set_role, RoleAnswer, RoleBody),
+    ):
+        described = schemas.describe(answer, body=body)
+        app.add_api_route(
+            f"/v1/cluster/{{instance}}/{what}", change, methods=["PUT"], openapi_extra=described
+        )
     app.add_api_route("/v1/decisions/{request_id}", operations.show_decision, methods=["GET"])
     app.add_api_route("/metrics", operations.show_metrics, methods=["GET"])
 

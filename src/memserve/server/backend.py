@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 import msgspec
 
 from memserve.core.messages import TierName, Trace
-from memserve.core.types import FinishReason, Ledger, RequestId, SamplingParams, TokenLogprob, Tokens
+from memserve.core.types import FinishReason, Ledger, RequestId, Role, SamplingParams, TokenLogprob, Tokens
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -156,6 +156,14 @@ class Backend(Protocol):
         """Let a tier of an instance's pool have ``memory`` bytes, rounded down to whole blocks.
 
         Raises ``InvalidRequest`` (with code ``not_found`` for an unknown instance) or ``PeerLost``.
+        """
+        ...
+
+    async def set_role(self, instance: str, role: Role) -> Role:
+        """Let an instance do other work, under load, and return what it did before.
+
+        Raises ``InvalidRequest`` (code ``not_found`` for an unknown instance, ``conflict`` where the cluster
+        could not serve then) or ``PeerLost``.
         """
         ...
 

@@ -1,7 +1,7 @@
-"""Sends requests where the scheduler says and puts what comes back in order: the real ``Backend``.
+"""Between HTTP and the cluster: requests go out, news of instances come in, and each finds its place.
 
-One stream per request collects chunks from both instances. Every way out of a stream (end, error, client
-gone, instance lost, deadline) cancels what still runs and unbooks the load.
+One stream per request collects chunks from all instances that work on it. Every way out of a stream (end,
+error, client gone, deadline) cancels what still runs and unbooks the load.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import contextlib
 import logging
 from collections import OrderedDict
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass, field
 
 from memserve.cluster.manager import ClusterManager
+from memserve.cluster.supervisor import Supervisor
 from memserve.core.clock import Clock
 from memserve.core.errors import (
     InvalidRequest,
@@ -21,10 +21,8 @@ from memserve.core.errors import (
     NoInstance,
     Overloaded,
     PeerLost,
-    error_from_wire,
 )
 from memserve.core.messages import (
-    Cancel,
     GetSnapshot,
     Heartbeat,
     LoadProgress,
@@ -34,50 +32,25 @@ from memserve.core.messages import (
     Ready,
     RequestClosed,
     RequestError,
+    Shutdown,
     Snapshot,
     StartFailed,
-    Submit,
     TokenChunk,
     Trace,
 )
-from memserve.core.types import FinishReason, InstanceId, Namespace, RequestId, pack_tokens
-from memserve.scheduler.decision import Decision, RouteRequest
+from memserve.core.types import FinishReason, InstanceId, RequestId
+from memserve.scheduler.decision import Decision
 from memserve.scheduler.service import GlobalScheduler
 from memserve.server.backend import Generated, GenerationRequest
+from memserve.server.placement import Placement
 from memserve.server.progress import StartScreen
+from memserve.server.stream import Interrupted, Stream, request_of
 
 log = logging.getLogger(__name__)
 
 _SNAPSHOT_SECONDS = 10.0
 _TRACES_KEPT = 64
 _HERE = InstanceId("server")
-
-
-@dataclass(slots=True)
-class _Stream:
-    """Chunks of one request on their way to the client; ``next_offset`` counts sampled tokens."""
-
-    decision: Decision
-    arrived: asyncio.Queue[TokenChunk | MemServeError] = field(default_factory=asyncio.Queue)
-    next_offset: int = 0
-    early: dict[int, TokenChunk] = field(default_factory=dict)
-    ended: bool = False
-
-    def accept(self, chunk: TokenChunk) -> None:
-        """Queue a chunk once all before it have come; P's first token may arrive after D's second."""
-        self.early[chunk.offset] = chunk
-        while (ready := self.early.pop(self.next_offset, None)) is not None:
-            self.next_offset += len(ready.tokens)
-            self.arrived.put_nowait(ready)
-            if ready.finish is not None:
-                return
-
-    def needs(self, instance: InstanceId) -> bool:
-        """Whether the stream cannot go on without ``instance``: P matters until D has spoken."""
-        if instance == self.decision.decode:
-            return True
-        decoding = self.decision.decode is not None and (self.next_offset > 1 or bool(self.early))
-        return instance == self.decision.prefill and not decoding
 
 
 class Dispatcher:
@@ -95,14 +68,23 @@ class Dispatcher:
         self._scheduler = scheduler
         self._clock = clock
         self._screen = screen
-        self._model = model
         self._max_waiting = max_waiting
         self._closing = False
-        self._streams: dict[RequestId, _Stream] = {}
+        self._streams: dict[RequestId, Stream] = {}
+        self._draining: set[InstanceId] = set()
+        self._placement = Placement(
+            scheduler,
+            model,
+            send=lambda instance, message: self._manager.send(instance, message),
+            restarting=lambda: self.supervisor is not None and bool(self.supervisor.restarting),
+            note=self._trace,
+        )
         self._snapshots: dict[InstanceId, asyncio.Task[None]] = {}
         self._traces: OrderedDict[RequestId, list[Trace]] = OrderedDict()
         self.manager: ClusterManager | None = None
         """Set once by the composition root, before anything is sent."""
+        self.supervisor: Supervisor | None = None
+        """Set likewise, where instances are started again."""
         self.start_failures: dict[InstanceId, str] = {}
         """What instances said that could not come up."""
         self.members_changed = asyncio.Event()
@@ -114,25 +96,30 @@ class Dispatcher:
         """See :class:`memserve.server.backend.Backend`."""
         stream = self._open(request)
         try:
+            await self._place(stream)
             while not stream.ended:
-                chunk = await _next(stream)
-                if chunk.offset == 0:
-                    self._scheduler.first_token(request.request)
+                chunk = await stream.next()
+                if isinstance(chunk, Interrupted):
+                    await self._placement.move(stream, chunk)
+                    continue
                 stream.ended = chunk.finish is not None
                 if stream.ended:
                     self._trace(request.request, "server.finish", str(chunk.finish))
                 yield Generated(chunk.tokens, chunk.logprobs, chunk.finish, chunk.ledger)
         finally:
-            if not stream.ended:
-                self._cancel(request.request, stream, FinishReason.CANCELLED)
-            self._streams.pop(request.request, None)
+            if stream.ended:
+                self._placement.forget(stream)
+            else:
+                self._placement.leave(stream, FinishReason.CANCELLED)
+            del self._streams[request.request]
+            self._dismiss_idle()
 
     def stop(self, request: RequestId) -> None:
         """See :class:`memserve.server.backend.Backend`."""
         stream = self._streams.get(request)
         if stream is not None and not stream.ended:
             stream.ended = True
-            self._cancel(request, stream, FinishReason.STOP)
+            self._placement.leave(stream, FinishReason.STOP)
             self._trace(request, "server.finish", "stop string")
 
     def decision(self, request: RequestId) -> Decision | None:
@@ -147,7 +134,7 @@ class Dispatcher:
         """End every request with an error that says why, and take no more."""
         self._closing = True
         for stream in self._streams.values():
-            stream.arrived.put_nowait(_stopping())
+            stream.fail(_stopping())
 
     # --- the cluster manager's listener ---
 
@@ -156,6 +143,9 @@ class Dispatcher:
 
     def on_ready(self, member: Member, ready: Ready) -> None:
         self._scheduler.member_ready(member, ready)
+        if self.supervisor is not None and self.supervisor.became_ready(member.instance):
+            self._screen.back(member.instance)
+        self._placement.arrived()
         self.members_changed.set()
 
     def on_suspected(self, instance: InstanceId) -> None:
@@ -164,13 +154,18 @@ class Dispatcher:
     def on_recovered(self, instance: InstanceId) -> None:
         self._scheduler.member_recovered(instance)
 
+    def on_role_changed(self, member: Member) -> None:
+        self._scheduler.member_role_changed(member)
+
+    def on_draining(self, instance: InstanceId) -> None:
+        self._scheduler.member_draining(instance)
+        self._draining.add(instance)
+        self._dismiss_idle()
+
     def on_lost(self, instance: InstanceId, reason: str) -> None:
         self._scheduler.member_lost(instance)
-        for request, stream in list(self._streams.items()):
-            if stream.needs(instance):
-                lost = PeerLost(f"{instance} was lost while it served the request ({reason}); try again")
-                stream.arrived.put_nowait(lost)
-                log.warning("request %s failed: %s", request, lost)
+        self._draining.discard(instance)
+        self._placement.lose(instance, reason)
         self._screen.lost(instance, reason)
         self.members_changed.set()
 
@@ -179,18 +174,15 @@ class Dispatcher:
 
     def on_message(self, instance: InstanceId, message: Message) -> None:
         if isinstance(message, TokenChunk):
-            stream = self._streams.get(message.request)
-            if stream is not None:
-                stream.accept(message)
+            self._accept(message)
         elif isinstance(message, PoolEvents):
             self._apply_events(message)
         elif isinstance(message, RequestClosed):
             self._scheduler.finish(message.request)
             self._trace(message.request, "scheduler.unbook", f"closed by {message.instance}")
+            self._dismiss_idle()
         elif isinstance(message, RequestError):
-            stream = self._streams.get(message.request)
-            if stream is not None:
-                stream.arrived.put_nowait(_error_of(message))
+            self._placement.report(message)
         elif isinstance(message, Trace):
             self._record(message)
         elif isinstance(message, StartFailed):
@@ -200,7 +192,7 @@ class Dispatcher:
 
     # --- inside ---
 
-    def _open(self, request: GenerationRequest) -> _Stream:
+    def _open(self, request: GenerationRequest) -> Stream:
         if self._closing:
             raise _stopping()
         if request.request in self._streams:
@@ -212,36 +204,29 @@ class Dispatcher:
             while len(self._traces) > _TRACES_KEPT:
                 self._traces.popitem(last=False)
         self._trace(request.request, "server.accept", f"{len(request.tokens)} prompt tokens")
-        namespace = Namespace(self._model, salt=request.salt)
-        decision = self._scheduler.route(
-            RouteRequest(request.request, namespace, request.tokens, request.session)
-        )
-        self._trace(request.request, "scheduler.decide", decision.reason)
-        stream = self._streams[request.request] = _Stream(decision)
-        submit = Submit(
-            request.request,
-            namespace,
-            pack_tokens(request.tokens),
-            request.sampling,
-            decision.decode,
-            request.trace,
-        )
-        try:
-            self._manager.send(decision.prefill, submit)
-        except PeerLost as error:
-            del self._streams[request.request]
-            self._scheduler.finish(request.request)
-            raise NoInstance(str(error)) from error
+        stream = self._streams[request.request] = Stream(request)
         return stream
 
-    def _cancel(self, request: RequestId, stream: _Stream, reason: FinishReason) -> None:
-        """End the request on both instances. After a stop they report the end; a cancel is final here."""
-        for instance in (stream.decision.prefill, stream.decision.decode):
-            # A lost instance has nothing left to cancel.
-            with contextlib.suppress(PeerLost):
-                if instance is not None:
-                    self._manager.send(instance, Cancel(request, reason))
-        self._scheduler.finish(request)
+    async def _place(self, stream: Stream) -> None:
+        try:
+            self._placement.begin(stream)
+        except PeerLost as error:
+            await self._placement.move(stream, Interrupted(str(error), lost=False))
+
+    def _dismiss_idle(self) -> None:
+        """Let those go that have asked to and for whom nothing is left to do."""
+        for instance in list(self._draining):
+            if not self._scheduler.has_work(instance) and not self._placement.uses(instance):
+                self._draining.discard(instance)
+                with contextlib.suppress(PeerLost):
+                    self._manager.send(instance, Shutdown())
+
+    def _accept(self, chunk: TokenChunk) -> None:
+        stream = self._placement.find(chunk.request)
+        if stream is not None:
+            if chunk.offset == 0:
+                self._scheduler.first_token(chunk.request)
+            stream.accept(chunk)
 
     def _apply_events(self, events: PoolEvents) -> None:
         if self._scheduler.on_pool_events(events) and events.instance not in self._snapshots:
@@ -264,8 +249,9 @@ class Dispatcher:
         self._record(Trace(request, _HERE, room, event, self._clock.now()))
 
     def _record(self, trace: Trace) -> None:
-        if trace.request in self._traces:
-            self._traces[trace.request].append(trace)
+        request = request_of(trace.request)
+        if request in self._traces:
+            self._traces[request].append(trace)
 
     @property
     def _manager(self) -> ClusterManager:
@@ -273,19 +259,5 @@ class Dispatcher:
         return self.manager
 
 
-async def _next(stream: _Stream) -> TokenChunk:
-    # Unbounded here: whoever iterates sets the deadline, and closing the generator cancels the request.
-    arrived = await stream.arrived.get()
-    if isinstance(arrived, MemServeError):
-        raise arrived
-    return arrived
-
-
 def _stopping() -> NoInstance:
     return NoInstance("the server is stopping")
-
-
-def _error_of(message: RequestError) -> MemServeError:
-    if message.kind == InvalidRequest.__name__:
-        return InvalidRequest(message.message, field="prompt")
-    return error_from_wire(message.kind, message.message)

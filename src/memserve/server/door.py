@@ -66,7 +66,7 @@ class Door:
             for copy in range(wishes.n):
                 index = number * wishes.n + copy
                 wanted = self._request_for(request, asked, prompt, index)
-                choices.append(Choice(index, number, wanted))
+                choices.append(Choice(index, copy == 0, wanted))
         endpoint = request.scope["route"].path
         return Generation(
             tuple(choices),

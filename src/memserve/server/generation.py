@@ -27,10 +27,13 @@ class Piece:
 
 @dataclass(slots=True)
 class Choice:
-    """One answer being generated, and what it has cost so far. ``prompt`` numbers the prompts."""
+    """One answer being generated, and what it has cost so far.
+
+    ``leads``: it is the first of its prompt; its ``ledger`` stands for the prompt, the others' are not kept.
+    """
 
     index: int
-    prompt: int
+    leads: bool
     request: GenerationRequest
     ledger: Ledger | None = None
     completion_tokens: int = 0
@@ -55,9 +58,9 @@ class Generation:
 
     def usage(self) -> Usage:
         """Tokens of all choices; each prompt counts once, with the ledger of its first choice."""
-        ledgers = [
-            choice.ledger or Ledger(computed=len(choice.request.tokens)) for choice in self._first_choices()
-        ]
+        leaders = [choice for choice in self.choices if choice.leads]
+        ledgers = [choice.ledger for choice in leaders if choice.ledger is not None]
+        assert len(ledgers) == len(leaders), "a finished answer has its ledger"
         counts = LedgerCounts(
             computed=sum(ledger.computed for ledger in ledgers),
             local=sum(ledger.local for ledger in ledgers),
@@ -66,13 +69,10 @@ class Generation:
             peer=sum(ledger.peer for ledger in ledgers),
             backflow=sum(ledger.backflow for ledger in ledgers),
         )
-        prompt = sum(len(choice.request.tokens) for choice in self._first_choices())
+        prompt = sum(len(choice.request.tokens) for choice in leaders)
         completion = sum(choice.completion_tokens for choice in self.choices)
         details = PromptTokensDetails(sum(ledger.cached for ledger in ledgers), counts)
         return Usage(prompt, completion, prompt + completion, details)
-
-    def _first_choices(self) -> list[Choice]:
-        return list({choice.prompt: choice for choice in reversed(self.choices)}.values())
 
     async def _run_choice(self, backend: Backend, choice: Choice) -> AsyncGenerator[Piece, None]:
         stream = TextStream(self.make_decoder(), self.stop)
@@ -80,7 +80,10 @@ class Generation:
         async with aclosing(backend.generate(choice.request)) as chunks:
             async for chunk in chunks:
                 piece = self._read(choice, stream, chunk)
-                watch.count(choice.completion_tokens, chunk.ledger)
+                watch.count(choice.completion_tokens)
+                if choice.leads and choice.ledger is None and chunk.ledger is not None:
+                    choice.ledger = chunk.ledger
+                    self.meter.count_prompt(chunk.ledger)
                 if piece.finish is not None:
                     break
                 if piece.text or piece.tokens:
@@ -95,7 +98,6 @@ class Generation:
         yield piece
 
     def _read(self, choice: Choice, stream: TextStream, chunk: Generated) -> Piece:
-        choice.ledger = chunk.ledger or choice.ledger
         hidden = _hidden_tokens(chunk, choice.request.sampling.stop_token_ids)
         shown = stream.push(chunk.tokens[: len(chunk.tokens) - hidden], chunk.logprobs)
         finish = FinishReason.STOP if stream.stopped else chunk.finish

@@ -89,6 +89,11 @@ class Meter:
         """Watch one choice."""
         return Watch(self)
 
+    def count_prompt(self, ledger: Ledger) -> None:
+        """It has become known where a prompt's tokens came from; once per prompt, as in the usage."""
+        for source in ledger.__struct_fields__:
+            self.metrics.prompt_tokens.labels(source).inc(getattr(ledger, source))
+
 
 class Watch:
     """Tokens of one choice and when they came."""
@@ -99,8 +104,8 @@ class Watch:
         self._last = meter.arrived
         self._tokens = 0
 
-    def count(self, tokens: int, ledger: Ledger | None) -> None:
-        """The choice has ``tokens`` sampled tokens now; ``ledger`` if it has just become known."""
+    def count(self, tokens: int) -> None:
+        """The choice has ``tokens`` sampled tokens now."""
         new = tokens - self._tokens
         if new > 0:
             now = self._metrics.clock.now()
@@ -112,16 +117,10 @@ class Watch:
                     between.labels(self._endpoint).observe((now - self._last) / new)
             self._metrics.generated_tokens.inc(new)
             self._tokens, self._last = tokens, now
-        if ledger is not None:
-            self._count_prompt(ledger)
 
     def finish(self, reason: FinishReason) -> None:
         """The choice has ended by itself."""
         self._metrics.finished.labels(reason.value).inc()
-
-    def _count_prompt(self, ledger: Ledger) -> None:
-        for source in ledger.__struct_fields__:
-            self._metrics.prompt_tokens.labels(source).inc(getattr(ledger, source))
 
 
 class _ClusterGauges:

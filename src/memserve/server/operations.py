@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from memserve.core.errors import InvalidRequest, MemServeError
 from memserve.core.messages import TierName
-from memserve.core.types import RequestId
+from memserve.core.types import RequestId, Role
 from memserve.server.body import parse_body, read_body
 from memserve.server.door import TRACE_HEADER, Door, now
 from memserve.server.metrics import CONTENT_TYPE
@@ -20,10 +20,11 @@ from memserve.server.validation import check_model
 from memserve.server.views import (
     MemoryAnswer,
     MemoryBody,
-    TraceBody,
-    TraceEntry,
+    RoleAnswer,
+    RoleBody,
     cluster_body,
     health_body,
+    trace_body,
 )
 
 log = logging.getLogger(__name__)
@@ -63,6 +64,17 @@ class OperationEndpoints:
         resized = [await self._door.backend.resize(instance, tier, memory) for tier, memory in asked]
         return json_response(MemoryAnswer(instance, tuple(resized)))
 
+    async def set_role(self, instance: str, request: Request) -> Response:
+        """Let an instance prefill, decode, or do both, from now on; requests and caches go on."""
+        raw = await read_body(request, self._door.config.max_body)
+        asked = parse_body(raw, RoleBody, {}).body.role
+        if asked not in tuple(Role):
+            text = f"role is {asked!r}; accepted: {', '.join(Role)}."
+            raise InvalidRequest(text, field="role")
+        role = Role(asked)
+        before = await self._door.backend.set_role(instance, role)
+        return json_response(RoleAnswer(instance, role, before))
+
     async def show_decision(self, request_id: str) -> Response:
         """Why a request ran where it ran. ``request_id`` is the answer's ``id``."""
         decision = self._door.backend.decision(RequestId(request_id))
@@ -75,8 +87,7 @@ class OperationEndpoints:
         traces = self._door.backend.trace(RequestId(request_id))
         if not traces:
             raise _not_kept("trace", request_id, f"send the request with the header {TRACE_HEADER}: 1")
-        entries = tuple(TraceEntry(one.instance, one.room, one.event, one.at) for one in traces)
-        return json_response(TraceBody(request_id, entries))
+        return json_response(trace_body(request_id, traces))
 
     async def show_health(self) -> Response:
         """200 while requests can be served, also with fewer instances than configured; else 503."""

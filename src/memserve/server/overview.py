@@ -28,6 +28,7 @@ from memserve.server.backend import (
     TreeView,
 )
 from memserve.server.dispatch import Dispatcher
+from memserve.server.roles import RoleSwitch, missing_legs, require_ready
 
 _STATS_SECONDS = 2.0
 _RESIZE_SECONDS = 60.0
@@ -50,6 +51,7 @@ class ClusterOverview:
         self._scheduler = scheduler
         self._config = config
         self._model = model
+        self._roles = RoleSwitch(manager, config.engine.phases)
         self._clock_offset = time.time() - time.monotonic()
 
     def generate(self, request: GenerationRequest) -> AsyncGenerator[Generated, None]:
@@ -72,13 +74,16 @@ class ClusterOverview:
             for view in views
             if view.state is MemberState.DEAD
         )
-        missing = self._missing_roles(views)
         counts = tuple(StateCount(state, count) for state, count in sorted(tally.items()))
+        missing = missing_legs(view.role for view in views if view.state.serves)
+        loading = [view.instance for view in views if view.state is MemberState.JOINING]
+        coming = f"; starting: {', '.join(loading)}" if loading else ""
         if missing:
-            return Health("unavailable", f"no {' and no '.join(missing)} instance is alive", counts, lost)
-        if lost:
-            names = ", ".join(entry.instance for entry in lost)
-            return Health("degraded", f"serving without {names}", counts, lost)
+            text = f"no {' and no '.join(missing)} instance is alive{coming}"
+            return Health("unavailable", text, counts, lost)
+        if lost or loading:
+            names = ", ".join(sorted([*loading, *(entry.instance for entry in lost)]))
+            return Health("degraded", f"serving without {names}{coming}", counts, lost)
         return Health("ok", "all instances are ready", counts, lost)
 
     async def cluster(self) -> ClusterView:
@@ -99,13 +104,7 @@ class ClusterOverview:
 
     async def resize(self, instance: str, tier: TierName, memory: int) -> TierSize:
         name = InstanceId(instance)
-        if self._manager.link(name) is None:
-            known = ", ".join(link.join.instance for link in self._manager.links())
-            raise InvalidRequest(
-                f"There is no instance {instance!r}; living ones: {known}.",
-                field="instance",
-                code="not_found",
-            )
+        require_ready(name, self._manager)
         try:
             resized = await self._manager.call(name, ResizePool(tier, memory), _RESIZE_SECONDS)
         except (ConfigError, InvalidRequest) as error:
@@ -113,26 +112,24 @@ class ClusterOverview:
         assert isinstance(resized, PoolResized)
         return TierSize(tier, resized.blocks, resized.blocks * resized.block_bytes, resized.draining)
 
+    async def set_role(self, instance: str, role: Role) -> Role:
+        return await self._roles.switch(InstanceId(instance), role)
+
     def _trees(self) -> tuple[TreeView, ...]:
-        held = dict.fromkeys(Role, 0)
-        for state in self._scheduler.state.instances():
-            held[state.role] += self._scheduler.state.tree(state.role).held_tokens(state.instance)
-        sizes = self._scheduler.tree_sizes()
-        return tuple(TreeView(role, sizes[role], held[role]) for role in Role if sizes[role] or held[role])
+        state = self._scheduler.state
+        held = sum(state.tree.held_tokens(instance.instance) for instance in state.instances())
+        return (TreeView("global", state.tree.nodes, held),) if held else ()
 
     async def _ask(self, instance: InstanceId) -> Stats | None:
+        link = self._manager.link(instance)
+        if link is None or link.ready is None:
+            return None
         try:
             stats = await self._manager.call(instance, GetStats(), _STATS_SECONDS)
         except PeerLost:
             return None
         assert isinstance(stats, Stats)
         return stats
-
-    def _missing_roles(self, views: tuple[MemberView, ...]) -> list[str]:
-        alive = {view.role for view in views if view.state.serves}
-        if Role.COLOCATED in alive:
-            return []
-        return [role for role in (Role.PREFILL, Role.DECODE) if role not in alive]
 
 
 def _describe(view: MemberView, link: Link | None, stats: Stats | None) -> InstanceView:

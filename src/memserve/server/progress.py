@@ -21,6 +21,10 @@ class StartScreen(Protocol):
         """An instance died."""
         ...
 
+    def back(self, instance: str) -> None:
+        """An instance that had died takes requests again."""
+        ...
+
     def stopped(self) -> None:
         """Everything has been shut down. Called once, also when start-up failed or was interrupted."""
         ...

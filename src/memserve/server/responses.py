@@ -51,7 +51,7 @@ class _Working(Response):
                 raise
             raise RequestTimedOut(
                 f"The request was not finished within {self._seconds:g} s and has been cancelled. "
-                "Remedy: ask for fewer tokens, or raise server.request_timeout."
+                "Remedy: ask for fewer tokens, or raise server.request_timeout (--request-timeout)."
             ) from None
 
     async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:

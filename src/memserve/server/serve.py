@@ -12,7 +12,6 @@ import os
 import secrets
 import signal
 import socket
-import time
 from collections.abc import Coroutine
 from pathlib import Path
 from subprocess import Popen
@@ -21,9 +20,10 @@ import msgspec
 import uvloop
 
 from memserve.cluster.host import available_memory, count_cores
-from memserve.cluster.launcher import LocalLauncher
 from memserve.cluster.manager import ClusterManager
+from memserve.cluster.membership import MemberState
 from memserve.cluster.spawning import INSTANCE_COMMAND
+from memserve.cluster.supervisor import Supervisor
 from memserve.core.clock import MonotonicClock
 from memserve.core.config import Config, PoolConfig, override_config
 from memserve.core.errors import ConfigError, NoInstance
@@ -124,7 +124,9 @@ class _Cluster:
         self._screen = screen
         self._instances = plan_instances(config)
         self._threads = plan_threads(config.engine.threads, len(self._instances))
-        self._cores = plan_cores(config.engine.pin, self._threads, len(self._instances))
+        cores = plan_cores(config.engine.pin, self._threads, len(self._instances))
+        names = (instance for instance, _ in self._instances)
+        self._cores = dict(zip(names, cores, strict=True))
         require_memory(config.pool, len(self._instances))
         path = resolve_model(config.model.model)
         self._source: ModelSource = open_path(path)
@@ -132,7 +134,7 @@ class _Cluster:
         """What instances are told: where the model lies has been found out already."""
         self._context = context_of(self._source.spec, config.model)
         self._name = secrets.token_hex(6)
-        self._incarnation = time.time_ns() // 1_000_000
+        self._address = f"@memserve-{self._name}-control"
         clock = MonotonicClock()
         self._scheduler = GlobalScheduler(policy_by_name(config.server.policy), clock)
         self._dispatcher = Dispatcher(
@@ -143,21 +145,27 @@ class _Cluster:
             max_waiting=config.server.max_waiting,
         )
         self._ended: dict[InstanceId, str] = {}
-        self._launcher = LocalLauncher(INSTANCE_COMMAND, self._exited, spare)
-        self._manager = ClusterManager(config.cluster, clock, self._dispatcher, kill=self._launcher.kill)
+        self._supervisor = Supervisor(
+            INSTANCE_COMMAND,
+            config.cluster,
+            clock,
+            self._settings,
+            on_exit=self._exited,
+            on_given_up=screen.lost,
+            spare=spare,
+        )
+        self._manager = ClusterManager(config.cluster, clock, self._dispatcher, kill=self._supervisor.kill)
         self._dispatcher.manager = self._manager
+        self._dispatcher.supervisor = self._supervisor
 
     async def start(self) -> None:
         """Start all instances and wait until they are ready. Raises ``NoInstance`` if one fails."""
-        address = f"@memserve-{self._name}-control"
-        await self._manager.start(address)
-        for (instance, role), cores in zip(self._instances, self._cores, strict=True):
-            settings = InstanceSettings(
-                instance, self._incarnation, role, self._name, address, self._threads, self._told, cores
-            )
-            self._launcher.start(instance, msgspec.json.encode(settings))
+        await self._manager.start(self._address)
+        for instance, role in self._instances:
+            self._supervisor.start(instance, role)
         front = asyncio.get_running_loop().run_in_executor(None, _load_front, self._source)
         await self._all_ready()
+        self._supervisor.restart_lost()
         self._tokenizer, self._template = await front
 
     async def answer(self, listening: socket.socket, stop: asyncio.Event) -> None:
@@ -195,8 +203,9 @@ class _Cluster:
 
     async def stop(self) -> None:
         """Stop instances and wait for their processes."""
+        self._supervisor.restart_no_more()
         await self._manager.stop()
-        await self._launcher.stop()
+        await self._supervisor.stop()
 
     async def _all_ready(self) -> None:
         seconds = self._config.cluster.start_timeout
@@ -215,10 +224,27 @@ class _Cluster:
             raise NoInstance(f"{instance} did not come up: {told or reason}")
         return sum(link.ready is not None for link in self._manager.links()) == len(self._instances)
 
-    def _exited(self, instance: InstanceId, reason: str) -> None:
+    def _settings(self, instance: InstanceId, role: Role, incarnation: int) -> bytes:
+        return msgspec.json.encode(
+            InstanceSettings(
+                instance,
+                incarnation,
+                role,
+                self._name,
+                self._address,
+                self._threads,
+                self._told,
+                self._cores[instance],
+            )
+        )
+
+    def _exited(self, instance: InstanceId, incarnation: int, reason: str) -> Role | None:
+        """Tell the others; returns the role in which the instance is missed, None if it had asked to go."""
         self._ended[instance] = reason
-        self._manager.process_exited(instance, self._incarnation, reason)
+        self._manager.process_exited(instance, incarnation, reason)
         self._dispatcher.members_changed.set()
+        view = next((view for view in self._manager.view() if view.instance == instance), None)
+        return None if view is None or view.state is MemberState.LEFT else view.role
 
     def _usable_context(self) -> int:
         """The longest sequence that every pool can hold, in tokens, at most the model's context."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from memserve.core.errors import InvalidRequest, MemServeError
 from memserve.core.messages import TierName, Trace
-from memserve.core.types import FinishReason, InstanceId, Ledger, RequestId, TokenLogprob, Tokens
+from memserve.core.types import FinishReason, InstanceId, Ledger, RequestId, Role, TokenLogprob, Tokens
 from memserve.server.backend import (
     ClusterView,
     Generated,
@@ -55,6 +55,7 @@ class StandInBackend:
     cancelled: set[RequestId] = field(default_factory=set)
     stalled: asyncio.Event = field(default_factory=asyncio.Event)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
+    role: Role = Role.COLOCATED
     _prompts: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Generated, None]:
@@ -85,15 +86,19 @@ class StandInBackend:
             phases="colocated",
             block_tokens=BLOCK_TOKENS,
             block_bytes=BLOCK_TOKENS,
-            instances=(InstanceView("stand-in-0", "colocated", "ready", 1, 0, running=len(self.running)),),
+            instances=(InstanceView("stand-in-0", self.role, "ready", 1, 0, running=len(self.running)),),
             trees=(TreeView("colocated", len(self._prompts), sum(len(p) for _, p in self._prompts)),),
         )
 
     async def resize(self, instance: str, tier: TierName, memory: int) -> TierSize:
-        if instance != "stand-in-0":
-            raise InvalidRequest(f"There is no instance {instance!r}.", field="instance", code="not_found")
+        _require_known(instance)
         blocks = memory // BLOCK_TOKENS
         return TierSize(tier, blocks, blocks * BLOCK_TOKENS, 0)
+
+    async def set_role(self, instance: str, role: Role) -> Role:
+        _require_known(instance)
+        before, self.role = self.role, role
+        return before
 
     def decision(self, request: RequestId) -> object | None:
         known = any(earlier.request == request for earlier in self.requests)
@@ -133,6 +138,11 @@ class StandInBackend:
         cached = min(longest, len(prompt) - 1) // BLOCK_TOKENS * BLOCK_TOKENS
         self._prompts.append((salt, prompt))
         return Ledger(computed=len(prompt) - cached, local=cached)
+
+
+def _require_known(instance: str) -> None:
+    if instance != "stand-in-0":
+        raise InvalidRequest(f"There is no instance {instance!r}.", field="instance", code="not_found")
 
 
 def _plan_answer(

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-import msgspec
+from collections.abc import Sequence
 
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from memserve.core.messages import Trace
+from memserve.core.types import Ledger
 from memserve.server.backend import ClusterView, Health, InstanceView, LostInstance, TierSize, TreeView
 
 
@@ -67,13 +72,31 @@ class MemoryAnswer(msgspec.Struct, frozen=True):
     tiers: tuple[TierSize, ...]
 
 
+class RoleBody(msgspec.Struct, frozen=True):
+    """Body of ``PUT /v1/cluster/{instance}/role``: ``prefill``, ``decode`` or ``colocated``."""
+
+    role: str
+
+
+class RoleAnswer(msgspec.Struct, frozen=True):
+    """Its answer: what the instance does from now on, and what it did before."""
+
+    instance: str
+    role: str
+    before: str
+
+
 class TraceEntry(msgspec.Struct, frozen=True):
-    """A room that a request entered; ``at`` is a monotonic clock shared by this machine, s."""
+    """A room that a request entered; ``at`` is a monotonic clock shared by this machine, s.
+
+    ``ledger`` where the prompt was computed: the same as in the answer's usage.
+    """
 
     instance: str
     room: str
     event: str
     at: float
+    ledger: Ledger | UnsetType = UNSET
 
 
 class TraceBody(msgspec.Struct, frozen=True):
@@ -81,6 +104,12 @@ class TraceBody(msgspec.Struct, frozen=True):
 
     request: str
     entries: tuple[TraceEntry, ...]
+
+
+def trace_body(request: str, traces: Sequence[Trace]) -> TraceBody:
+    """A trace as clients see it."""
+    entries = (TraceEntry(x.instance, x.room, x.event, x.at, x.ledger or UNSET) for x in traces)
+    return TraceBody(request, tuple(entries))
 
 
 def health_body(health: Health) -> HealthBody:

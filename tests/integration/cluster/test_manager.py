@@ -27,8 +27,10 @@ from memserve.core.messages import (
     Member,
     Members,
     Message,
+    Ok,
     Ready,
     RequestClosed,
+    SetRole,
     Stats,
 )
 from memserve.core.types import InstanceId, RequestId, Role
@@ -60,6 +62,12 @@ class Listener:
     def on_recovered(self, instance: InstanceId) -> None:
         self._tell("recovered", instance)
 
+    def on_draining(self, instance: InstanceId) -> None:
+        self._tell("draining", instance)
+
+    def on_role_changed(self, member: Member) -> None:
+        self._tell("role", (member.instance, member.role))
+
     def on_lost(self, instance: InstanceId, reason: str) -> None:
         self._tell("lost", reason)
 
@@ -84,6 +92,7 @@ class Instance:
 
     def __init__(self) -> None:
         self.members: list[Members] = []
+        self.role: Role | None = None
         self.closed = asyncio.Event()
 
     def on_notify(self, connection: Connection, message: Any) -> None:
@@ -91,6 +100,9 @@ class Instance:
             self.members.append(message)
 
     async def on_call(self, connection: Connection, message: Any) -> Message:
+        if isinstance(message, SetRole):
+            self.role = message.role
+            return Ok()
         assert isinstance(message, GetStats)
         return Stats(NAME, LoadReport(), {})
 
@@ -131,6 +143,25 @@ def test_an_instance_joins_is_asked_and_told() -> None:
             assert instance.members[-1].members == (Member(NAME, 1, Role.PREFILL, "@pool"),)
             with pytest.raises(ProtocolError, match="does not answer"):
                 await connection.call(GetStats(), 5)
+
+    asyncio.run(scenario())
+
+
+def test_a_new_role_is_agreed_with_the_instance_and_told_to_all() -> None:
+    async def scenario() -> None:
+        async with managed() as (manager, listener, address, _):
+            connection, instance = await join(address)
+            await listener.until(lambda: bool(listener.said("ready")))
+            await manager.set_role(NAME, Role.DECODE, 5)
+            assert instance.role is Role.DECODE
+            assert listener.said("role") == [(NAME, Role.DECODE)]
+            assert manager.view()[0].role is Role.DECODE
+            assert isinstance(await manager.call(NAME, GetStats(), 5), Stats)
+            assert instance.members[-1].members == (Member(NAME, 1, Role.DECODE, "@pool"),)
+            connection.close()
+            await listener.until(lambda: bool(listener.said("lost")))
+            with pytest.raises(PeerLost, match="not a living member"):
+                await manager.set_role(NAME, Role.PREFILL, 5)
 
     asyncio.run(scenario())
 

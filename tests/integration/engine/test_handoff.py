@@ -3,152 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import uuid
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
 
-from memserve.core.clock import MonotonicClock
-from memserve.core.messages import Member, Message, RequestClosed, RequestError, Submit, TokenChunk
-from memserve.core.types import (
-    FinishReason,
-    InstanceId,
-    Ledger,
-    Namespace,
-    RequestId,
-    Role,
-    SamplingParams,
-    Tokens,
-    pack_tokens,
-)
-from memserve.engine.batcher import Batcher
-from memserve.engine.carrier import PoolCarrier
-from memserve.engine.engine import Engine
-from memserve.engine.models.tiny import tiny_weights
-from memserve.engine.phases import PHASES
-from memserve.engine.runners.reference import ReferenceRunner
-from memserve.mempool import MemPool, TransferEndpoint
-
-P, D = InstanceId("prefill-0"), InstanceId("decode-0")
-SPACE = Namespace("tiny")
-CONTEXT = 256
-WEIGHTS = tiny_weights(11, context=CONTEXT)
-
-
-@dataclass
-class Node:
-    """An instance without a process around it."""
-
-    engine: Engine
-    pool: MemPool
-    endpoint: TransferEndpoint
-    carrier: PoolCarrier
-    member: Member
-    said: list[Message]
-
-
-@dataclass
-class Pair:
-    """P and D, and all that they have said."""
-
-    p: Node
-    d: Node
-    said: list[Message]
-    heard: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def ask(self, name: str, prompt: Tokens, max_tokens: int = 8) -> None:
-        sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0)
-        self.p.engine.submit(Submit(RequestId(name), SPACE, pack_tokens(prompt), sampling, D))
-
-    async def until(self, condition: Callable[[], bool]) -> None:
-        async with asyncio.timeout(30):
-            while not condition():
-                self.heard.clear()
-                await self.heard.wait()
-
-    async def closed(self, name: str) -> None:
-        await self.until(
-            lambda: any(
-                isinstance(message, RequestClosed) and message.request == name for message in self.said
-            )
-        )
-
-    def answer(self, name: str) -> list[int]:
-        chunks = [m for m in self.said if isinstance(m, TokenChunk) and m.request == name]
-        return [token for chunk in sorted(chunks, key=lambda chunk: chunk.offset) for token in chunk.tokens]
-
-    def ledger(self, name: str) -> Ledger:
-        return next(
-            m.ledger for m in self.said if isinstance(m, TokenChunk) and m.request == name and m.ledger
-        )
-
-    def error(self, name: str) -> RequestError:
-        return next(m for m in self.said if isinstance(m, RequestError) and m.request == name)
-
-
-@asynccontextmanager
-async def node(
-    name: InstanceId, role: Role, phases: str, blocks: int, emit: Callable[[Message], None], timeout: float
-) -> AsyncIterator[Node]:
-    runner, clock = ReferenceRunner(WEIGHTS), MonotonicClock()
-    pool = MemPool(runner.layout, blocks, instance=name, incarnation=1, clock=clock)
-    endpoint = TransferEndpoint(pool, clock)
-    address = f"@memserve-test-{uuid.uuid4().hex}"
-    await endpoint.start(address)
-    carrier = PoolCarrier(name, pool, clock, timeout=timeout)
-    engine = Engine(
-        name,
-        pool,
-        runner,
-        Batcher(step_tokens=64, max_running=4),
-        PHASES[phases],
-        carrier,
-        context=CONTEXT,
-        vocabulary=WEIGHTS.spec.vocabulary,
-        clock=clock,
-        emit=emit,
-    )
-    endpoint.on_adopt = engine.adopt
-    running = asyncio.create_task(engine.run())
-    try:
-        yield Node(engine, pool, endpoint, carrier, Member(name, 1, role, address), [])
-    finally:
-        running.cancel()
-        await asyncio.gather(running, return_exceptions=True)
-        await engine.close()
-        await endpoint.close()
-        pool.check(())
-        pool.close()
-
-
-@asynccontextmanager
-async def pair(
-    phases: str = "pd-caching-3", *, d_blocks: int = 64, timeout: float = 20.0
-) -> AsyncIterator[Pair]:
-    made: list[Pair] = []
-
-    def emit(message: Message) -> None:
-        made[0].said.append(message)
-        made[0].heard.set()
-
-    async with AsyncExitStack() as stack:
-        p = await stack.enter_async_context(node(P, Role.PREFILL, phases, 64, emit, timeout))
-        d = await stack.enter_async_context(node(D, Role.DECODE, phases, d_blocks, emit, timeout))
-        made.append(Pair(p, d, []))
-        for each in (p, d):
-            each.carrier.set_members((p.member, d.member))
-        yield made[0]
-
-
-def prompt(length: int, seed: int = 0) -> Tokens:
-    return np.random.default_rng(seed).integers(1, WEIGHTS.spec.vocabulary, length).astype(np.int32)
-
-
-def run(scenario: Coroutine[None, None, None]) -> None:
-    asyncio.run(scenario)
+from integration.engine.pair import BLOCK_BYTES, pair, prompt, run
+from memserve.core.types import FinishReason, Ledger, RequestId
 
 
 def turns(phases: str) -> tuple[list[list[int]], list[Ledger], tuple[int, int], int]:
@@ -170,9 +30,6 @@ def turns(phases: str) -> tuple[list[list[int]], list[Ledger], tuple[int, int], 
 
     run(scenario())
     return result[0]
-
-
-BLOCK_BYTES = ReferenceRunner(WEIGHTS).layout.block_bytes
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -316,9 +317,11 @@ def test_an_earlier_life_is_refused_and_a_later_one_replaces_it() -> None:
 # --- two endpoints ------------------------------------------------------------------------------------
 
 
-def test_layouts_must_agree_and_both_are_named() -> None:
+@pytest.mark.parametrize(
+    "other", [KVLayout("other", layers=2, kv_heads=1, head_dim=64), replace(SMALL, dtype="int8")]
+)
+def test_layouts_must_agree_and_both_are_named(other: KVLayout) -> None:
     async def scenario() -> None:
-        other = KVLayout("other", layers=2, kv_heads=1, head_dim=64)
         async with (
             serving("a", layout=SMALL) as (pool, endpoint, _),
             serving("b", layout=other) as (_, _, address),

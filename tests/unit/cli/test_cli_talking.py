@@ -74,7 +74,12 @@ def test_a_failed_turn_is_not_remembered(server: Any) -> None:
             Conversation(client, "other", None, 0.0, io.StringIO()).ask("One?")
 
 
-COMMANDS = [["chat"], ["status"], ["resize", "stand-in-0", "--kv-memory", "1GiB"]]
+COMMANDS = [
+    ["chat"],
+    ["status"],
+    ["resize", "stand-in-0", "--kv-memory", "1GiB"],
+    ["role", "stand-in-0", "decode"],
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -115,6 +120,17 @@ def test_resize_without_a_size_says_what_is_missing(runner: CliRunner, sizes: li
     result = runner.invoke(app, ["resize", "stand-in-0", *sizes])
     assert result.exit_code == 2
     assert "--kv-memory" in result.stderr
+
+
+def test_role_says_what_an_instance_does_now(runner: CliRunner, server: Any) -> None:
+    asked = ["--url", server.url, *KEY]
+    for words in ("decode (was colocated)", "decode (as before)"):
+        result = runner.invoke(app, ["role", "stand-in-0", "decode", *asked])
+        assert (result.exit_code, result.stdout) == (0, f"stand-in-0: {words}\n")
+    missing = runner.invoke(app, ["role", "other", "decode", *asked])
+    assert (missing.exit_code, "no instance 'other'" in missing.stderr) == (1, True)
+    bad = runner.invoke(app, ["role", "stand-in-0", "both", *asked])
+    assert (bad.exit_code, "prefill, decode, colocated" in bad.stderr) == (2, True)
 
 
 def test_status_as_json_is_what_the_server_says(runner: CliRunner, server: Any) -> None:

@@ -15,11 +15,13 @@ from memserve.cluster.membership import (
     MemberLost,
     MemberReady,
     MemberRecovered,
+    MemberRoleChanged,
     MembersChanged,
     Membership,
     MemberState,
     MemberSuspected,
     ProcessExited,
+    RoleChanged,
     Tick,
 )
 from memserve.core.config import ClusterConfig
@@ -120,6 +122,24 @@ def test_broken_member_is_dead_at_once_and_only_once(serving: Membership, event)
     assert state_of(serving) is MemberState.DEAD
 
 
+def test_a_role_changes_while_the_member_serves(serving: Membership) -> None:
+    decoding = Member(P0, 1, Role.DECODE, "@p0")
+    changed = [MemberRoleChanged(decoding), MembersChanged((decoding,))]
+    assert serving.apply(RoleChanged(P0, 1, Role.DECODE), 0.1) == changed
+    assert serving.apply(RoleChanged(P0, 1, Role.DECODE), 0.2) == []
+    assert state_of(serving) is MemberState.READY
+    assert serving.view()[0].role is Role.DECODE
+
+
+def test_nobody_changes_roles_before_it_is_ready(membership: Membership) -> None:
+    membership.apply(Joined(P0, 1, Role.PREFILL), 0.0)
+    assert membership.apply(RoleChanged(P0, 1, Role.DECODE), 0.1) == []
+    assert membership.apply(BecameReady(P0, 1, "@p0"), 0.2) == [
+        MemberReady(MEMBER),
+        MembersChanged((MEMBER,)),
+    ]
+
+
 def test_draining_member_stays_until_it_ends(serving: Membership) -> None:
     assert serving.apply(LeaveRequested(P0), 1.0) == [MemberDraining(P0, 1)]
     assert serving.apply(LeaveRequested(P0), 1.0) == []
@@ -159,6 +179,7 @@ def test_new_incarnation_first_loses_the_old_one(serving: Membership) -> None:
         Joined(P0, 1, Role.PREFILL),
         BecameReady(P0, 1, "@old"),
         Heard(P0, 1),
+        RoleChanged(P0, 1, Role.DECODE),
         ConnectionLost(P0, 1),
         ProcessExited(P0, 1),
     ],

@@ -22,6 +22,7 @@ def test_tiers_are_off_by_default_and_read_from_a_file() -> None:
         ("disk_memory = 2097152", "pool.disk_path"),
         ("disk_path = '/kv'", "pool.disk_memory"),
         ("disk_path = '/kv'\ndisk_memory = 10", "at least 1 MiB"),
+        ("kv_cache_dtype = 'fp8'", r"pool.kv_cache_dtype is 'fp8'; accepted: one of auto, bf16, int8"),
     ],
 )
 def test_half_a_tier_is_refused(text: str, named: str) -> None:

@@ -30,7 +30,7 @@ from memserve.engine.carrier import NoPeers
 from memserve.engine.engine import Engine
 from memserve.engine.models.tiny import tiny_weights
 from memserve.engine.phases import PHASES
-from memserve.engine.runners.base import ForwardBatch
+from memserve.engine.runners.base import ForwardBatch, LayerSignal
 from memserve.engine.runners.reference import ReferenceRunner
 from memserve.mempool.address import Addresses, Origin, Tier
 from memserve.mempool.disk import DiskTier
@@ -426,10 +426,10 @@ class BrokenRunner(ReferenceRunner):
         self.raises = False
         self.poison = False
 
-    def forward(self, batch: ForwardBatch) -> NDArray[np.float32]:
+    def forward(self, batch: ForwardBatch, signal: LayerSignal | None = None) -> NDArray[np.float32]:
         if self.raises:
             raise MemoryError("no memory for activations")
-        logits = super().forward(batch)
+        logits = super().forward(batch, signal)
         return np.full_like(logits, np.nan) if self.poison else logits
 
 
@@ -508,12 +508,12 @@ class CountingRunner(BrokenRunner):
     rows = 0
     fails = 0
 
-    def forward(self, batch: ForwardBatch) -> NDArray[np.float32]:
+    def forward(self, batch: ForwardBatch, signal: LayerSignal | None = None) -> NDArray[np.float32]:
         if self.fails:
             self.fails -= 1
             raise MemoryError("no memory for activations")
         self.rows += len(batch.tokens)
-        return super().forward(batch)
+        return super().forward(batch, signal)
 
 
 def test_completions_of_one_prompt_prefill_once() -> None:

@@ -49,6 +49,15 @@ def test_is_a_runner_on_the_best_isa(runner: NativeRunner) -> None:
     assert typed.layout.model == tiny_weights(1).spec.identity
 
 
+def test_int8_kv_is_another_layout_of_about_half_the_bytes(runner: NativeRunner) -> None:
+    int8 = NativeRunner(tiny_weights(1), threads=1, context=64, kv_dtype="int8")
+    assert (int8.layout.dtype, int8.layout.order) == ("int8", "tile")
+    assert int8.layout.fingerprint != runner.layout.fingerprint
+    dim = runner.layout.head_dim
+    assert int8.layout.block_bytes * 2 * dim == runner.layout.block_bytes * (dim + 4)
+    int8.close()
+
+
 def test_only_wanted_rows_come_back(runner: NativeRunner) -> None:
     pool = Pool(runner)
     everything = runner.forward(pool.batch(20, logit_rows=np.arange(20, dtype=np.int32)))
@@ -122,6 +131,7 @@ def test_more_threads_than_cores() -> None:
         ({"threads": 0}, "threads is 0"),
         ({"context": 0}, "context is 0"),
         ({"isa": "sse9"}, "'sse9' does not run on this machine"),
+        ({"kv_dtype": "fp8"}, "kv_dtype is 'fp8'; accepted: bf16, int8"),
     ],
 )
 def test_impossible_settings(arguments: dict[str, object], message: str) -> None:

@@ -15,7 +15,13 @@ from memserve.engine.models.loader import open_model
 from memserve.engine.models.spec import Float, ModelWeights
 from memserve.engine.models.tiny import tiny_weights
 from memserve.engine.runners.base import ForwardBatch, Runner
-from memserve.engine.runners.reference import ReferenceRunner, map_block, narrow_bf16, round_bf16
+from memserve.engine.runners.reference import (
+    ReferenceRunner,
+    map_block,
+    narrow_bf16,
+    quantise_int8,
+    round_bf16,
+)
 from memserve.mempool.layout import KVLayout
 
 WEIGHTS = tiny_weights(3, layers=2, hidden=64, heads=4, kv_heads=2, vocabulary=97)
@@ -105,7 +111,8 @@ CUTS = st.sets(st.integers(1, len(PROMPT) - 1), max_size=5).map(lambda cuts: [0,
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"layout_dtype": "bf16"}, {"layout_dtype": "bf16", "bf16_math": True}]
+    "options",
+    [{}, {"layout_dtype": "bf16"}, {"layout_dtype": "int8"}, {"layout_dtype": "bf16", "bf16_math": True}],
 )
 @settings(max_examples=15, deadline=None)
 @given(first=CUTS, second=CUTS)
@@ -163,6 +170,25 @@ def test_bf16_stays_close() -> None:
     assert 1e-4 < np.abs(rounded - exact).max() < 0.15
 
 
+def test_int8_stays_close() -> None:
+    exact = whole(ReferenceRunner(WEIGHTS))
+    rounded = whole(ReferenceRunner(WEIGHTS, layout_dtype="int8"))
+    assert 1e-4 < np.abs(rounded - exact).max() < 0.15
+
+
+def test_int8_steps_and_scales() -> None:
+    rows = np.array([[127.0, -63.5, 0.5, 1.5], [0.0, 0.0, -0.0, 0.0], [1e-40, 0, 0, 0]], np.float32)
+    scales, steps = quantise_int8(rows)
+    assert scales.tolist() == [1.0, 0.0, 0.0]
+    assert steps.tolist() == [[127, -64, 0, 2], [0, 0, 0, 0], [0, 0, 0, 0]]
+    scales, steps = quantise_int8(np.array([[3e38, -1e38, 0, 1]], np.float32))
+    assert steps.tolist() == [[127, -42, 0, 0]]
+    np.testing.assert_allclose(scales * 127, 3e38, rtol=1e-6)
+    scales, steps = quantise_int8(np.array([[1.0, np.nan], [np.inf, 1.0], [2.0, 1.0]], np.float32))
+    assert np.isnan(scales).tolist() == [True, True, False]
+    assert steps.tolist() == [[0, 0], [0, 0], [127, 64]]
+
+
 def test_bf16_rounds_to_nearest_even() -> None:
     values = np.array([1.0, 1.0 + 2**-8, 1.0 + 3 * 2**-8, 1.0 + 2**-8 + 2**-20, -0.0, 3.4e38], np.float32)
     expected = np.array([1.0, 1.0, 1.0 + 2**-6, 1.0 + 2**-7, -0.0, np.inf], np.float32)
@@ -170,9 +196,10 @@ def test_bf16_rounds_to_nearest_even() -> None:
     assert narrow_bf16(np.array([1.0], np.float32)).tolist() == [0x3F80]
 
 
-def test_layout_names_model_and_order() -> None:
-    layout = ReferenceRunner(WEIGHTS, layout_dtype="bf16").layout
-    assert (layout.order, layout.dtype, layout.model) == ("plain", "bf16", WEIGHTS.spec.identity)
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "int8"])
+def test_layout_names_model_and_order(dtype: str) -> None:
+    layout = ReferenceRunner(WEIGHTS, layout_dtype=dtype).layout
+    assert (layout.order, layout.dtype, layout.model) == ("plain", dtype, WEIGHTS.spec.identity)
 
 
 @pytest.mark.model

@@ -153,3 +153,11 @@ def test_any_top_p_leaves_a_token(logits: np.ndarray, share: float) -> None:
     if share == 0:
         # Or one that is as likely: logits may differ by less than their probabilities can.
         assert np.exp(logits[token] - logits.max()) == 1
+
+
+def test_a_continuation_goes_on_with_the_random_numbers_of_what_it_continues() -> None:
+    chooser = np.random.default_rng(3)
+    rows = chooser.normal(size=(12, 40)).astype(np.float32)
+    whole = [sample_row(row, params(seed=4), index).token for index, row in enumerate(rows)]
+    rest = [sample_row(row, params(seed=4, first_index=5), index).token for index, row in enumerate(rows[5:])]
+    assert rest == whole[5:]

@@ -197,8 +197,14 @@ def test_what_was_deleted_does_not_come_back(tmp_path: Path, orphaned: bool) -> 
     pool.close()
 
 
-def test_another_layout_finds_nothing(written: Path) -> None:
-    other = KVLayout("other model", layers=1, kv_heads=1, head_dim=2, block_tokens=4)
+@pytest.mark.parametrize(
+    "other",
+    [
+        KVLayout("other model", layers=1, kv_heads=1, head_dim=2, block_tokens=4),
+        KVLayout("tiny", layers=1, kv_heads=1, head_dim=2, block_tokens=4, dtype="int8"),
+    ],
+)
+def test_another_layout_finds_nothing(written: Path, other: KVLayout) -> None:
     pool = open_pool(written, layout=other)
     assert read(pool, 1, 2, 3) == []
     pool.close()

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 
 from memserve import _native
 from memserve.engine.models.rope import YarnScaling
+from memserve.engine.models.spec import ModelWeights
 
 EVERY_ISA = [*_native.supported_isas(), *_native.emulated_isas()]
+KV_DTYPES = ["bf16", "int8"]
 
 SHAPES = [
     pytest.param({"heads": 4, "kv_heads": 4}, id="mha"),
@@ -37,56 +39,74 @@ SHAPES = [
 ]
 
 
-def assert_close(logits: np.ndarray, expected: np.ndarray) -> None:
+def assert_close(logits: np.ndarray, expected: np.ndarray, kv_dtype: str) -> None:
     """Logits have a spread of about 1. The kernels sum in float32 (errors of 1e-6), which now and then tips
-    an input to the neighbouring bf16 (2^-9 of its size); a wrong position, head or mask costs 0.1 or more."""
+    an input to the neighbouring bf16 (2^-9 of its size), or KV to the next int8 (1/127 of the largest);
+    a wrong position, head or mask costs 0.1 or more."""
     assert np.isfinite(logits).all()
     error = logits - expected
-    assert np.sqrt((error**2).mean()) < 8e-3
-    assert np.sqrt((error**2).mean(-1)).max() < 5e-2
+    margin = 1.5 if kv_dtype == "int8" else 1.0
+    assert np.sqrt((error**2).mean()) < 8e-3 * margin
+    assert np.sqrt((error**2).mean(-1)).max() < 5e-2 * margin
+
+
+def sharpen(weights: ModelWeights) -> None:
+    for layer in weights.layers:
+        layer.q *= np.float32(30)
 
 
 @pytest.mark.parametrize("isa", EVERY_ISA)
 @pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 @pytest.mark.parametrize("rows", [1, 15, 16, 17, 33])
 def test_prompt_of_any_length(
-    build: Callable[..., Any], oracle: Callable[..., Any], isa: str, shape: dict[str, Any], rows: int
+    build: Callable[..., Any],
+    oracle: Callable[..., Any],
+    isa: str,
+    shape: dict[str, Any],
+    kv_dtype: str,
+    rows: int,
 ) -> None:
-    model = build(isa, **shape)
+    model = build(isa, kv_dtype=kv_dtype, **shape)
     (logits,) = model.forward([model.rows(0, 0, rows)])
-    assert_close(logits, oracle(model.weights, model.tokens[0, :rows]))
+    assert_close(logits, oracle(model.weights, model.tokens[0, :rows], kv_dtype), kv_dtype)
 
 
 @pytest.mark.parametrize("isa", EVERY_ISA)
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 @pytest.mark.parametrize("threads", [1, 2])
 def test_context_of_several_segments_and_row_tiles(
-    build: Callable[..., Any], oracle: Callable[..., Any], isa: str, threads: int
+    build: Callable[..., Any], oracle: Callable[..., Any], isa: str, kv_dtype: str, threads: int
 ) -> None:
     rows = 600
-    model = build(isa, threads=threads, context=rows, heads=6, kv_heads=2, head_dim=32)
+    model = build(isa, threads=threads, context=rows, kv_dtype=kv_dtype, heads=6, kv_heads=2, head_dim=32)
     (logits,) = model.forward([model.rows(0, 0, rows)])
-    assert_close(logits, oracle(model.weights, model.tokens[0, :rows]))
+    assert_close(logits, oracle(model.weights, model.tokens[0, :rows], kv_dtype), kv_dtype)
 
 
 @pytest.mark.parametrize("isa", EVERY_ISA)
-def test_mixed_prefill_and_decode(build: Callable[..., Any], oracle: Callable[..., Any], isa: str) -> None:
-    model = build(isa, threads=2, context=300, sequences=4)
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+def test_mixed_prefill_and_decode(
+    build: Callable[..., Any], oracle: Callable[..., Any], isa: str, kv_dtype: str
+) -> None:
+    model = build(isa, threads=2, context=300, sequences=4, kv_dtype=kv_dtype)
     model.forward([model.rows(0, 0, 290), model.rows(1, 0, 15), model.rows(2, 0, 16)])
     parts = [model.rows(0, 290, 291), model.rows(3, 0, 40), model.rows(1, 15, 16), model.rows(2, 16, 19)]
     for part, logits in zip(parts, model.forward(parts), strict=True):
-        expected = oracle(model.weights, model.tokens[part.sequence, : part.end])
-        assert_close(logits, expected[part.begin :])
+        expected = oracle(model.weights, model.tokens[part.sequence, : part.end], kv_dtype)
+        assert_close(logits, expected[part.begin :], kv_dtype)
 
 
 @pytest.mark.parametrize("isa", EVERY_ISA)
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 def test_large_scores_neither_overflow_nor_vanish(
-    build: Callable[..., Any], oracle: Callable[..., Any], isa: str
+    build: Callable[..., Any], oracle: Callable[..., Any], isa: str, kv_dtype: str
 ) -> None:
-    model = build(isa, context=300, sharpness=30)
+    model = build(isa, context=300, kv_dtype=kv_dtype, change=sharpen)
     (logits,) = model.forward([model.rows(0, 0, 300)])
     assert np.isfinite(logits).all()
     # Scores in the thousands turn attention into a choice of one token: most rows still agree.
-    error = np.abs(logits - oracle(model.weights, model.tokens[0, :300])).max(-1)
+    error = np.abs(logits - oracle(model.weights, model.tokens[0, :300], kv_dtype)).max(-1)
     assert np.median(error) < 2e-2
 
 
@@ -108,8 +128,8 @@ def test_any_shape_on_the_best_isa(
         "attention_bias": data.draw(st.booleans()),
         "qk_norm": data.draw(st.booleans()),
     }
-    rows = data.draw(st.integers(1, 40))
-    model = build(_native.supported_isas()[0], **shape)
+    rows, kv_dtype = data.draw(st.integers(1, 40)), data.draw(st.sampled_from(KV_DTYPES))
+    model = build(_native.supported_isas()[0], kv_dtype=kv_dtype, **shape)
     (logits,) = model.forward([model.rows(0, 0, rows)])
-    assert_close(logits, oracle(model.weights, model.tokens[0, :rows]))
+    assert_close(logits, oracle(model.weights, model.tokens[0, :rows], kv_dtype), kv_dtype)
     model.close()

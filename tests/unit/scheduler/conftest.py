@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from memserve.core.messages import (
@@ -15,7 +17,16 @@ from memserve.core.messages import (
     Snapshot,
     Stored,
 )
-from memserve.core.types import InstanceId, Namespace, RequestId, Role, Tokens, as_tokens, pack_tokens
+from memserve.core.types import (
+    InstanceId,
+    Namespace,
+    RequestId,
+    Role,
+    StepPrices,
+    Tokens,
+    as_tokens,
+    pack_tokens,
+)
 from memserve.scheduler.decision import RouteRequest
 from memserve.scheduler.state import EventOutcome, Leg, SchedulerState, Share, Work
 
@@ -67,7 +78,10 @@ class Cluster:
     def snapshot(self, name: str, next_seq: int, *paths: Stored, incarnation: int = 1) -> EventOutcome:
         return self.state.apply_snapshot(Snapshot(InstanceId(name), incarnation, next_seq, paths))
 
-    def report(self, name: str, incarnation: int = 1, **load: int) -> None:
+    def set_wire(self, **fields: float) -> None:
+        self.state.wire = replace(self.state.wire, **fields)
+
+    def report(self, name: str, incarnation: int = 1, **load: int | StepPrices) -> None:
         self.state.apply_load(Heartbeat(InstanceId(name), incarnation, LoadReport(**load)))
 
     def request(self, name: str, start: int = 0, blocks: int = 4, session: str | None = None) -> RouteRequest:
@@ -81,8 +95,10 @@ class Cluster:
 
     def held(self, leg: Leg, start: int, blocks: int) -> dict[InstanceId, int]:
         """Blocks of the path that each instance is believed to hold."""
-        holdings = self.state.match(leg, SPACE, self.tokens(start, blocks))
-        return {name: tokens // 16 for name, tokens in holdings.by_instance().items()}
+        holdings = self.state.match(SPACE, self.tokens(start, blocks))
+        places = self.state.places(leg).by_id
+        held = holdings.by_instance().items()
+        return {name: tokens // 16 for name, tokens in held if name in places}
 
     def load(self, name: str) -> Work:
         return next(state.load for state in self.state.instances() if state.instance == name)

@@ -38,7 +38,9 @@ def test_colocated_place_decodes_what_it_prefills(cluster) -> None:
     assert (decision.prefill, decision.decode) == ("c0", None)
     assert decision.decode_candidates == ()
     assert decision.matched_decode == 32
-    assert decision.prefill_share() == Share(InstanceId("c0"), Work(prefill_tokens=32))
+    assert decision.prefill_share() == Share(
+        InstanceId("c0"), Work(prefill_tokens=32), decision.predicted_prefill
+    )
     assert decision.decode_share() == Share(InstanceId("c0"), Work(context_tokens=64, requests=1))
 
 
@@ -61,7 +63,7 @@ def test_fully_held_prompt_still_computes_a_token(cluster) -> None:
     cluster.add("p0", "d0")
     cluster.apply("p0", 0, cluster.stored(0, 4))
     decision = decide(cluster.request("r", blocks=4), cluster.state, PROMPT_TREE, now=0)
-    assert decision.prefill_share() == Share(InstanceId("p0"), Work(prefill_tokens=1, requests=1))
+    assert decision.prefill_share().work == Work(prefill_tokens=1, requests=1)
 
 
 def test_large_clusters_record_the_candidates_that_matter(cluster) -> None:
@@ -125,5 +127,5 @@ def run_log(cluster, policy: str) -> list[tuple[str, bytes]]:
 
 def route(state: SchedulerState, request: RouteRequest, policy: str, now: float) -> Decision:
     decision = decide(request, state, policy_by_name(policy), now)
-    state.book(decision.request, decision.prefill_share(), decision.decode_share())
+    state.book(decision.request, decision.prefill_share(), decision.decode_share(), now)
     return decision

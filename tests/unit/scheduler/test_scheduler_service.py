@@ -7,7 +7,7 @@ import pytest
 from memserve.core.clock import VirtualClock
 from memserve.core.errors import NoInstance
 from memserve.core.messages import Heartbeat, LoadReport, Snapshot
-from memserve.core.types import InstanceId, RequestId, Role
+from memserve.core.types import InstanceId, RequestId
 from memserve.scheduler.policies import policy_by_name
 from memserve.scheduler.service import GlobalScheduler
 
@@ -59,7 +59,7 @@ def test_pool_events_and_snapshots_reach_the_trees(cluster, scheduler: GlobalSch
     assert scheduler.route(cluster.request("a")).prefill == "p1"
     assert scheduler.on_pool_events(cluster.events("p1", 9, cluster.stored(500, 1)))
     assert not scheduler.on_snapshot(Snapshot(P1, 1, 10, (cluster.stored(500, 4), cluster.stored(900, 1))))
-    assert scheduler.tree_sizes() == {Role.PREFILL: 2, Role.DECODE: 0, Role.COLOCATED: 0}
+    assert scheduler.state.tree.nodes == 2
     assert scheduler.route(cluster.request("b", start=500)).matched_prefill == 64
 
 

@@ -6,20 +6,49 @@ import pytest
 
 from memserve.core.errors import LayoutMismatch
 from memserve.core.messages import Moved
-from memserve.core.types import InstanceId, RequestId, Role
+from memserve.core.types import InstanceId, Namespace, RequestId, Role
 from memserve.scheduler.state import Admission, EventOutcome, Leg, Work
 
+SPACE = Namespace("model")
 APPLIED, STALE, SNAPSHOT = EventOutcome.APPLIED, EventOutcome.STALE_INCARNATION, EventOutcome.NEEDS_SNAPSHOT
 
 
-def test_events_fill_the_tree_of_the_instances_role(cluster) -> None:
+def test_events_fill_the_tree(cluster) -> None:
     cluster.add("p0", "d0", "c0")
     assert cluster.apply("p0", 0, cluster.stored(0, 4)) is APPLIED
     assert cluster.apply("d0", 0, cluster.stored(0, 3)) is APPLIED
     assert cluster.apply("c0", 0, cluster.stored(0, 2), cluster.removed(0, 2, keep=1)) is APPLIED
-    assert cluster.held(Leg.PREFILL, 0, 5) == {"p0": 4, "c0": 1}
-    assert cluster.held(Leg.DECODE, 0, 5) == {"d0": 3, "c0": 1}
-    assert cluster.state.tree(Role.PREFILL).held_tokens(InstanceId("p0")) == 64
+    held = cluster.state.match(SPACE, cluster.tokens(0, 5)).by_instance()
+    assert held == {"p0": 64, "d0": 48, "c0": 16}
+    assert cluster.state.tree.held_tokens(InstanceId("p0")) == 64
+
+
+def test_a_new_role_takes_along_what_is_held_booked_and_known_of_the_events(cluster) -> None:
+    cluster.add("p0", "p1", "d0")
+    cluster.apply("p0", 0, cluster.stored(0, 4))
+    cluster.apply("p1", 0, cluster.stored(0, 2))
+    cluster.book("r", "p0", "d0", 64)
+    cluster.state.set_role(InstanceId("p0"), Role.DECODE)
+    assert cluster.held(Leg.PREFILL, 0, 5) == {"p1": 2}
+    assert cluster.held(Leg.DECODE, 0, 5) == {"p0": 4}
+    assert [place.instance for place in cluster.state.places(Leg.PREFILL).instances] == ["p1"]
+    assert [place.instance for place in cluster.state.places(Leg.DECODE).instances] == ["d0", "p0"]
+    assert cluster.apply("p0", 1, cluster.removed(0, 4, keep=3), cluster.stored(900, 1)) is APPLIED
+    assert cluster.held(Leg.DECODE, 0, 5) == {"p0": 3}
+    assert cluster.load("p0").prefill_tokens == 64
+    cluster.state.unbook(RequestId("r"))
+    assert cluster.load("p0") == Work()
+    cluster.state.check()
+
+
+def test_a_new_role_before_the_snapshot_loses_nothing(cluster) -> None:
+    cluster.add("p0")
+    assert cluster.apply("p0", 2, cluster.stored(200, 1)) is SNAPSHOT
+    cluster.state.set_role(InstanceId("p0"), Role.DECODE)
+    cluster.state.set_role(InstanceId("nobody"), Role.DECODE)
+    assert cluster.snapshot("p0", 2, cluster.stored(0, 2)) is APPLIED
+    assert cluster.held(Leg.DECODE, 0, 2) == {"p0": 2}
+    assert cluster.held(Leg.DECODE, 200, 1) == {"p0": 1}
 
 
 def test_what_moved_to_another_tier_is_held_still(cluster) -> None:
@@ -110,7 +139,7 @@ def test_bookings_come_and_go(cluster) -> None:
     for request in ("r", "s", "r", "unknown"):
         cluster.state.finish_prefill(RequestId(request))
     assert cluster.load("p0") == Work()
-    assert cluster.load("c0") == Work(0, 10, 1)
+    assert cluster.load("c0") == Work(0, 10, 1, streams=1)
     cluster.state.check()
     for request in ("r", "s", "r"):
         cluster.state.unbook(RequestId(request))

@@ -175,6 +175,9 @@ async def test_several_choices_have_ids_and_seeds_of_their_own(
     assert body["usage"]["prompt_tokens"] == len(backend.requests[0].tokens)
     assert body["usage"]["completion_tokens"] == 3 * 3
     assert body["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+    metrics = (await client.get("/metrics")).text
+    assert f'prompt_tokens_total{{source="computed"}} {float(len(backend.requests[0].tokens))}' in metrics
+    assert 'prompt_tokens_total{source="local"} 0.0' in metrics
 
 
 async def test_several_choices_are_streamed_side_by_side(

@@ -76,6 +76,33 @@ async def test_memory_that_cannot_be_given(
     assert (answer.status_code, answer.json()["error"]["param"]) == (status, field)
 
 
+async def test_role_of_an_instance(client: httpx.AsyncClient) -> None:
+    for role, before in (("decode", "colocated"), ("prefill", "decode")):
+        answer = await client.put("/v1/cluster/stand-in-0/role", json={"role": role})
+        assert answer.json() == {"instance": "stand-in-0", "role": role, "before": before}
+    body = (await client.get("/v1/cluster")).json()
+    assert body["instances"][0]["role"] == "prefill"
+    assert (
+        'memserve_instance_up{instance="stand-in-0",isa="",role="prefill"}'
+        in (await client.get("/metrics")).text
+    )
+
+
+@pytest.mark.parametrize(
+    ("instance", "body", "status", "field"),
+    [
+        ("other", {"role": "decode"}, 404, "instance"),
+        ("stand-in-0", {"role": "both"}, 400, "role"),
+        ("stand-in-0", {}, 400, "role"),
+    ],
+)
+async def test_role_that_cannot_be(
+    client: httpx.AsyncClient, instance: str, body: dict[str, object], status: int, field: str
+) -> None:
+    answer = await client.put(f"/v1/cluster/{instance}/role", json=body)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (status, field)
+
+
 async def test_decision_of_an_answer(client: httpx.AsyncClient) -> None:
     answer = (await client.post(CHAT, json=HELLO)).json()
     decision = (await client.get(f"/v1/decisions/{answer['id']}")).json()

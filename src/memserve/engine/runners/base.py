@@ -30,6 +30,18 @@ class ForwardBatch:
     logit_rows: NDArray[np.int32]
 
 
+@dataclass(frozen=True, slots=True)
+class LayerSignal:
+    """Where a pass tells how far it is, without the GIL: an eventfd to which passed layers are added.
+
+    Rows pass the layers in tiles of ``Runner.tile_rows``, one tile after another, and the sum goes through
+    all of them. ``every`` so many layers are enough to be told of, and at the end of a tile all.
+    """
+
+    fd: int
+    every: int = 1
+
+
 class Runner(Protocol):
     """Executes forward passes on pool memory. Not thread-safe: one pass at a time."""
 
@@ -43,7 +55,12 @@ class Runner(Protocol):
         """The instruction set it runs on, for people: ``reference``, ``portable``, ``avx512-bf16``, ..."""
         ...
 
-    def forward(self, batch: ForwardBatch) -> NDArray[np.float32]:
+    @property
+    def tile_rows(self) -> int:
+        """Rows of a pass that go through all layers together, before the next ones do."""
+        ...
+
+    def forward(self, batch: ForwardBatch, signal: LayerSignal | None = None) -> NDArray[np.float32]:
         """Write the rows' KV into their blocks and return logits float32[wanted, vocabulary]."""
         ...
 

@@ -1,4 +1,4 @@
-"""The runner for CPUs: C++ kernels on bf16 weights and KV, reading pool blocks in place.
+"""The runner for CPUs: C++ kernels on bf16 weights, reading KV in place in the pool's blocks.
 
 Knows how ModelWeights map onto the native model; what the kernels compute is in ``native/``.
 """
@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memserve import _native
+from memserve.core.config import Activations
 from memserve.core.errors import ConfigError, ModelError
 from memserve.engine.models.packed import PackedVectors, PackedWeights
 from memserve.engine.models.spec import (
@@ -23,7 +24,7 @@ from memserve.engine.models.spec import (
     StoredMatrix,
     StoredWeights,
 )
-from memserve.engine.runners.base import ForwardBatch
+from memserve.engine.runners.base import ForwardBatch, LayerSignal
 from memserve.mempool.layout import KVLayout
 
 Float = NDArray[np.float32]
@@ -32,8 +33,8 @@ Float = NDArray[np.float32]
 class NativeRunner:
     """Forward passes of a Llama-like model on this machine's CPU.
 
-    bf16 KV and inputs of matrix products; float32 sums, residual stream, norms, rotary embedding and softmax.
-    Weights are multiplied in bf16; what the file has in 4 or 8 bits is kept and read like that.
+    Float32 sums, residual stream, norms, rotary embedding and softmax. What the file has in 4 or 8 bits is
+    kept and read like that; matrices are multiplied in bf16, or those in 4 and 8 bits as integers.
     The bits of a row depend on its tokens alone: not on the batch, chunking, cached prefixes or threads.
     Instruction sets round differently: KV computed on one is valid, not bit-equal, on another.
 
@@ -43,6 +44,10 @@ class NativeRunner:
         place: ``keep`` must be what it was then.
     keep : ``stored``: GGML blocks as they are, all else as bf16; ``bf16``: everything, which gives the same
         bits from more memory; ``int8``: float32 becomes groups of 8 bits, which changes the model a little.
+    activations : ``int8``: inputs of products with weights of 4 and 8 bits are rounded to 8 bits in groups of
+        32, and multiplied as integers; faster, and other numerics, so its KV has an identity of its own.
+    kv_dtype : ``bf16`` or ``int8``, how KV is kept. Rows are rounded once, when they are written, and all
+        attention reads what was written. An int8 row that is not finite makes all NaN that attends to it.
     threads : threads per pass, the caller's included; at most the cores this process may use.
     context : longest position + 1 that will be asked for, in tokens.
     isa : one of ``_native.supported_isas()``; by default the best.
@@ -64,23 +69,29 @@ class NativeRunner:
         isa: str | None = None,
         cores: Sequence[int] = (),
         keep: str = "stored",
+        activations: Activations = Activations.BF16,
+        kv_dtype: str = "bf16",
     ) -> None:
         spec = weights.spec
         if context < 1:
             raise ConfigError(f"context is {context}; it must be at least 1 token")
-        identity = f"{spec.identity}-int8" if keep == "int8" else spec.identity
-        self._layout = KVLayout(identity, spec.layers, spec.kv_heads, spec.head_dim)
-        self._model: _native.Model | None = _build_model(spec, threads, context, isa, cores, keep)
+        self._model: _native.Model | None = _build_model(
+            spec, threads, context, isa, cores, keep, activations, kv_dtype
+        )
         self._isa: str = self._model.isa
         self._spec, self._keep = spec, keep
         try:
             self._vectors = _fill_model(self._model, weights)
         except (ValueError, TypeError) as error:
             raise ModelError(f"{spec.identity}: {error}") from error
+        identity = f"{spec.identity}-int8" if keep == "int8" else spec.identity
+        if self._model.multiplies_integers:
+            identity += "-int8-activations"
+        self._layout = KVLayout(identity, spec.layers, spec.kv_heads, spec.head_dim, dtype=kv_dtype)
 
     @property
     def layout(self) -> KVLayout:
-        """bf16, tile order."""
+        """Tile order."""
         return self._layout
 
     @property
@@ -93,6 +104,11 @@ class NativeRunner:
     def isa(self) -> str:
         """The instruction set in use."""
         return self._isa
+
+    @property
+    def tile_rows(self) -> int:
+        """Bounded by the scratch memory."""
+        return _native.Model.tile_rows
 
     def packed(self) -> PackedWeights:
         """The weights as this runner reads them, in place: they outlive the runner."""
@@ -107,14 +123,20 @@ class NativeRunner:
             vectors.output_norm,
         )
 
-    def forward(self, batch: ForwardBatch) -> Float:
+    def forward(self, batch: ForwardBatch, signal: LayerSignal | None = None) -> Float:
         """Write the rows' KV into their blocks and return logits float32[wanted, vocabulary].
 
         Raises ValueError, before anything is written, if the batch does not hold together.
         """
         assert self._model is not None, "forward() on a closed runner"
         return self._model.forward(
-            batch.tokens, batch.positions, batch.starts, batch.blocks, batch.logit_rows
+            batch.tokens,
+            batch.positions,
+            batch.starts,
+            batch.blocks,
+            batch.logit_rows,
+            -1 if signal is None else signal.fd,
+            1 if signal is None else signal.every,
         )
 
     def close(self) -> None:
@@ -130,7 +152,14 @@ def rope_tables(spec: ModelSpec, context: int) -> tuple[Float, Float]:
 
 
 def _build_model(
-    spec: ModelSpec, threads: int, context: int, isa: str | None, cores: Sequence[int], keep: str
+    spec: ModelSpec,
+    threads: int,
+    context: int,
+    isa: str | None,
+    cores: Sequence[int],
+    keep: str,
+    activations: str,
+    kv_dtype: str,
 ) -> _native.Model:
     cosines, sines = rope_tables(spec, context)
     try:
@@ -149,6 +178,8 @@ def _build_model(
             cores=cores,
             isa=isa,
             keep=keep,
+            activations=activations,
+            kv_dtype=kv_dtype,
         )
     except ValueError as error:
         raise ConfigError(f"{spec.identity}: {error}") from error

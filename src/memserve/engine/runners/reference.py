@@ -7,6 +7,7 @@ chunks, because every product has a shape that depends on the row's position onl
 from __future__ import annotations
 
 import ctypes
+import os
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from memserve.engine.models.ggml_types import widen_bf16
 from memserve.engine.models.spec import Float, LayerWeights, ModelWeights
-from memserve.engine.runners.base import ForwardBatch
+from memserve.engine.runners.base import ForwardBatch, LayerSignal
 from memserve.mempool.layout import KVLayout
 
 Double = NDArray[np.float64]
@@ -24,11 +25,12 @@ Double = NDArray[np.float64]
 class ReferenceRunner:
     """Forward passes of Llama-like models on blocks in ``plain`` order.
 
-    ``layout_dtype`` is how KV is stored: ``f32`` or ``bf16``. ``bf16_math`` also rounds weights, and the
-    inputs of every matrix product, to bf16: close to what a bf16 runner with float32 sums computes.
+    ``layout_dtype`` is how KV is stored: ``f32``, ``bf16`` or ``int8``. ``bf16_math`` also rounds weights,
+    and the inputs of every matrix product, to bf16: close to what a bf16 runner with float32 sums computes.
     """
 
     isa = "reference"
+    tile_rows = 1 << 30
 
     def __init__(self, weights: ModelWeights, *, layout_dtype: str = "f32", bf16_math: bool = False) -> None:
         spec = weights.spec
@@ -39,13 +41,15 @@ class ReferenceRunner:
         self._round = round_bf16 if bf16_math else _keep
         self._frequencies, self._amplitude = spec.rope_frequencies(), spec.rope_amplitude()
 
-    def forward(self, batch: ForwardBatch) -> Float:
+    def forward(self, batch: ForwardBatch, signal: LayerSignal | None = None) -> Float:
         """Write the rows' KV into their blocks and return logits float32[wanted, vocabulary]."""
         sequences = self._open_sequences(batch)
         hidden = self._weights.embedding[batch.tokens]
         for index, layer in enumerate(self._weights.layers):
             hidden = hidden + self._attend(index, layer, hidden, sequences)
             hidden = hidden + self._feed_forward(layer, hidden)
+            if signal is not None:
+                os.eventfd_write(signal.fd, 1)
         wanted = self._normalise(hidden[batch.logit_rows], self._weights.output_norm)
         return self._project(self._weights.head, wanted)
 
@@ -53,13 +57,13 @@ class ReferenceRunner:
         """Nothing to end."""
 
     def _open_sequences(self, batch: ForwardBatch) -> list[_SequenceRows]:
-        sequences = []
+        sequences, tokens = [], self.layout.block_tokens
         for at, (start, stop) in enumerate(zip(batch.starts[:-1], batch.starts[1:], strict=True)):
             positions = batch.positions[start:stop]
             if len(positions):
                 count = self.layout.blocks_for(int(positions[-1]) + 1)
                 blocks = [map_block(int(address), self.layout) for address in batch.blocks[at, :count]]
-                sequences.append(_SequenceRows(slice(start, stop), positions, blocks))
+                sequences.append(_SequenceRows(slice(start, stop), positions, tokens, blocks))
         return sequences
 
     def _attend(
@@ -123,22 +127,23 @@ class _SequenceRows:
 
     rows: slice
     positions: NDArray[np.int32]
+    block_tokens: int
     blocks: list[NDArray[Any]]
 
     def write(self, layer: int, half: int, heads: Float) -> None:
         """Store [rows, kv_heads, head_dim] as K (``half`` 0) or V (1) of ``layer``."""
-        size = self.blocks[0].shape[3]
         for position, vector in zip(self.positions, heads, strict=True):
-            block = self.blocks[position // size]
-            block[layer, half, :, position % size] = (
-                narrow_bf16(vector) if block.dtype == np.uint16 else vector
-            )
+            block = self.blocks[position // self.block_tokens][layer, half]
+            slot = position % self.block_tokens
+            if block.dtype.names:
+                block["scales"][:, slot], block["values"][:, slot] = quantise_int8(vector)
+            else:
+                block[:, slot] = narrow_bf16(vector) if block.dtype == np.uint16 else vector
 
     def read(self, layer: int, half: int) -> Double:
         """K or V of ``layer`` as [kv_heads, positions, head_dim], up to the end of the last block."""
-        joined = np.concatenate([block[layer, half] for block in self.blocks], axis=1)
-        values = widen_bf16(joined) if joined.dtype == np.uint16 else joined
-        return values.astype(np.float64)
+        values = [_widen(block[layer, half]) for block in self.blocks]
+        return np.concatenate(values, axis=1).astype(np.float64)
 
 
 def _attention(query: Double, keys: Double, values: Double, length: int) -> Double:
@@ -157,12 +162,40 @@ def _attention(query: Double, keys: Double, values: Double, length: int) -> Doub
 def map_block(address: int, layout: KVLayout) -> NDArray[Any]:
     """The block at ``address`` as a writable array [layers, 2, kv_heads, block_tokens, head_dim].
 
-    float32, or uint16 holding bf16. The memory belongs to the pool.
+    float32, or uint16 holding bf16. For int8: [layers, 2, kv_heads] of records with float32 ``scales``
+    [block_tokens] and int8 ``values`` [block_tokens, head_dim]. The memory belongs to the pool.
     """
     assert layout.order == "plain", f"the reference runner reads plain blocks, not {layout.order}"
     raw = np.ctypeslib.as_array((ctypes.c_uint8 * layout.block_bytes).from_address(address))
+    tokens, dim = layout.block_tokens, layout.head_dim
+    if layout.dtype == "int8":
+        record = np.dtype([("scales", np.float32, (tokens,)), ("values", np.int8, (tokens, dim))])
+        heads: NDArray[Any] = raw.view(record)
+        return heads.reshape(layout.layers, 2, layout.kv_heads)
     numbers: NDArray[Any] = raw.view(np.uint16 if layout.dtype == "bf16" else np.float32)
-    return numbers.reshape(layout.layers, 2, layout.kv_heads, layout.block_tokens, layout.head_dim)
+    return numbers.reshape(layout.layers, 2, layout.kv_heads, tokens, dim)
+
+
+def quantise_int8(rows: Float) -> tuple[Float, NDArray[np.int8]]:
+    """Scales float32[...] and int8[..., n] of ``rows`` [..., n]: value = int8 x scale, largest / 127.
+
+    Rows below the normal numbers become 0; those that are not finite get the scale NaN.
+    """
+    scales = (np.abs(rows).max(-1) / np.float32(127)).astype(np.float32)
+    scales[scales < np.finfo(np.float32).tiny] = 0
+    scales[~np.isfinite(rows).all(-1)] = np.nan
+    inverse = np.zeros_like(scales)
+    np.divide(np.float32(1), scales, out=inverse, where=scales > 0)
+    steps = np.where(np.isfinite(rows), rows, 0) * inverse[..., None]
+    return scales, np.rint(steps).astype(np.int8)
+
+
+def _widen(stored: NDArray[Any]) -> Float:
+    """Stored K or V of one layer and block as float32[kv_heads, block_tokens, head_dim]."""
+    if stored.dtype.names:
+        scaled: Float = stored["values"] * stored["scales"][..., None]
+        return scaled
+    return widen_bf16(stored) if stored.dtype == np.uint16 else stored
 
 
 def narrow_bf16(values: Float) -> NDArray[np.uint16]:

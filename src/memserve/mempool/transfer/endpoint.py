@@ -43,6 +43,7 @@ from memserve.mempool.transfer.sender import LinkState, OutboundLink, SendLimits
 from memserve.mempool.transfer.shm import DescriptorServer, SharedMemoryBackend, receive_arena
 from memserve.mempool.transfer.streams import StreamListener
 from memserve.mempool.transfer.tcp import connect_stream
+from memserve.mempool.transport import Attachment
 from memserve.wire import Security, connect, listen, listening_address
 from memserve.wire.address import UnixAddress, parse_address
 
@@ -182,7 +183,7 @@ class TransferEndpoint:
         peer: InstanceId,
         src: Addresses,
         *,
-        attachment: bytes = b"",
+        attachment: Attachment = b"",
         mode: TransferMode | None = None,
         ready: LayerGate | None = None,
         dst: Addresses | None = None,
@@ -201,7 +202,7 @@ class TransferEndpoint:
         namespace: Namespace,
         *,
         origin: Origin = Origin.PEER,
-        attachment: bytes = b"",
+        attachment: Attachment = b"",
         mode: TransferMode | None = None,
         ready: LayerGate | None = None,
         dst: Addresses | None = None,

@@ -82,7 +82,7 @@ def require_same_layout(own: Hello, other: Hello) -> None:
     if own.layout_fingerprint != other.layout_fingerprint:
         raise LayoutMismatch(
             f"{own.instance} has [{own.layout_text}] and {other.instance} has [{other.layout_text}]; "
-            "start both with the same model and block layout"
+            "start both with the same model, kv_cache_dtype and block layout"
         )
 
 

@@ -40,6 +40,7 @@ from memserve.mempool.results import Freed, Transferred
 from memserve.mempool.transfer.backends import Moved, TransferBackend, Transmission
 from memserve.mempool.transfer.plan import Step, plan_steps
 from memserve.mempool.transfer.window import Window
+from memserve.mempool.transport import Attachment
 from memserve.wire import Connection
 
 
@@ -47,14 +48,15 @@ from memserve.wire import Connection
 class SendOrder:
     """What to send: blocks ``src`` for ``tokens`` (empty: a plain transfer), by ``mode`` (None: as fits).
 
-    With ``ready`` layers are sent once they are computed; with ``dst`` the peer's blocks are chosen here.
+    With ``ready`` layers are sent once they are computed; with ``dst`` the peer's blocks are chosen here. An
+    ``attachment`` that is a future is waited for before the publication.
     """
 
     tokens: Tokens
     src: Addresses
     namespace: Namespace
     origin: Origin
-    attachment: bytes
+    attachment: Attachment
     mode: TransferMode | None = None
     ready: LayerGate | None = None
     dst: Addresses | None = None
@@ -85,8 +87,11 @@ class _Job:
     """A transfer under way. ``copying`` is the worker's part, once it has begun."""
 
     transfer: str
+    clock: Clock
     deadline: float
     copying: asyncio.Future[Moved] | None = None
+    waited: float = 0.0
+    """Seconds spent waiting for what was still being computed."""
     _stop: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
@@ -101,17 +106,34 @@ class _Job:
         """Until the layers are computed. Raises ``TransferAborted`` when told to stop or when time is up."""
         if ready.layers >= layers:
             return
-        waiting = (asyncio.ensure_future(ready.wait(layers)), asyncio.ensure_future(self._stop.wait()))
+        computed = asyncio.ensure_future(ready.wait(layers))
         try:
-            await asyncio.wait(waiting, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-            if waiting[0].done():
-                waiting[0].result()
-                return
+            await self._wait(computed, f"{layers} layers", seconds)
+            computed.result()
         finally:
-            for one in waiting:
-                one.cancel()
-        why = "it was told to stop" if self.stopped else f"they took longer than {seconds} s"
-        raise TransferAborted(f"transfer {self.transfer} has waited for {layers} layers: {why}")
+            computed.cancel()
+
+    async def wait_for_attachment(self, attachment: Attachment, seconds: float) -> bytes:
+        """What to attach. Raises ``TransferAborted`` when there will be nothing, or as ``wait_for``."""
+        if isinstance(attachment, bytes):
+            return attachment
+        if not attachment.done():
+            await self._wait(attachment, "its attachment", seconds)
+        if attachment.cancelled():
+            raise TransferAborted(f"transfer {self.transfer} was called off")
+        return attachment.result()
+
+    async def _wait(self, future: asyncio.Future[Any], what: str, seconds: float) -> None:
+        stopped = asyncio.ensure_future(self._stop.wait())
+        started = self.clock.now()
+        try:
+            await asyncio.wait((future, stopped), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            stopped.cancel()
+            self.waited += self.clock.now() - started
+        if not future.done():
+            why = "it was told to stop" if self.stopped else f"that took longer than {seconds} s"
+            raise TransferAborted(f"transfer {self.transfer} has waited for {what}: {why}")
 
     @property
     def writing(self) -> bool:
@@ -173,22 +195,24 @@ class OutboundLink:
             len(order.src) * self._layout.block_bytes,
             gated=order.ready is not None,
         )
-        cut = cut_blocks(self._layout, mode)
-        job = self._jobs[transfer] = _Job(transfer, self._clock.now() + self._limits.reserve_seconds)
+        cut, started = cut_blocks(self._layout, mode), self._clock.now()
+        job = self._jobs[transfer] = _Job(transfer, self._clock, started + self._limits.reserve_seconds)
         reason = "the sender gave up"
         try:
             dst, answer = await self._reserve(transfer, order, mode)
             self._observe("reserved")
             layerwise = mode is TransferMode.BY_LAYER and order.ready is not None
             steps = plan_steps(order.src[answer.held :], dst, cut, layerwise=layerwise)
-            moved = await self._move(job, steps, cut.unit_bytes, answer, order.ready)
+            moved = await self._move(job, steps, cut.unit_bytes, answer, order)
             self._observe("copied")
             sums = moved.checksums.astype("<u8").tobytes()
-            await self._call(Publish(transfer, sums, int(order.origin), order.attachment))
+            attachment = await job.wait_for_attachment(order.attachment, self._limits.reserve_seconds)
+            await self._call(Publish(transfer, sums, int(order.origin), attachment))
             self._observe("published")
             reason = ""
             size = len(dst) * self._layout.block_bytes
-            return Transferred(answer.held, len(dst), size, moved.calls, mode, backend.name)
+            seconds = self._clock.now() - started - job.waited
+            return Transferred(answer.held, len(dst), size, moved.calls, mode, backend.name, seconds)
         except MemServeError as error:
             reason = str(error)
             if isinstance(error, TransferAborted) and self.closed:
@@ -287,11 +311,12 @@ class OutboundLink:
         return dst, answer
 
     async def _move(
-        self, job: _Job, steps: list[Step], unit_bytes: int, reserved: Reserved, ready: LayerGate | None
+        self, job: _Job, steps: list[Step], unit_bytes: int, reserved: Reserved, order: SendOrder
     ) -> Moved:
         """Move all steps: at once, or as their layers become ready."""
+        ready, published_at_once = order.ready, isinstance(order.attachment, bytes)
         if ready is None:
-            return await self._transmit(job, steps, unit_bytes, reserved, 0, last=True)
+            return await self._transmit(job, steps, unit_bytes, reserved, 0, last=published_at_once)
         checksums, calls, first, at = [np.empty(0, np.uint64)], 0, 0, 0
         while at < len(steps):
             await job.wait_for(ready, steps[at].layers, self._limits.reserve_seconds)
@@ -299,7 +324,7 @@ class OutboundLink:
             job.deadline = self._clock.now() + self._limits.reserve_seconds
             group = [step for step in steps[at:] if step.layers <= ready.layers]
             at += len(group)
-            last = at == len(steps)
+            last = at == len(steps) and published_at_once
             moved = await self._transmit(job, group, unit_bytes, reserved, first, last=last)
             checksums.append(moved.checksums)
             calls += moved.calls

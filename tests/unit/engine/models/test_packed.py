@@ -198,12 +198,12 @@ def test_matrices_of_another_shape_are_refused(run: Run) -> None:
 _LAYOUTS = {
     1: {
         "F32": "89986f1cfd5f3f97",
-        "Q4_0": "fddc6544d7387cc7",
-        "Q4_1": "240f267de06e1443",
-        "Q8_0": "8df0ac900f8d8ea8",
-        "Q4_K": "33f1d7bdccfde2a7",
-        "Q6_K": "4cab7e74af474264",
-        "int8": "ded3695b8ccd5105",
+        "Q4_0": "c552a6dfbfcfd440",
+        "Q4_1": "788d34e6291db2c7",
+        "Q8_0": "4fa16ac7572b3f41",
+        "Q4_K": "1d9ab00baad6f8ed",
+        "Q6_K": "86737c35c221f7d4",
+        "int8": "97c85cb3528721c8",
     }
 }
 

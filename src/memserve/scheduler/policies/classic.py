@@ -1,4 +1,4 @@
-"""How to choose a place, for either leg of a request. Each policy is a pure function of the query.
+"""Policies of one rule each: turns, load, sessions, longest prefix. They know tokens, not seconds.
 
 Places come ordered by id, so that the first of equals is the one with the smallest id.
 """
@@ -7,72 +7,41 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain, groupby, takewhile
 from operator import attrgetter
-from typing import Protocol
 
-from memserve.core.config import POLICIES
-from memserve.core.errors import ConfigError
 from memserve.core.types import InstanceId
-from memserve.scheduler.state import InstanceState, Leg, Places
-from memserve.scheduler.tree import Holdings
+from memserve.scheduler.policies.plan import Choice, LegPolicy, LegQuery
+from memserve.scheduler.state import InstanceState, Leg
 
 _MASK = (1 << 64) - 1
 _SEEDS_KEPT = 1 << 14
 _TOO_BUSY = "; longer holders have more tokens ahead than their prefix saves"
 
 
-@dataclass(frozen=True, slots=True)
-class Query:
-    """What there is to choose from: at least one place, and what instances hold of the prompt."""
-
-    places: Places
-    held: Holdings
-    session: str | None
-    turn: int
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """The place taken, and why, for people; ``considered`` are others that the reason speaks of."""
-
-    place: InstanceState
-    reason: str
-    considered: tuple[InstanceState, ...] = ()
-
-
-class Policy(Protocol):
-    """Chooses the place of a leg."""
-
-    name: str
-
-    def choose(self, query: Query) -> Choice: ...
-
-
-class RoundRobin:
+class RoundRobin(LegPolicy):
     """One after the other."""
 
     name = "round-robin"
 
-    def choose(self, query: Query) -> Choice:
+    def choose(self, query: LegQuery) -> Choice:
         instances = query.places.instances
         return Choice(instances[query.turn % len(instances)], f"turn {query.turn}")
 
 
-class LeastLoad:
+class LeastLoad(LegPolicy):
     """Fewest tokens ahead (to prefill, or to decode over), then fewest requests."""
 
     name = "least-load"
 
-    def choose(self, query: Query) -> Choice:
+    def choose(self, query: LegQuery) -> Choice:
         places = query.places
         place = min(places.instances, key=_ORDER[places.leg])
         return Choice(place, "least load")
 
 
-class SessionId:
+class SessionId(LegPolicy):
     """The same session goes to the same place; requests without a session go to the least loaded one.
 
     Highest random weight (Thaler and Ravishankar, 1998): a place that joins or leaves moves only the
@@ -81,7 +50,7 @@ class SessionId:
 
     name = "session-id"
 
-    def choose(self, query: Query) -> Choice:
+    def choose(self, query: LegQuery) -> Choice:
         if query.session is None:
             return LeastLoad().choose(query)
         number = _hash64(query.session)
@@ -89,7 +58,7 @@ class SessionId:
         return Choice(place, "session")
 
 
-class PromptTree:
+class PromptTree(LegPolicy):
     """The longest prefix held; among equals the least loaded place.
 
     A holder is passed over when it has more tokens ahead than the least loaded place, by more than the
@@ -99,7 +68,7 @@ class PromptTree:
 
     name = "prompt-tree"
 
-    def choose(self, query: Query) -> Choice:
+    def choose(self, query: LegQuery) -> Choice:
         places, held = query.places, query.held
         order = _ORDER[places.leg]
         least = min(places.instances, key=order)
@@ -116,15 +85,7 @@ class PromptTree:
         return Choice(least, reason + _TOO_BUSY if len(considered) > 1 else reason, tuple(considered))
 
 
-def policy_by_name(name: str) -> Policy:
-    """One of ``core.config.POLICIES``; raises ``ConfigError`` for another name."""
-    try:
-        return _BY_NAME[name]
-    except KeyError:
-        raise ConfigError(f"server.policy is {name!r}; accepted: {', '.join(POLICIES)}") from None
-
-
-def _holders(query: Query, enough: int) -> Iterator[tuple[int, list[InstanceState]]]:
+def _holders(query: LegQuery, enough: int) -> Iterator[tuple[int, list[InstanceState]]]:
     """Places that hold more than ``enough`` tokens, longest first, those that hold the same by id."""
     by_id = query.places.by_id
     longer = takewhile(lambda tier: tier.tokens > enough, query.held.tiers)
@@ -148,7 +109,4 @@ def _seed(instance: InstanceId) -> int:
 _ORDER: dict[Leg, Callable[[InstanceState], tuple[int, int]]] = {
     Leg.PREFILL: attrgetter("prefill_order"),
     Leg.DECODE: attrgetter("decode_order"),
-}
-_BY_NAME: dict[str, Policy] = {
-    policy.name: policy for policy in (RoundRobin(), LeastLoad(), SessionId(), PromptTree())
 }

@@ -1,0 +1,115 @@
+"""Which routing policy serves a trace best: time to first token, by the real scheduler in simulation.
+
+    python benchmarks/routing_policies.py --traces DIR [--trace conversation] [--instances 8]
+        [--loads 0.75,0.95] [--requests 4000] [--policies NAMES] [--out FILE]
+
+``--instances`` prefill and as many decode. Engines are modelled by the prices of a 70 B dense model on
+eight A800-class GPUs at half of their peak (2 x 70e9 FLOP per token, attention 2 x 80 x 8192 FLOP per pair
+of tokens); KV of 320 KiB per token travels at 100 Gb/s. A load of 1 is what the prefill instances would get
+done without any cache. Larger clusters get copies of the trace with other tokens. ``cost+fetch`` may bring a
+prefix from a peer; the simulator carries that out, live instances cannot yet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+import mooncake
+from memserve.core.config import POLICIES
+from memserve.core.types import StepPrices
+from memserve.scheduler.costs import Wire
+from memserve.scheduler.policies import Policy, policy_by_name
+from memserve.scheduler.policies.cost import LeastCost
+from memserve.sim.engine import Speed
+from memserve.sim.simulation import Outcome, SimRequest, Simulation, Site
+from mooncake import Request
+from recording import write_result
+
+PRICES = StepPrices(step=0.02, row=1e-5, row_context=1e-9, token=1.12e-4, token_context=2.1e-9)
+WIRE = Wire(bytes_per_token=320 * 1024, bandwidth=12.5e9, latency=2e-3)
+CAPACITY = 3_000_000
+"""Tokens of KV per instance."""
+COPY = 100_000_000
+"""What the ids of a copy of the trace are apart; id 0 is the system prompt, common to all."""
+PER_COPY = 8
+FETCHING = "cost+fetch"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--traces", type=Path, required=True, help="the folder with the traces")
+    parser.add_argument("--trace", default="conversation", choices=mooncake.NAMES)
+    parser.add_argument("--instances", type=int, default=8)
+    parser.add_argument("--loads", default="0.75,0.95")
+    parser.add_argument("--requests", type=int, default=4000, help="of the trace's beginning")
+    parser.add_argument("--policies", default=",".join((*POLICIES, FETCHING)))
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/routing_policies.json")
+    options = parser.parse_args()
+    trace = mooncake.load(options.traces, options.trace)[: options.requests]
+    rows: list[dict[str, str | float]] = []
+    for load in (float(text) for text in options.loads.split(",")):
+        for name in options.policies.split(","):
+            row = measure(trace, name, options.instances, load)
+            rows.append({"trace": options.trace, "instances": options.instances, "load": load, **row})
+            print(rows[-1], flush=True)
+    write_result("routing_policies", {"requests": len(trace), "rows": rows}, options.out)
+
+
+def measure(trace: list[Request], name: str, instances: int, load: float) -> dict[str, str | float]:
+    """One policy under one load."""
+    copies = max(1, instances // PER_COPY)
+    work = copies * sum(seconds_of(request.tokens) for request in trace)
+    stretch = work / instances / load / trace[-1].at
+    done: list[Outcome] = []
+    site = Site(instances, instances, 0, Speed(PRICES, step_tokens=100_000), CAPACITY // 16, WIRE)
+    simulation = Simulation(site, policy_of(name), done.append)
+    started = time.process_time()
+    simulation.run(requests_of(trace, copies, stretch))
+    seconds = time.process_time() - started
+    simulation.close()
+    ttft = np.array([one.ttft for one in done])
+    errors = np.abs(np.array([one.decision.predicted_ttft for one in done]) - ttft) / ttft
+    return {
+        "policy": name,
+        "ttft_mean": float(ttft.mean()),
+        "ttft_p50": float(np.median(ttft)),
+        "ttft_p99": float(np.percentile(ttft, 99)),
+        "hit": sum(one.cached_tokens for one in done) / sum(one.prompt_tokens for one in done),
+        "error_p50": float(np.median(errors)),
+        "error_p90": float(np.percentile(errors, 90)),
+        "requests_per_cpu_second": len(done) / seconds,
+    }
+
+
+def policy_of(name: str) -> Policy:
+    return LeastCost(fetches=True) if name == FETCHING else policy_by_name(name)
+
+
+def seconds_of(prompt: int) -> float:
+    """To prefill a prompt alone."""
+    return PRICES.step + PRICES.token * prompt + PRICES.token_context * prompt**2 / 2
+
+
+def requests_of(trace: list[Request], copies: int, stretch: float) -> Iterator[SimRequest]:
+    """The trace, each copy a little later than the one before."""
+    gap = trace[-1].at * stretch / len(trace)
+    order = [
+        (request.at * stretch + copy * gap / copies, copy, request)
+        for copy in range(copies)
+        for request in trace
+    ]
+    for number, (at, copy, request) in enumerate(sorted(order, key=lambda one: one[:2])):
+        ids = np.array([name + copy * COPY if name else 0 for name in request.ids], np.uint64)
+        prompt = np.ascontiguousarray(mooncake.expand(ids).reshape(-1)[: request.tokens])
+        answer = mooncake.expand(np.array([(1 << 50) + number], np.uint64)).reshape(-1)[:256]
+        session = str(request.ids[1] if len(request.ids) > 1 else request.ids[0])
+        yield SimRequest(at, prompt, answer, f"{copy}-{session}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""Least cost: the time a request will take, and the time it will take from others, at every place.
+
+Candidates are all pairs of a place to prefill and a place to decode, each with the best way to get KV there:
+compute it, or fetch a longer prefix from a peer where that is quicker (the paper's condition,
+``transfer <= exec(without) - exec(with)``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from memserve.scheduler.costs import (
+    PrefillCosts,
+    decode_costs,
+    prefill_costs,
+    tokens_by_slot,
+)
+from memserve.scheduler.fleet import Flags, Floats, Indices, Slots
+from memserve.scheduler.policies.classic import PromptTree
+from memserve.scheduler.policies.plan import Choice, Fetch, Plan, Query, Weighed
+
+RECORDED = 8
+"""Places that are recorded per leg: all of a small cluster, of a large one the cheapest."""
+_FETCHED_TIERS = 3
+"""Prefixes of so many lengths are looked at for fetching, longest first."""
+_WORST_ERROR = 1.0
+_LEAST_GAIN = 0.9
+"""A fetch must bring the first token to this part of the time it takes without: forecasts err."""
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """What a second of each kind counts.
+
+    opportunity : work on an instance, for those who will come behind.
+    append : the same where only streams run otherwise, in addition: more of them will come.
+    streams : a second by which each of the streams beside it is delayed.
+    decode : of the request's own answer.
+    """
+
+    opportunity: float = 1.0
+    append: float = 2.0
+    streams: float = 1.0
+    decode: float = 1.0
+
+
+class LeastCost:
+    """See the module. ``fetches``: instances can bring KV from peers before they prefill.
+
+    While predictions are worse than ``_WORST_ERROR`` it decides as ``prompt-tree``, which never waits longer
+    for a prefix than computing it would take, in tokens.
+    """
+
+    name = "cost"
+
+    def __init__(self, weights: Weights | None = None, *, fetches: bool = False) -> None:
+        self._weights = weights or Weights()
+        self._fetches = fetches
+        self._fallback = PromptTree()
+
+    def plan(self, query: Query) -> Plan:
+        if query.error > _WORST_ERROR:
+            return self._fallback.plan(query)
+        held = tokens_by_slot(query.held, query.fleet.rows, query.prompt - 1)
+        first = self._weigh_prefill(query, held)
+        second = self._weigh_decode(query, held) if query.decode.instances else None
+        handed = np.inf if second is None else second.total[second.best]
+        total = first.alone + np.where(first.hands_over, handed, first.stays)
+        best = int(total.argmin())
+        tier = int(first.tier[best])
+        fetch = None if tier < 0 else self._fetch_of(query, tier)
+        prefill = Choice(query.start.instances[best], _explain(first.costs, best, fetch))
+        weighed = _record(query, first, total, best)
+        if second is None or not first.hands_over[best]:
+            return Plan(prefill, None, fetch, weighed)
+        moved = f"{second.moved[second.best]:.3f} s to move, {second.own[second.best]:.3f} s to decode"
+        decode = Choice(query.decode.instances[second.best], moved)
+        return Plan(prefill, decode, fetch, weighed, _record_decode(query, second))
+
+    def _weigh_prefill(self, query: Query, held: Floats) -> _Prefill:
+        fleet, slots, weights = query.fleet, query.start.slots, self._weights
+        costs = prefill_costs(fleet, slots, query.prompt, held[slots], 0.0, query.now)
+        tier: Indices = np.full(len(slots), -1)
+        if self._fetches:
+            costs, tier = self._with_fetches(query, held[slots], costs, tier)
+        behind = weights.opportunity + weights.append * query.start.only_decodes
+        others = (behind + weights.streams * fleet.streams[slots]) * costs.work
+        own, beside = self._weigh_streams(query, slots)
+        return _Prefill(costs, tier, costs.ttft + others, own, beside, ~query.start.decodes)
+
+    def _weigh_streams(self, query: Query, slots: Slots) -> tuple[Floats, Floats]:
+        own, others = decode_costs(query.fleet, slots, query.prompt, query.answer)
+        return self._weights.decode * own, self._weights.streams * others
+
+    def _with_fetches(
+        self, query: Query, held: Floats, costs: PrefillCosts, tier: Indices
+    ) -> tuple[PrefillCosts, Indices]:
+        wire = query.wire
+        for number, longer in enumerate(query.held.tiers[:_FETCHED_TIERS]):
+            there = float(min(longer.tokens, query.prompt - 1))
+            seconds = wire.latency + wire.token * (there - held)
+            computed = np.maximum(held, there)
+            fetched = prefill_costs(
+                query.fleet, query.start.slots, query.prompt, computed, seconds, query.now
+            )
+            better = (held < there) & (fetched.ttft < _LEAST_GAIN * costs.ttft)
+            costs, tier = costs.where(better, fetched), np.where(better, number, tier)
+        return costs, tier
+
+    def _weigh_decode(self, query: Query, held: Floats) -> _Decode:
+        slots = query.decode.slots
+        own, others = self._weigh_streams(query, slots)
+        missing = query.prompt - held[slots]
+        moved = query.wire.latency + query.wire.token * missing
+        # Who has no room lets the request wait for another to end, about as long as an answer takes.
+        full = np.where(query.fleet.room[slots] < missing, own, 0.0)
+        total = moved + own + others + full
+        return _Decode(moved, own, others, total, int(total.argmin()))
+
+    def _fetch_of(self, query: Query, number: int) -> Fetch:
+        """From the holder that will be done with its own prompts first."""
+        tier = query.held.tiers[number]
+        holders = sorted((query.fleet.free_at[slot], name) for slot, name in tier.numbered())
+        return Fetch(holders[0][1], min(tier.tokens, query.prompt - 1))
+
+
+class _Prefill(NamedTuple):
+    """One entry per place that prefills; ``tier``: what it fetches, an index into the tiers held, or -1."""
+
+    costs: PrefillCosts
+    tier: Indices
+    alone: Floats
+    own: Floats
+    others: Floats
+    hands_over: Flags
+
+    @property
+    def stays(self) -> Floats:
+        """What decoding where it prefills costs."""
+        return self.own + self.others
+
+
+class _Decode(NamedTuple):
+    """One entry per place that takes a request over; ``own`` and ``others`` are weighted seconds."""
+
+    moved: Floats
+    own: Floats
+    others: Floats
+    total: Floats
+    best: int
+
+
+def _record(query: Query, first: _Prefill, total: Floats, best: int) -> tuple[Weighed, ...]:
+    costs = first.costs
+    return tuple(
+        Weighed(
+            query.start.instances[n],
+            float(costs.wait[n]),
+            float(costs.fetch[n]),
+            float(costs.prefill[n]),
+            float(total[n]),
+        )
+        for n in _lowest(total, best)
+    )
+
+
+def _record_decode(query: Query, second: _Decode) -> tuple[Weighed, ...]:
+    return tuple(
+        Weighed(
+            query.decode.instances[n],
+            0.0,
+            float(second.moved[n]),
+            0.0,
+            float(second.total[n]),
+        )
+        for n in _lowest(second.total, second.best)
+    )
+
+
+def _lowest(total: Floats, best: int) -> list[int]:
+    """The chosen one and the cheapest others, in order of id."""
+    if len(total) <= RECORDED:
+        return list(range(len(total)))
+    cheapest = np.argpartition(total, RECORDED)[:RECORDED].tolist()
+    return sorted({*cheapest[:-1], best} if best not in cheapest else cheapest)
+
+
+def _explain(costs: PrefillCosts, best: int, fetch: Fetch | None) -> str:
+    text = f"{costs.wait[best]:.3f} s to wait, {costs.prefill[best]:.3f} s to prefill"
+    return text if fetch is None else f"{text}, fetches {fetch.tokens} tokens from {fetch.source}"

@@ -1,0 +1,116 @@
+"""What a policy is asked and what it answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from memserve.core.types import InstanceId
+from memserve.scheduler.costs import Wire
+from memserve.scheduler.fleet import Fleet
+from memserve.scheduler.state import InstanceState, Leg, Places
+from memserve.scheduler.tree import Holdings
+
+
+@dataclass(frozen=True, slots=True)
+class LegQuery:
+    """The places for one leg, at least one, and what instances hold of the prompt of ``prompt`` tokens."""
+
+    places: Places
+    held: Holdings
+    session: str | None
+    turn: int
+    prompt: int
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """A request and the state of the cluster, as far as policies look at them.
+
+    ``prompt`` in tokens, at least 1; ``answer``: how many tokens are expected. ``decode`` may be empty where
+    ``prefill`` has places that decode themselves. ``start``: see ``Leg.START``. ``error``: the relative
+    error of what was predicted of late.
+    """
+
+    prompt: int
+    answer: float
+    session: str | None
+    turn: int
+    now: float
+    held: Holdings
+    prefill: Places
+    decode: Places
+    start: Places
+    fleet: Fleet
+    wire: Wire
+    error: float = 0.0
+
+    def leg(self, leg: Leg) -> LegQuery:
+        """The part of it that concerns one leg."""
+        places = self.prefill if leg is Leg.PREFILL else self.decode
+        return LegQuery(places, self.held, self.session, self.turn, self.prompt)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The place taken, and why, for people; ``considered`` are others that the reason speaks of."""
+
+    place: InstanceState
+    reason: str
+    considered: tuple[InstanceState, ...] = ()
+
+
+class Fetch(NamedTuple):
+    """``source`` sends its first ``tokens`` tokens of the prompt to where the request will prefill."""
+
+    source: InstanceId
+    tokens: int
+
+
+class Weighed(NamedTuple):
+    """A place as the cost policy saw it, in seconds.
+
+    ``wait`` until the prompt's turn; ``fetch`` to bring KV from elsewhere, a part of the wait where it
+    prefills; ``prefill``; ``total`` with the answer and with what others lose.
+    """
+
+    place: InstanceState
+    wait: float
+    fetch: float
+    prefill: float
+    total: float
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """``decode`` None: where it prefills. Places that were ``weighed`` explain a choice by cost."""
+
+    prefill: Choice
+    decode: Choice | None
+    fetch: Fetch | None = None
+    prefill_weighed: tuple[Weighed, ...] = ()
+    decode_weighed: tuple[Weighed, ...] = ()
+
+
+class Policy(Protocol):
+    """Chooses the places of a request."""
+
+    name: str
+
+    def plan(self, query: Query) -> Plan: ...
+
+
+class LegPolicy:
+    """A policy that chooses the places one after the other and knows nothing of seconds."""
+
+    name: str
+
+    def choose(self, query: LegQuery) -> Choice:
+        """The place of one leg."""
+        raise NotImplementedError
+
+    def plan(self, query: Query) -> Plan:
+        prefill = self.choose(query.leg(Leg.PREFILL))
+        if prefill.place.role.decodes:
+            return Plan(prefill, None)
+        return Plan(prefill, self.choose(query.leg(Leg.DECODE)))

@@ -1,0 +1,265 @@
+"""An instance in the simulator: a real pool, and a model of the steps an engine would run on it.
+
+A fluid model: between two events, steps are all alike, so that prefill and streams proceed at constant rates.
+Exact for one kind of work; where both run, a step holds as much prefill as the engine's pace allows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+from dataclasses import dataclass
+
+import numpy as np
+
+from memserve.core.clock import VirtualClock
+from memserve.core.errors import OutOfBlocks
+from memserve.core.messages import LoadReport, PoolEvents
+from memserve.core.types import InstanceId, Ledger, Namespace, RequestId, Role, StepPrices, Tokens
+from memserve.mempool import EvictionPolicy, KVLayout, MemPool
+from memserve.mempool.address import Addresses, Origin
+
+LAYOUT = KVLayout("simulated", layers=1, kv_heads=1, head_dim=1)
+"""The smallest block there is: memory is reserved, never touched."""
+_FLOOR_TOKENS = 16
+_NEVER = float("inf")
+_DONE = 1e-9
+"""Seconds or tokens that count as nothing left."""
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """What an instance can do: its steps' prices, the most prompt tokens in one, the pace of its streams."""
+
+    prices: StepPrices
+    step_tokens: int = 512
+    target_tpot: float = 0.0
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """A request inside an instance. ``prompt``: int32[n]; ``answer``: int32[m], what will be said.
+
+    ``left``: seconds of prefill that remain, alone in its steps. It ``waits`` for KV that is on its way.
+    """
+
+    request: RequestId
+    namespace: Namespace
+    prompt: Tokens
+    answer: Tokens
+    decode_on: InstanceId | None = None
+    waits: bool = False
+    left: float = 0.0
+    cached: int = 0
+    addrs: Addresses | None = None
+
+    @property
+    def context(self) -> float:
+        """Tokens that a step reads for it, on average over the answer."""
+        return len(self.prompt) + len(self.answer) / 2
+
+    @property
+    def said(self) -> Tokens:
+        """Prompt and answer; the last token's KV is never computed."""
+        return np.concatenate((self.prompt, self.answer[:-1]))
+
+
+class SimEngine:
+    """One simulated instance. Call :meth:`advance` first, then change it, then ask :meth:`next_event`."""
+
+    def __init__(
+        self,
+        instance: InstanceId,
+        role: Role,
+        speed: Speed,
+        blocks: int,
+        clock: VirtualClock,
+        eviction: EvictionPolicy | None = None,
+    ) -> None:
+        self.instance = instance
+        self.role = role
+        self.speed = speed
+        self.pool = MemPool(LAYOUT, blocks, instance=instance, incarnation=1, clock=clock, eviction=eviction)
+        self.pool.take_events()
+        self._now = clock.now()
+        self._waiting: list[Job] = []
+        self._prefilling: list[Job] = []
+        self._streams: list[tuple[float, int, Job]] = []
+        self._served = 0.0
+        self._context = 0.0
+        self._joined = 0
+        self.busy = 0.0
+        """Seconds in which steps ran."""
+
+    # --- work comes ---
+
+    def submit(self, job: Job) -> None:
+        """A new request, to be prefilled here."""
+        self._waiting.append(job)
+        self._admit()
+
+    def adopt(self, job: Job) -> None:
+        """A request that was prefilled elsewhere; its KV has arrived. Raises ``OutOfBlocks``."""
+        job.addrs = self._hold(job.namespace, job.prompt, Origin.PEER)[0]
+        self._stream(job)
+
+    def receive(self, namespace: Namespace, tokens: Tokens, origin: Origin) -> None:
+        """KV that somebody sent; without room for it, it is dropped."""
+        try:
+            addrs, _ = self._hold(namespace, tokens, origin)
+        except OutOfBlocks:
+            return
+        self.pool.free_mem(addrs)
+
+    # --- time passes ---
+
+    def next_event(self) -> float:
+        """When something ends here if nothing comes."""
+        step, part = self._step()
+        times = [_NEVER]
+        active = self._active()
+        if active:
+            rate = part / step / len(active)
+            times += [self._now + job.left / rate for job in active]
+        if self._streams:
+            times.append(self._now + (self._streams[0][0] - self._served) * step)
+        return min(times)
+
+    def advance(self, now: float) -> tuple[list[Job], list[Job]]:
+        """Let time pass, up to :meth:`next_event` at most. Returns who is prefilled and who has ended."""
+        seconds = now - self._now
+        step, part = self._step()
+        active = self._active()
+        for job in active:
+            job.left -= seconds * part / step / len(active)
+        if self._streams:
+            self._served += seconds / step
+        if active or self._streams:
+            self.busy += seconds
+        self._now = now
+        prefilled = [job for job in active if job.left <= _DONE]
+        for job in prefilled:
+            self._prefilling.remove(job)
+            self._publish(job, job.prompt)
+        ended = self._end_streams()
+        for job in ended:
+            self.release(job)
+        for job in prefilled:
+            if job.decode_on is None:
+                self._stream(job)
+        self._admit()
+        return prefilled, ended
+
+    def release(self, job: Job) -> None:
+        """The job has left: its blocks are historical or free."""
+        if job.addrs is not None:
+            self.pool.free_mem(job.addrs)
+            job.addrs = None
+
+    # --- observation ---
+
+    def held(self, namespace: Namespace, tokens: Tokens) -> int:
+        """How many of ``tokens`` are cached here."""
+        with self.pool.match(tokens, namespace) as lease:
+            return lease.tokens
+
+    def take_events(self) -> PoolEvents | None:
+        return self.pool.take_events()
+
+    def read_load(self) -> LoadReport:
+        """As an engine would report."""
+        price = self.speed.prices.token
+        left = sum(job.left for job in self._prefilling) / price
+        left += sum(len(job.prompt) for job in self._waiting)
+        return LoadReport(
+            waiting=len(self._waiting),
+            running=len(self._prefilling) + len(self._streams),
+            tokens_to_prefill=int(left),
+            blocks=self.pool.blocks,
+            prices=self.speed.prices,
+        )
+
+    # --- inside ---
+
+    def _active(self) -> list[Job]:
+        """The oldest and the shortest prompt share the steps."""
+        if len(self._prefilling) < 2:
+            return list(self._prefilling)
+        oldest = self._prefilling[0]
+        shortest = min(self._prefilling, key=lambda job: job.left)
+        return [oldest] if shortest is oldest else [oldest, shortest]
+
+    def _step(self) -> tuple[float, float]:
+        """Seconds of a step as it is now, and how many of them are prefill."""
+        prices, streams = self.speed.prices, len(self._streams)
+        decoding = prices.row * streams + prices.row_context * self._context
+        if not self._prefilling:
+            return prices.step + decoding, 0.0
+        whole = self.speed.step_tokens * prices.token + prices.step
+        if not streams:
+            return whole, whole
+        part = whole
+        if self.speed.target_tpot > 0:
+            floor = prices.step + _FLOOR_TOKENS * prices.token
+            part = min(whole, max(floor, self.speed.target_tpot - decoding))
+        return decoding + part, part
+
+    def _admit(self) -> None:
+        """Begin to prefill whom there are blocks for, in order of arrival."""
+        for job in list(self._waiting):
+            if job.waits:
+                continue
+            try:
+                job.addrs, job.cached = self._hold(job.namespace, job.prompt, None)
+            except OutOfBlocks:
+                return
+            self._waiting.remove(job)
+            job.left = self._seconds(job)
+            self._prefilling.append(job)
+
+    def _seconds(self, job: Job) -> float:
+        prices, prompt = self.speed.prices, len(job.prompt)
+        computed = min(job.cached, prompt - 1)
+        token = prices.token + prices.step / self.speed.step_tokens
+        return token * (prompt - computed) + prices.token_context * (prompt**2 - computed**2) / 2
+
+    def _hold(self, namespace: Namespace, tokens: Tokens, origin: Origin | None) -> tuple[Addresses, int]:
+        """Blocks for ``tokens``, cached ones first; with ``origin`` their KV is there already."""
+        with self.pool.match(tokens, namespace) as lease:
+            cached = lease.tokens
+            missing = self.pool.layout.blocks_for(len(tokens)) - len(lease.addrs)
+            fresh = self.pool.alloc_mem(missing)
+            addrs = lease.detach().concat(fresh)
+        if origin is not None:
+            self.pool.insert(tokens, addrs, namespace, origin)
+        return addrs, cached
+
+    def _publish(self, job: Job, tokens: Tokens) -> None:
+        assert job.addrs is not None
+        covered = len(job.addrs) * self.pool.layout.block_tokens
+        self.pool.insert(tokens[:covered], job.addrs, job.namespace)
+
+    def _stream(self, job: Job) -> None:
+        """Let it decode; without room for its answer's KV, that is not kept."""
+        assert job.addrs is not None
+        whole = self.pool.layout.blocks_for(len(job.prompt) + len(job.answer))
+        with contextlib.suppress(OutOfBlocks):
+            job.addrs = job.addrs.concat(self.pool.alloc_mem(whole - len(job.addrs)))
+        self._joined += 1
+        self._context += job.context
+        heapq.heappush(self._streams, (self._served + max(len(job.answer) - 1, 0), self._joined, job))
+
+    def _end_streams(self) -> list[Job]:
+        ended = []
+        while self._streams and self._streams[0][0] - self._served <= _DONE:
+            job = heapq.heappop(self._streams)[2]
+            self._context -= job.context
+            self._publish(job, job.said)
+            ended.append(job)
+        return ended
+
+
+def ledger_of(job: Job) -> Ledger:
+    """Where the prompt's KV came from."""
+    cached = min(job.cached, len(job.prompt) - 1)
+    return Ledger(computed=len(job.prompt) - cached, local=cached)

@@ -1,0 +1,148 @@
+"""Least cost: each term alone tips the choice."""
+
+from __future__ import annotations
+
+import pytest
+
+from memserve.core.errors import NoInstance
+from memserve.core.types import InstanceId, RequestId, StepPrices
+from memserve.scheduler.decision import Decision, decide
+from memserve.scheduler.policies.cost import RECORDED, LeastCost, Weights
+from memserve.scheduler.state import Share, Work
+
+PRICES = StepPrices(step=0.01, row=0.001, row_context=1e-6, token=1e-3, token_context=1e-6)
+
+
+@pytest.fixture
+def priced(cluster):
+    """A cluster whose instances all report ``PRICES``."""
+
+    def add(*names: str) -> None:
+        cluster.add(*names)
+        for name in names:
+            cluster.report(name, prices=PRICES)
+
+    cluster.add_priced = add
+    return cluster
+
+
+def place(cluster, policy: LeastCost | None = None, blocks: int = 40, now: float = 0.0) -> Decision:
+    return decide(cluster.request("r", blocks=blocks), cluster.state, policy or LeastCost(), now)
+
+
+def occupy(cluster, name: str, seconds: float) -> None:
+    """Put ``seconds`` of prefill into the line of ``name``."""
+    share = Share(InstanceId(name), Work(prefill_tokens=1), seconds)
+    other = Share(InstanceId(name), Work(context_tokens=1, requests=1))
+    cluster.state.book(RequestId(f"{name}-line"), share, other, 0.0)
+
+
+def test_equal_places_go_by_id(priced) -> None:
+    priced.add_priced("c2", "c0", "c1")
+    assert place(priced).prefill == "c0"
+
+
+def test_prefix_wins_until_the_line_costs_more_than_it_saves(priced) -> None:
+    priced.add_priced("c0", "c1")
+    priced.apply("c1", 0, priced.stored(0, 20))
+    saved = place(priced).prefill_candidates
+    gain = saved[0].total - saved[1].total
+    assert place(priced).prefill == "c1"
+    occupy(priced, "c1", gain - 0.01)
+    assert place(priced).prefill == "c1"
+    occupy(priced, "c1", gain + 0.01)
+    assert place(priced).prefill == "c0"
+
+
+def test_slower_instance_is_avoided(priced) -> None:
+    priced.add_priced("c0", "c1")
+    priced.report("c0", prices=StepPrices(token=2e-3))
+    assert place(priced).prefill == "c1"
+
+
+def test_streams_beside_it_count(priced) -> None:
+    priced.add_priced("c0", "c1")
+    first, second = (Share(InstanceId("c0"), Work()), Share(InstanceId("c0"), Work(context_tokens=10)))
+    priced.state.book(RequestId("s"), first, second)
+    priced.state.finish_prefill(RequestId("s"))
+    assert place(priced).prefill == "c1"
+
+
+def test_prediction_is_queue_plus_prefill(priced) -> None:
+    priced.add_priced("c0")
+    occupy(priced, "c0", 3.0)
+    decision = place(priced, blocks=4, now=1.0)
+    prefill = 64 * (1e-3 + 0.01 / 512) + 1e-6 * 64 * 64 / 2
+    assert decision.predicted_prefill == pytest.approx(prefill)
+    assert decision.predicted_ttft == pytest.approx(2.0 + prefill)
+
+
+def test_hands_over_where_streams_would_suffer(priced) -> None:
+    priced.add_priced("c0", "d0", "p0")
+    assert place(priced).decode in (None, "d0")
+    for n in range(6):
+        share = Share(InstanceId("c0"), Work())
+        priced.state.book(RequestId(f"s{n}"), share, Share(InstanceId("c0"), Work(context_tokens=500)))
+        priced.state.finish_prefill(RequestId(f"s{n}"))
+    decision = place(priced)
+    assert (decision.prefill, decision.decode) == ("p0", "d0")
+
+
+def test_a_full_decode_place_is_the_last_resort(priced) -> None:
+    priced.add_priced("p0", "d0", "d1")
+    priced.report("d0", blocks=1024, active_blocks=1000, prices=PRICES)
+    assert place(priced).decode == "d1"
+
+
+def test_fetches_where_it_is_quicker_than_computing(priced) -> None:
+    priced.add_priced("c0", "c1")
+    priced.apply("c1", 0, priced.stored(0, 39))
+    occupy(priced, "c1", 5.0)
+    stays = place(priced, LeastCost(fetches=False))
+    assert (stays.prefill, stays.fetch_from) == ("c0", None)
+    fetched = place(priced, LeastCost(fetches=True))
+    assert (fetched.prefill, fetched.fetch_from, fetched.fetch_tokens) == ("c0", "c1", 39 * 16)
+    assert fetched.predicted_ttft < stays.predicted_ttft / 2
+
+
+def test_does_not_fetch_over_a_slow_wire(priced) -> None:
+    priced.add_priced("c0", "c1")
+    priced.apply("c1", 0, priced.stored(0, 39))
+    occupy(priced, "c1", 5.0)
+    priced.set_wire(bandwidth=1e-3)
+    assert place(priced, LeastCost(fetches=True)).fetch_from is None
+
+
+def test_no_place_is_an_error_that_names_the_role(priced) -> None:
+    with pytest.raises(NoInstance, match="no prefill or colocated"):
+        place(priced)
+    priced.add_priced("p0")
+    with pytest.raises(NoInstance, match="no decode or colocated"):
+        place(priced)
+
+
+def test_records_the_chosen_and_the_cheapest(priced) -> None:
+    priced.add_priced(*(f"c{n:02}" for n in range(20)))
+    for n in range(20):
+        occupy(priced, f"c{n:02}", float(20 - n))
+    recorded = place(priced, LeastCost(Weights(opportunity=0.0))).prefill_candidates
+    assert len(recorded) == RECORDED
+    assert [c.instance for c in recorded if c.chosen] == ["c19"]
+    assert min(recorded, key=lambda c: c.total).chosen
+
+
+def test_a_decode_place_prefills_what_little_is_missing_there(priced) -> None:
+    priced.add_priced("p0", "d0")
+    assert (place(priced).prefill, place(priced).decode) == ("p0", "d0")
+    priced.apply("d0", 0, priced.stored(0, 39))
+    appended = place(priced)
+    assert (appended.prefill, appended.decode, appended.matched_prefill) == ("d0", None, 39 * 16)
+
+
+def test_streams_of_a_decode_place_are_spared(priced) -> None:
+    priced.add_priced("p0", "d0")
+    for n in range(4):
+        share = Share(InstanceId("d0"), Work())
+        priced.state.book(RequestId(f"s{n}"), share, Share(InstanceId("d0"), Work(context_tokens=500)))
+        priced.state.finish_prefill(RequestId(f"s{n}"))
+    assert (place(priced).prefill, place(priced).decode) == ("p0", "d0")

@@ -1,8 +1,9 @@
 """Speed of the native CPU engine on SmolLM2-135M's shape, beside what the machine can do at most.
 
-Every round measures the limits (read bandwidth, register-fed bf16 dot products) and then each workload once,
-so that a busy neighbour slows both. Engines: ``bf16`` weights, and ``stored``: 4 and 8 bits as SmolLM2's GGUF
-file has them (Q4_1, embedding Q8_0). Weights are random unless --model is given: values do not change speed.
+Every round measures the limits (read bandwidth, register-fed dot products of bf16 and of integers) and then
+each workload once, so that a busy neighbour slows both. Engines: ``bf16`` weights; ``stored``: 4 and 8 bits
+as SmolLM2's GGUF file has them (Q4_1, embedding Q8_0); ``integers``: those times int8 activations. Weights
+are random unless --model is given: values do not change speed.
 
     python benchmarks/native_speed.py [--rounds N] [--threads 1,2] [--isa NAME] [--model M] [--prototype DIR]
 """
@@ -19,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from memserve import _native
+from memserve.core.config import Activations
 from memserve.engine.models.loader import open_model
 from memserve.engine.models.spec import (
     LayerWeights,
@@ -36,7 +38,6 @@ from recording import describe_commit, describe_machine
 RESULTS = Path(__file__).parent / "results" / "native_speed.json"
 DECODE_CONTEXT = 128  # tokens that each decoding conversation has behind it
 BLOCK = 16
-KEPT = ("bf16", "stored")
 MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 
 SMOLLM2 = ModelSpec(
@@ -76,10 +77,11 @@ WORKLOADS = [
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """bytes/s and FLOP/s."""
+    """bytes/s, and operations/s of bf16 and of 8-bit dot products."""
 
     bandwidth: float
     peak: float
+    int8_peak: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,18 +186,25 @@ def make_batch(workload: Workload, blocks: np.ndarray, vocabulary: int) -> Forwa
     return ForwardBatch(tokens, positions, np.arange(rows + 1, dtype=np.int32), used.reshape(rows, -1), each)
 
 
-def floor_seconds(workload: Workload, spec: ModelSpec, weight_bytes: int, limits: Limits) -> float:
-    """No pass is faster: all weights (and a decode's KV) are read once, every multiply-add runs at peak."""
+def floor_seconds(
+    workload: Workload, spec: ModelSpec, weight_bytes: int, limits: Limits, activations: Activations
+) -> float:
+    """No pass is faster: all weights (and a decode's KV) are read once, every multiply-add runs at peak.
+
+    Attention is bf16 in any engine. What integers need beside them, a few float operations per group of 32,
+    is not in the floor.
+    """
     kv = spec.kv_heads * spec.head_dim
     per_layer = spec.hidden * (2 * spec.hidden + 2 * kv + 3 * spec.feed_forward)
     head = spec.vocabulary * spec.hidden
     rows, logits = workload.size, workload.size if workload.kind == "decode" else 1
     seen = rows * DECODE_CONTEXT if workload.kind == "decode" else rows * rows / 2
     attention = 4 * seen * spec.heads * spec.head_dim * spec.layers
-    flop = 2 * (per_layer * spec.layers * rows + head * logits) + attention
+    products = 2 * (per_layer * spec.layers * rows + head * logits)
+    peak = limits.int8_peak if activations is Activations.INT8 else limits.peak
     kv_bytes = 4 * kv * spec.layers * (seen if workload.kind == "decode" else rows)
     read = weight_bytes + kv_bytes
-    return max(read / limits.bandwidth, flop / limits.peak)
+    return max(read / limits.bandwidth, products / peak + attention / limits.peak)
 
 
 def seconds_of(engine: NativeRunner | Prototype, batch: ForwardBatch) -> float:
@@ -217,6 +226,7 @@ class Measured:
     threads: int
     workload: Workload
     weight_bytes: int
+    activations: Activations
     times: list[float]
     bf16_times: list[float]
 
@@ -224,11 +234,17 @@ class Measured:
 def figure_of(measured: Measured, spec: ModelSpec, limits: list[Limits]) -> Figure:
     workload, times, size = measured.workload, measured.times, measured.weight_bytes
     rates = [workload.size / t for t in times]
-    fractions = [
-        floor_seconds(workload, spec, size, limit) / t for limit, t in zip(limits, times, strict=True)
-    ]
+
+    def floor(limit: Limits) -> float:
+        return floor_seconds(workload, spec, size, limit, measured.activations)
+
+    fractions = [floor(limit) / t for limit, t in zip(limits, times, strict=True)]
     ratios = [bf16 / t for bf16, t in zip(measured.bf16_times, times, strict=True)]
-    best = Limits(max(limit.bandwidth for limit in limits), max(limit.peak for limit in limits))
+    best = Limits(
+        max(limit.bandwidth for limit in limits),
+        max(limit.peak for limit in limits),
+        max(limit.int8_peak for limit in limits),
+    )
     return Figure(
         engine=measured.engine,
         threads=measured.threads,
@@ -238,11 +254,31 @@ def figure_of(measured: Measured, spec: ModelSpec, limits: list[Limits]) -> Figu
         best_tokens_per_second=max(rates),
         of_floor=statistics.median(fractions),
         of_floor_quartiles=quartiles(fractions),
-        best_of_best_floor=floor_seconds(workload, spec, size, best) / min(times),
+        best_of_best_floor=floor(best) / min(times),
         to_bf16=statistics.median(ratios),
         to_bf16_quartiles=quartiles(ratios),
         weight_bytes=size,
     )
+
+
+def build_runners(
+    weights: tuple[ModelWeights, StoredWeights], threads: int, isa: str | None
+) -> dict[str, NativeRunner]:
+    floats, stored = weights
+
+    def build(kept: ModelWeights | StoredWeights, keep: str, activations: Activations) -> NativeRunner:
+        return NativeRunner(kept, threads=threads, context=4096, isa=isa, keep=keep, activations=activations)
+
+    return {
+        "bf16": build(floats, "bf16", Activations.BF16),
+        "stored": build(stored, "stored", Activations.BF16),
+        "integers": build(stored, "stored", Activations.INT8),
+    }
+
+
+def measure_limits(threads: int, isa: str | None) -> Limits:
+    peaks = [_native.dot_peak(threads, isa=isa, activations=kind) for kind in ("bf16", "int8")]
+    return Limits(_native.read_bandwidth(threads, isa=isa), *peaks)
 
 
 def measure(
@@ -253,10 +289,7 @@ def measure(
     prototype: Path | None,
 ) -> tuple[list[Limits], list[Figure]]:
     floats, _ = weights
-    runners = {
-        keep: NativeRunner(kept, threads=threads, context=4096, isa=isa, keep=keep)
-        for keep, kept in zip(KEPT, weights, strict=True)
-    }
+    runners = build_runners(weights, threads, isa)
     engines: dict[str, NativeRunner | Prototype] = dict(runners)
     if prototype is not None:
         engines["prototype"] = Prototype(floats, prototype, threads)
@@ -272,14 +305,15 @@ def measure(
         for batch in batches.values():
             engine.forward(batch)
     for _ in range(rounds):
-        limits.append(Limits(_native.read_bandwidth(threads, isa=isa), _native.dot_peak(threads, isa=isa)))
+        limits.append(measure_limits(threads, isa))
         for (name, workload), taken in times.items():
             taken.append(seconds_of(engines[name], batches[workload]))
+    activations = {name: Activations.INT8 if name == "integers" else Activations.BF16 for name in engines}
     sizes = {name: runners.get(name, runners["bf16"]).weight_bytes for name in engines}
     for runner in runners.values():
         runner.close()
     measured = [
-        Measured(name, threads, workload, sizes[name], taken, times["bf16", workload])
+        Measured(name, threads, workload, sizes[name], activations[name], taken, times["bf16", workload])
         for (name, workload), taken in times.items()
     ]
     return limits, [figure_of(each, floats.spec, limits) for each in measured]
@@ -288,8 +322,10 @@ def measure(
 def show(limits: list[Limits], figures: list[Figure]) -> None:
     bandwidth = statistics.median(limit.bandwidth for limit in limits) / 1e9
     peak = statistics.median(limit.peak for limit in limits) / 1e9
+    int8_peak = statistics.median(limit.int8_peak for limit in limits) / 1e9
     print(
-        f"\n{figures[0].threads} threads: reads {bandwidth:.1f} GB/s, bf16 dots {peak:.0f} GFLOP/s (medians)"
+        f"\n{figures[0].threads} threads: reads {bandwidth:.1f} GB/s, dot products of bf16 {peak:.0f}, "
+        f"of int8 {int8_peak:.0f} G operations/s (medians)"
     )
     print(
         f"{'engine':<10} {'workload':<13} {'tokens/s':>9} {'quartiles':>17} {'best':>7} {'of floor':>9}  best"

@@ -1,9 +1,9 @@
-"""Mean KL divergence of the native engine's answers from float32, for every way to keep weights.
+"""Mean KL divergence of the native engine's answers from float32, for every way to keep and multiply weights.
 
 Two oracles, both the numpy reference in float32: on the weights that the engine was given (what arithmetic
 and bf16 cost), and on those before they were quantised again (what the format costs). The model's own file
 holds Q4_1 and Q8_0; other formats are made from it by ggml's rules. K types need inputs in multiples of 256:
-ffn_down only.
+ffn_down only. Beside a chat prompt there is a longer text (decision record 0001), for perplexity.
 
     python benchmarks/weight_accuracy.py [--model M] [--isa NAME]
 """
@@ -20,6 +20,7 @@ import gguf
 import numpy as np
 
 from memserve import _native
+from memserve.core.config import Activations
 from memserve.engine.models.chat_template import ChatMessage
 from memserve.engine.models.ggml_types import GGML_TYPES
 from memserve.engine.models.loader import ModelSource, open_model
@@ -42,18 +43,44 @@ PROMPT = (
     "Explain in a few sentences why the sky is blue, what Rayleigh scattering is, and how the colour of the "
     "sky changes at sunset. Then name the capital of France and the year in which the Eiffel Tower was built."
 )
+TEXT = Path(__file__).parent.parent / "docs" / "decisions" / "0001-shape-of-the-project.md"
 TYPES = {kind.name: kind for kind in GGML_TYPES.values()}
 
 
 @dataclass(frozen=True, slots=True)
 class Accuracy:
-    """Means over the rows of the prompt; ``same_choice``: rows whose most likely token agrees."""
+    """Means over rows of the prompt and of the text; ``same_choice``: rows whose most likely token agrees.
+
+    ``perplexity_ratio``: the text's perplexity by that of float32.
+    """
 
     weights: str
+    activations: str
     bits_per_weight: float
     kl_to_own_weights: float
     kl_to_file: float
     same_choice_as_file: float
+    text_kl_to_file: float
+    text_same_choice_as_file: float
+    perplexity_ratio: float
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """Tokens, and what float32 on the file's weights makes of them."""
+
+    tokens: np.ndarray
+    expected: np.ndarray
+
+    def divergence(self, found: np.ndarray) -> float:
+        return divergence(self.expected, found)
+
+    def same_choice(self, found: np.ndarray) -> float:
+        return float((self.expected.argmax(-1) == found.argmax(-1)).mean())
+
+    def perplexity_ratio(self, found: np.ndarray) -> float:
+        rows, following = np.arange(len(self.tokens) - 1), self.tokens[1:]
+        return float(np.exp((self.expected[rows, following] - found[rows, following]).mean()))
 
 
 def log_probabilities(runner: Runner, tokens: np.ndarray) -> np.ndarray:
@@ -80,7 +107,7 @@ def requantise(weights: ModelWeights, kind: str, only: str | None) -> StoredWeig
     """Every matrix (or the parts named ``only``) in blocks of ``kind``."""
 
     def stored(name: str, matrix: Float) -> Matrix:
-        if matrix.ndim == 1 or (only is not None and name != only):
+        if matrix is None or matrix.ndim == 1 or (only is not None and name != only):
             return matrix
         return StoredMatrix(kind, QUANTISERS[kind](matrix), matrix.shape[1])
 
@@ -157,40 +184,64 @@ def expand(weights: StoredWeights) -> ModelWeights:
     return ModelWeights(weights.spec, embedding, weights.output_norm, embedding, layers)
 
 
+def prompt_of(source: ModelSource) -> str:
+    template = source.chat_template()
+    return template.render([ChatMessage("user", PROMPT)], add_generation_prompt=True) if template else PROMPT
+
+
 def measure(source: ModelSource, isa: str | None) -> list[Accuracy]:
     weights = source.weights()
     assert weights.head is weights.embedding, "this benchmark expects a tied embedding"
-    template, tokenizer = source.chat_template(), source.tokenizer()
-    text = template.render([ChatMessage("user", PROMPT)], add_generation_prompt=True) if template else PROMPT
-    tokens = np.array(tokenizer.encode(text, special=True), np.int32)
-    parameters = sum(getattr(layer, part.name).size for layer in weights.layers for part in fields(layer))
-    parameters += weights.embedding.size
-    file = log_probabilities(ReferenceRunner(weights), tokens)
+    tokenizer = source.tokenizer()
+    parts = [getattr(layer, part.name) for layer in weights.layers for part in fields(layer)]
+    parameters = weights.embedding.size + sum(part.size for part in parts if part is not None)
+
+    def judged(text: str, special: bool) -> Judged:
+        tokens = np.array(tokenizer.encode(text, special=special), np.int32)
+        return Judged(tokens, log_probabilities(ReferenceRunner(weights), tokens))
+
+    prompt, text = judged(prompt_of(source), True), judged(TEXT.read_text(), False)
     results = []
 
-    def add(name: str, kept: ModelWeights | StoredWeights, keep: str, own: np.ndarray | None) -> None:
-        runner = NativeRunner(kept, threads=1, context=len(tokens), isa=isa, keep=keep)
-        found = log_probabilities(runner, tokens)
+    def add(
+        name: str,
+        kept: ModelWeights | StoredWeights,
+        keep: str,
+        own: np.ndarray | None,
+        activations: Activations = Activations.BF16,
+    ) -> None:
+        context = max(len(prompt.tokens), len(text.tokens))
+        runner = NativeRunner(kept, threads=1, context=context, isa=isa, keep=keep, activations=activations)
+        answer, reading = log_probabilities(runner, prompt.tokens), log_probabilities(runner, text.tokens)
         results.append(
             Accuracy(
                 weights=name,
+                activations=activations,
                 bits_per_weight=8 * runner.weight_bytes / parameters,
-                kl_to_own_weights=divergence(own, found) if own is not None else float("nan"),
-                kl_to_file=divergence(file, found),
-                same_choice_as_file=float((file.argmax(-1) == found.argmax(-1)).mean()),
+                kl_to_own_weights=divergence(own, answer) if own is not None else float("nan"),
+                kl_to_file=prompt.divergence(answer),
+                same_choice_as_file=prompt.same_choice(answer),
+                text_kl_to_file=text.divergence(reading),
+                text_same_choice_as_file=text.same_choice(reading),
+                perplexity_ratio=text.perplexity_ratio(reading),
             )
         )
         print(results[-1], flush=True)
         runner.close()
 
-    add("bf16", weights, "bf16", file)
-    add("stored (Q4_1, Q8_0)", replace(s := source.stored_weights(), layers=list(s.layers)), "stored", file)
-    add("int8 from float32", weights, "int8", None)
+    def stored() -> StoredWeights:
+        return replace(kept := source.stored_weights(), layers=list(kept.layers))
+
+    add("bf16", weights, "bf16", prompt.expected)
+    for activations in Activations:
+        add("stored (Q4_1, Q8_0)", stored(), "stored", prompt.expected, activations)
+        add("int8 from float32", weights, "int8", None, activations)
     for kind in QUANTISERS:
         only = "down" if kind.endswith("K") else None
         again = requantise(weights, kind, only)
-        own = log_probabilities(ReferenceRunner(expand(again)), tokens)
-        add(f"{kind}, ffn_down only" if only else f"{kind} throughout", again, "stored", own)
+        own = log_probabilities(ReferenceRunner(expand(again)), prompt.tokens)
+        for activations in Activations:
+            add(f"{kind}, ffn_down only" if only else f"{kind} throughout", again, "stored", own, activations)
     return results
 
 

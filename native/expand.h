@@ -35,28 +35,28 @@ inline __attribute__((always_inline)) StepScales scales_of(const unsigned char* 
 
 inline __attribute__((always_inline)) void expand_nibbles(const unsigned char* nibbles, const StepScales& scales,
                                                           Bf16* to) {
-  const PairLanes scale = in_pairs(scales.scales[0]), minimum = in_pairs(scales.minima);
+  const auto weight = [&](Words words, int input) {
+    return multiply_add(low_nibbles(words, nibble_of(input, 0).nibble), scales.scales[0], scales.minima);
+  };
 #pragma GCC unroll 4
   for (int line = 0; line < 4; ++line) {
     const Words words = load_words(nibbles + 64 * line);
 #pragma GCC unroll 4
-    for (int pair = 0; pair < 4; ++pair) {
-      const Floats low = multiply_add(low_nibbles(words, 2 * pair), scale.low, minimum.low);
-      const Floats high = multiply_add(low_nibbles(words, 2 * pair + 1), scale.high, minimum.high);
-      store_bf16_pairs(to + (line * 4 + pair) * 2 * kGroupColumns, low, high);
-    }
+    for (int pair = 0; pair < 4; ++pair)
+      store_bf16_pairs(to + (line * 4 + pair) * 2 * kGroupColumns, weight(words, 2 * pair), weight(words, 2 * pair + 1));
   }
 }
 
 inline __attribute__((always_inline)) void expand_bytes(const unsigned char* bytes, const StepScales& scales,
                                                         Bf16* to) {
-  const PairLanes scale[2] = {in_pairs(scales.scales[0]), in_pairs(scales.scales[1])};
-#pragma GCC unroll 16
-  for (int pair = 0; pair < kStepPairs; ++pair) {
-    const PairLanes& here = scale[pair / (kStepPairs / 2)];
-    const unsigned char* values = bytes + pair * 2 * kGroupColumns;
-    store_bf16_pairs(to + pair * 2 * kGroupColumns, multiply(load_s8(values), here.low),
-                     multiply(load_s8(values + kGroupColumns), here.high));
+#pragma GCC unroll 8
+  for (int line = 0; line < 8; ++line) {
+    const Words words = load_words(bytes + 64 * line);
+    const Floats scale = scales.scales[line / 4];
+#pragma GCC unroll 2
+    for (int pair = 0; pair < 2; ++pair)
+      store_bf16_pairs(to + (line * 2 + pair) * 2 * kGroupColumns, multiply(signed_bytes(words, 2 * pair), scale),
+                       multiply(signed_bytes(words, 2 * pair + 1), scale));
   }
 }
 

@@ -9,6 +9,8 @@
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#elif defined(__aarch64__)
+#include <sys/auxv.h>
 #endif
 
 namespace memserve {
@@ -72,6 +74,20 @@ std::vector<const Kernels*> detect() {
   if (has_avx2()) found.push_back(&avx2::kernels);
   found.push_back(&portable::kernels);
   return found;
+}
+
+#elif defined(__aarch64__)
+
+bool has_bf16() {
+  constexpr unsigned long kDotProducts = 1ul << 20;  // HWCAP_ASIMDDP
+  constexpr unsigned long kBf16 = 1ul << 14;         // HWCAP2_BF16, which older headers lack
+  return (getauxval(AT_HWCAP) & kDotProducts) != 0 && (getauxval(AT_HWCAP2) & kBf16) != 0;
+}
+
+// Every core of this architecture has NEON with fused multiply-add.
+std::vector<const Kernels*> detect() {
+  if (has_bf16()) return {&neon_bf16::kernels, &neon::kernels, &portable::kernels};
+  return {&neon::kernels, &portable::kernels};
 }
 
 #else

@@ -29,11 +29,14 @@ struct Range {
 // bf16(value * scale + minimum), and is multiplied as that: a format changes the bytes that are read, never a result.
 //
 //   kBf16         [16 pairs][16 outputs][2]
-//   kFour         scales f16[16], minima f16[16], nibbles [4][16 words]: see nibble_of
-//   kEight        scales f16[16], bytes [16 pairs][16 outputs][2]
+//   kFour         scales f16[16], minima f16[16], nibbles [4][16 outputs][4 bytes]: see nibble_of
+//   kEight        scales f16[16], bytes [8][16 outputs][4 inputs]
 //   kFourNested   like kFour, but uint8[16] scales and minima, to be multiplied by those in f16 of 8 steps before them
 //   kEightNested  like kEight, but int8[2][16] scales, one per 16 inputs, to be multiplied by one in f16 per 8 steps
 enum class Format { kBf16, kFour, kEight, kFourNested, kEightNested };
+
+// Goes up with every change of what packing makes of a matrix: copies on disk carry it, and others are not used.
+constexpr int kPackedLayout = 1;
 
 constexpr int kStepPairs = kDepthMultiple / 2;
 constexpr int kStepValues = kDepthMultiple * kGroupColumns;
@@ -55,14 +58,14 @@ constexpr size_t header_bytes(Format format) {
   return format == Format::kFourNested ? 2 * kScales : format == Format::kEightNested ? kScales : 0;
 }
 
-// Where kFour keeps a weight: nibble `nibble` (0 lowest) of the 32-bit word `word`. Within a word lie weights that
-// a shift brings, eight outputs of both inputs of a pair at a time, to the lanes in which products need them.
+// Where kFour keeps a weight: nibble `nibble` (0 lowest) of the 32-bit word `word`. The low halves of a word's bytes are
+// four inputs of one output, as 8-bit dot products take them, and the high halves the next four.
 struct NibblePlace {
   int word;
   int nibble;
 };
 constexpr NibblePlace nibble_of(int input, int output) {
-  return {input / 8 * 16 + output % 8 * 2 + input % 2, input % 8 / 2 * 2 + output / 8};
+  return {input / 8 * kGroupColumns + output, input % 4 * 2 + input % 8 / 4};
 }
 
 struct PackedMatrix {
@@ -97,6 +100,24 @@ constexpr size_t panel_bytes(int depth) {
   return static_cast<size_t>(depth) * kGroupColumns * kWidestPanel * sizeof(Bf16);
 }
 
+// In what inputs are multiplied: bf16, or integers of 8 bits. Weights packed as bf16 are multiplied by bf16 either way.
+enum class Activations { kBf16, kInt8 };
+
+// 32 inputs of one row in 8 bits: input = value * scale.
+struct InputGroup {
+  int8_t values[kDepthMultiple];
+  float scale;       // NaN if an input was not finite
+  float sum;         // of the inputs, as they are here
+  int32_t bias[2];   // -128 times the sum of the values 0-15 and 16-31: what unsigned weights (+128) add too much
+};
+
+// depth inputs (a multiple of 32) to depth / 32 groups.
+struct Quantise {
+  const Bf16* input;
+  InputGroup* groups;
+  int depth;
+};
+
 enum class Output {
   kStore,  // float: out = in * weights
   kAdd,    // float: out += in * weights
@@ -111,6 +132,7 @@ struct Matmul {
   float* floats;        // [rows][output_stride] of kStore and kAdd
   Bf16* halves;         // [rows][output_stride] of kGate
   size_t output_stride;
+  const InputGroup* groups = nullptr;  // [rows][depth / 32]: the same inputs, for matmul_int8
 };
 
 // out[i] = bf16(x[i] / rms(x) * weight[i]); `size` counts, `padded` is a multiple of 16 with zeros at the end.
@@ -205,6 +227,8 @@ struct CopyJob {
 struct Kernels {
   const char* name;
   void (*matmul)(const Matmul&, Range rows, Range groups, void* scratch);  // of panel_bytes; untouched for kBf16
+  void (*matmul_int8)(const Matmul&, Range rows, Range groups);            // of any format but kBf16
+  void (*quantise)(const Quantise&);
   void (*expand)(const PackedMatrix&, int group, Bf16* to);  // a column group in kBf16
   void (*normalise)(const Normalise&);
   void (*place_row)(const PlaceRow&);
@@ -215,6 +239,7 @@ struct Kernels {
   void (*checksum_pieces)(const CopyJob&);
   uint64_t (*read_memory)(const void* from, size_t bytes);  // as fast as loads go; the result has no meaning
   double (*run_dots)(int64_t rounds, float* sink);          // register-fed dot products; returns FLOP done
+  double (*run_int8_dots)(int64_t rounds, float* sink);
 };
 
 namespace portable {
@@ -230,6 +255,12 @@ namespace amx_bf16 {
 extern const Kernels kernels;
 }
 namespace amx_emulated {
+extern const Kernels kernels;
+}
+namespace neon {
+extern const Kernels kernels;
+}
+namespace neon_bf16 {
 extern const Kernels kernels;
 }
 

@@ -1,17 +1,18 @@
 #define MEMSERVE_LEVEL avx512_bf16
 #include "attention_vectors.h"
 #include "copy.h"
-#include "gemm.h"
+#include "gemm_int8.h"
 #include "probe.h"
+#include "quantise.h"
 #include "rows.h"
 
 namespace memserve::avx512_bf16 {
 
 const Kernels kernels = {
-    "avx512-bf16",     matmul, expand_group, normalise,   place_row,       attention_scratch,
+    "avx512-bf16",     matmul, matmul_int8, quantise, expand_group, normalise,   place_row,       attention_scratch,
     attend_in_vectors,
     merge_partials, copy_pieces, checksum_pieces, read_memory,
-    run_dots,
+    run_dots, run_int8_dots,
 };
 
 }  // namespace memserve::avx512_bf16

@@ -20,7 +20,7 @@ double seconds_since(std::chrono::steady_clock::time_point start) {
 }  // namespace
 
 double measure_read_bandwidth(const Kernels& kernels, int threads, size_t bytes) {
-  ThreadPool pool(threads, false);
+  ThreadPool pool(threads);
   Buffer<char> memory(bytes);
   std::fill(memory.data(), memory.data() + bytes, '\1');
   constexpr int kItems = 64;
@@ -35,13 +35,14 @@ double measure_read_bandwidth(const Kernels& kernels, int threads, size_t bytes)
   return best;
 }
 
-double measure_dot_peak(const Kernels& kernels, int threads) {
+double measure_dot_peak(const Kernels& kernels, int threads, Activations activations) {
+  const auto run_dots = activations == Activations::kInt8 ? kernels.run_int8_dots : kernels.run_dots;
   constexpr double kSeconds = 0.02;
-  ThreadPool pool(threads, false);
+  ThreadPool pool(threads);
   float sink = 0.0f;
   int64_t rounds = 1000;
   auto start = std::chrono::steady_clock::now();
-  while (kernels.run_dots(rounds, &sink), seconds_since(start) < kSeconds) {
+  while (run_dots(rounds, &sink), seconds_since(start) < kSeconds) {
     rounds *= 2;
     start = std::chrono::steady_clock::now();
   }
@@ -51,7 +52,7 @@ double measure_dot_peak(const Kernels& kernels, int threads) {
     start = std::chrono::steady_clock::now();
     pool.run(threads, [&](int item, int) {
       float own = 0.0f;
-      flops[static_cast<size_t>(item)] = kernels.run_dots(rounds, &own);
+      flops[static_cast<size_t>(item)] = run_dots(rounds, &own);
     });
     double total = 0.0;
     for (double f : flops) total += f;

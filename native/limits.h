@@ -8,7 +8,7 @@ namespace memserve {
 // Bytes per second at which `threads` threads together read memory that no cache holds.
 double measure_read_bandwidth(const Kernels& kernels, int threads, size_t bytes);
 
-// FLOP per second of bf16 dot products whose operands stay in registers.
-double measure_dot_peak(const Kernels& kernels, int threads);
+// Operations (two per multiply-add) per second of dot products whose operands stay in registers.
+double measure_dot_peak(const Kernels& kernels, int threads, Activations activations);
 
 }  // namespace memserve

@@ -35,14 +35,12 @@ struct RopeTable {
   int positions;
 };
 
-// Weights of one layer, as they were loaded; matrices are [outputs][inputs].
+// Matrices of one layer, as they were loaded: [outputs][inputs].
 struct LayerSource {
-  const float* attention_norm;
   MatrixSource q;
   MatrixSource k;
   MatrixSource v;
   MatrixSource o;
-  const float* ffn_norm;
   MatrixSource gate;
   MatrixSource up;
   MatrixSource down;
@@ -53,6 +51,14 @@ struct HeadVectorSource {
   const float* qkv_bias;
   const float* q_norm;
   const float* k_norm;
+};
+
+// One packed matrix inside the model's weights; `offset` in bytes from their beginning.
+struct PlacedMatrix {
+  Format format;
+  int columns;
+  int depth;
+  size_t offset;
 };
 
 // See ForwardBatch in engine/runners/base.py.
@@ -79,17 +85,30 @@ struct LayerSignal {
 
 class Model {
  public:
-  Model(const ModelShape& shape, RopeTable rope, const Kernels& kernels, int threads, bool pin, Keep keep);
+  Model(const ModelShape& shape, RopeTable rope, const Kernels& kernels, int threads, const std::vector<int>& cores,
+        Keep keep, Activations activations);
 
   const ModelShape& shape() const { return shape_; }
   const Kernels& kernels() const { return kernels_; }
   size_t weight_bytes() const { return weights_used_; }
+  // Whether any matrix packed so far is multiplied in integers, which is other arithmetic and makes other KV.
+  bool multiplies_integers() const { return activations_ == Activations::kInt8 && has_integers_; }
 
   void set_layer(int index, const LayerSource& source);
+  void set_norms(int index, const float* attention, const float* ffn);
   void set_head_vectors(int index, const HeadVectorSource& source);
   void set_embedding(const MatrixSource& embedding);
-  // `head` null: tied to the embedding.
-  void set_output(const float* norm, const MatrixSource* head);
+  // Null: tied to the embedding.
+  void set_head(const MatrixSource* head);
+  void set_output_norm(const float* norm) { output_norm_ = padded(norm); }
+
+  // The packed matrices: of each layer qkv (one to three), o, gate and up, down; then the embedding, and the head
+  // unless it is tied. All of them lie in weights()[0, weight_bytes()).
+  std::vector<PlacedMatrix> placed() const;
+  const unsigned char* weights() const { return weights_.data(); }
+  // Instead of set_layer, set_embedding and set_head: matrices packed before, in placed()'s order, in memory
+  // that outlives the model. Throws std::invalid_argument, and changes nothing, unless this shape has such matrices.
+  void adopt(const unsigned char* memory, size_t bytes, const std::vector<PlacedMatrix>& matrices);
 
   // Throws std::invalid_argument if the batch does not hold together, before anything is written.
   void check(const Batch& batch) const;
@@ -139,6 +158,7 @@ class Model {
     size_t partials = 0;  // floats
   };
 
+  void reserve_weights();
   PackedMatrix allocate(Format format, int columns, int depth);
   PackedMatrix pack(const SourceRows& source);
   // Group g of the source becomes group first + g * stride.
@@ -157,7 +177,8 @@ class Model {
   void attend(const Tile& tile, const Heads& heads);
   Attention attention_of(const Tile& tile, const Heads& heads, const AttentionItem& item) const;
   void write_logits(const Batch& batch, const Tile& tile, float* logits);
-  void multiply(const Matmul& job, int rows);
+  void multiply(Matmul job, int rows);
+  void quantise_rows(const Matmul& job, int rows);
   Heads heads_of(int layer) const;
   HeadVectors head_vectors_of(int layer) const;
   void* scratch_of(int thread) const { return scratch_.data() + scratch_bytes_ * static_cast<size_t>(thread); }
@@ -168,8 +189,10 @@ class Model {
   ThreadPool pool_;
 
   Keep keep_;
+  Activations activations_;
   Buffer<unsigned char> weights_;
   size_t weights_used_ = 0;  // bytes
+  bool has_integers_ = false;  // a matrix in another format than bf16
   PackedMatrix embedding_{};
   PackedMatrix head_{};
   std::vector<Layer> layers_;
@@ -186,6 +209,7 @@ class Model {
   Buffer<Bf16> queries_;
   Buffer<Bf16> attended_;
   Buffer<Bf16> gated_;
+  Buffer<InputGroup> quantised_;  // inputs of the product at hand
   Buffer<float> partials_;
   size_t scratch_bytes_;
   Buffer<char> scratch_;

@@ -175,7 +175,7 @@ void put_nibbles(unsigned char* to, int column, const int8_t* values) {
 
 void put_bytes(unsigned char* to, int column, const int8_t* values) {
   for (int i = 0; i < kDepthMultiple; ++i)
-    to[i / 2 * 2 * kGroupColumns + 2 * column + i % 2] = static_cast<unsigned char>(values[i]);
+    to[i / 4 * 4 * kGroupColumns + 4 * column + i % 4] = static_cast<unsigned char>(values[i]);
 }
 
 void put_step(const PackedMatrix& matrix, int group, int index, int column, const Step& step) {

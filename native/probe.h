@@ -1,7 +1,7 @@
 // The machine's limits as this level's instructions see them: loads as fast as they go, dot products from registers.
 #pragma once
 
-#include "gemm.h"
+#include "gemm_int8.h"
 #include "kernels.h"
 #include "simd.h"
 
@@ -33,7 +33,8 @@ uint64_t read_memory(const void* from, size_t bytes) {
 }
 
 // The compiler must not see what lies behind the pointer, or it computes the constant sums itself.
-inline const float* hidden_from_compiler(const float* values) {
+template <class Value>
+inline const Value* hidden_from_compiler(const Value* values) {
   __asm__ volatile("" : "+r"(values)::"memory");
   return values;
 }
@@ -54,6 +55,25 @@ double run_dots(int64_t rounds, float* sink) {
 #pragma GCC unroll 32
   for (int i = 0; i < kRows * 2; ++i) *sink += first_lane(sums[i / 2][i % 2]);
   return 64.0 * kRows * 2 * static_cast<double>(rounds);
+}
+
+double run_int8_dots(int64_t rounds, float* sink) {
+  float zeroed[kMaxDots * kLanes16] = {};
+  const auto* start = hidden_from_compiler(reinterpret_cast<const unsigned char*>(zeroed));
+  Ints sums[kMaxDots];
+#pragma GCC unroll 16
+  for (int i = 0; i < kMaxDots; ++i) std::memcpy(&sums[i], start + 64 * i, sizeof sums[i]);
+  const WeightQuads weights[2] = {low_halves(start), high_halves(start + 64)};
+  for (int64_t round = 0; round < rounds; ++round) {
+    // Read anew, or the products of levels that need several instructions would be computed once.
+    start = hidden_from_compiler(start);
+    const InputQuad input = splat_quad(reinterpret_cast<const int8_t*>(start));
+#pragma GCC unroll 16
+    for (int i = 0; i < kMaxDots; ++i) sums[i] = dot_quads<Weights::kNibbles>(sums[i], weights[i % 2], input);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kMaxDots; ++i) *sink += first_lane(floats_of(sums[i]));
+  return 128.0 * kMaxDots * static_cast<double>(rounds);
 }
 
 }  // namespace

@@ -10,7 +10,7 @@
 #include <immintrin.h>
 #elif defined(__SSE2__)
 #include <emmintrin.h>
-#elif defined(__aarch64__)
+#elif defined(MEMSERVE_NEON)
 #include <arm_neon.h>
 #endif
 
@@ -113,17 +113,16 @@ inline Floats low_nibbles(Words words, int nibble) {
   return _mm512_permutexvar_ps(nibble == 0 ? words : _mm512_srli_epi32(words, 4 * nibble), numbers);
 }
 
-// Each of sixteen numbers twice: of the first eight, and of the others.
-struct PairLanes {
-  Floats low;
-  Floats high;
-};
-inline PairLanes in_pairs(Floats x) {
-  const __m512i low = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
-  return {_mm512_permutexvar_ps(low, x), _mm512_permutexvar_ps(_mm512_add_epi32(low, _mm512_set1_epi32(8)), x)};
+inline Floats signed_bytes(Words words, int byte) {
+  return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(words, 24 - 8 * byte), 24));
 }
-inline void store_bf16_pairs(uint16_t* to, Floats low, Floats high) {
-  _mm512_storeu_si512(to, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)));
+
+// Sixteen pairs (first[i], second[i]).
+inline void store_bf16_pairs(uint16_t* to, Floats first, Floats second) {
+  const __m512i places = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                          21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512i halves = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first));
+  _mm512_storeu_si512(to, _mm512_permutexvar_epi16(places, halves));
 }
 
 #else
@@ -131,9 +130,9 @@ inline void store_bf16_pairs(uint16_t* to, Floats low, Floats high) {
 #if defined(__AVX2__)
 constexpr int kNativeLanes = 8;
 constexpr int kMaxSums = 6;
-#elif defined(__aarch64__)
+#elif defined(MEMSERVE_NEON)
 constexpr int kNativeLanes = 4;
-constexpr int kMaxSums = 6;
+constexpr int kMaxSums = 6;  // of four registers each; the other 8 of 32 hold operands
 #else
 constexpr int kNativeLanes = 4;
 constexpr int kMaxSums = 2;
@@ -163,7 +162,7 @@ inline NativeFloats native_multiply_add(NativeFloats a, NativeFloats b, NativeFl
 #if defined(__FMA__)
   return reinterpret_cast<NativeFloats>(
       _mm256_fmadd_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(c)));
-#elif defined(__aarch64__)
+#elif defined(MEMSERVE_NEON)
   return reinterpret_cast<NativeFloats>(vfmaq_f32(reinterpret_cast<float32x4_t>(c), reinterpret_cast<float32x4_t>(a),
                                                   reinterpret_cast<float32x4_t>(b)));
 #else
@@ -219,6 +218,15 @@ inline Floats first_lanes(Floats x, int count, Floats others) {
 }
 
 // Round to nearest even, as the hardware does; NaN keeps its sign and stays NaN.
+#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+inline void store_bf16(uint16_t* to, Floats x) {
+  for (int p = 0; p < kParts; p += 2) {
+    const bfloat16x8_t low = vcvtq_low_bf16_f32(reinterpret_cast<float32x4_t>(x.part[p]));
+    const bfloat16x8_t both = vcvtq_high_bf16_f32(low, reinterpret_cast<float32x4_t>(x.part[p + 1]));
+    vst1q_bf16(reinterpret_cast<bfloat16_t*>(to) + p * kNativeLanes, both);
+  }
+}
+#else
 inline void store_bf16(uint16_t* to, Floats x) {
   uint32_t bits[kLanes16];
   std::memcpy(bits, &x, sizeof bits);
@@ -228,6 +236,7 @@ inline void store_bf16(uint16_t* to, Floats x) {
     to[i] = static_cast<uint16_t>(is_nan ? (bits[i] >> 16) | 0x40u : rounded);
   }
 }
+#endif
 
 inline Floats load_bf16(const uint16_t* from) {
   uint32_t bits[kLanes16];
@@ -250,22 +259,30 @@ inline Pairs splat_pair(const uint16_t* from) {
 inline NativeFloats first_of_pair(NativeWords x) { return reinterpret_cast<NativeFloats>(x << 16); }
 inline NativeFloats second_of_pair(NativeWords x) { return reinterpret_cast<NativeFloats>(x & 0xffff0000u); }
 inline Floats dot_pairs(Floats sum, Pairs a, Pairs b) {
+#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+  return each_part<Floats>([&](int p) {
+    return reinterpret_cast<NativeFloats>(vbfdotq_f32(reinterpret_cast<float32x4_t>(sum.part[p]),
+                                                      reinterpret_cast<bfloat16x8_t>(a.part[p]),
+                                                      reinterpret_cast<bfloat16x8_t>(b.part[p])));
+  });
+#else
   return each_part<Floats>([&](int p) {
     const NativeFloats first = native_multiply_add(first_of_pair(a.part[p]), first_of_pair(b.part[p]), sum.part[p]);
     return native_multiply_add(second_of_pair(a.part[p]), second_of_pair(b.part[p]), first);
   });
+#endif
 }
 
 // Pairs of int16 as well: what int8 becomes on its way into products, with 32-bit sums that are exact in any order.
 struct Ints {
   NativeInts part[kParts];
 };
-typedef int8_t NativeBytes __attribute__((vector_size(kNativeLanes * 2)));
+typedef int8_t NativeBytePairs __attribute__((vector_size(kNativeLanes * 2)));
 typedef int16_t NativeShorts __attribute__((vector_size(kNativeLanes * 4)));
 
 inline Pairs load_byte_pairs(const int8_t* from) {
   return each_part<Pairs>([&](int p) {
-    NativeBytes bytes;
+    NativeBytePairs bytes;
     std::memcpy(&bytes, from + p * 2 * kNativeLanes, sizeof bytes);
     return reinterpret_cast<NativeWords>(__builtin_convertvector(bytes, NativeShorts));
   });
@@ -304,58 +321,59 @@ inline Words load_words(const unsigned char* from) {
   std::memcpy(&x, from, sizeof x);
   return x;
 }
+typedef int8_t NativeSignedBytes __attribute__((vector_size(kNativeLanes)));
+typedef uint8_t NativeUnsignedBytes __attribute__((vector_size(kNativeLanes)));
+typedef uint16_t NativeHalves __attribute__((vector_size(kNativeLanes * 2)));
+
+template <class Vector>
+inline Vector native_part(const unsigned char* from, int p) {
+  Vector x;
+  std::memcpy(&x, from + static_cast<size_t>(p) * sizeof x, sizeof x);
+  return x;
+}
 inline Floats load_s8(const unsigned char* from) {
-  float x[kLanes16];
-  for (int i = 0; i < kLanes16; ++i) x[i] = static_cast<float>(static_cast<int8_t>(from[i]));
-  return load(x);
+  return each_part<Floats>(
+      [&](int p) { return __builtin_convertvector(native_part<NativeSignedBytes>(from, p), NativeFloats); });
 }
 inline Floats load_u8(const unsigned char* from) {
-  float x[kLanes16];
-  for (int i = 0; i < kLanes16; ++i) x[i] = static_cast<float>(from[i]);
-  return load(x);
+  return each_part<Floats>(
+      [&](int p) { return __builtin_convertvector(native_part<NativeUnsignedBytes>(from, p), NativeFloats); });
 }
 // Finite numbers only. The exponent is moved by a multiplication, which also makes small numbers normal ones.
 inline Floats load_f16(const unsigned char* from) {
-  float x[kLanes16];
-  for (int i = 0; i < kLanes16; ++i) {
-    const uint32_t half = from[2 * i] | static_cast<uint32_t>(from[2 * i + 1]) << 8;
-    const uint32_t bits = (half & 0x8000u) << 16 | (half & 0x7fffu) << 13;
-    std::memcpy(&x[i], &bits, sizeof bits);
-    x[i] *= 0x1p112f;
-  }
-  return load(x);
+#if defined(MEMSERVE_NEON)
+  return each_part<Floats>([&](int p) {
+    uint16_t halves[kNativeLanes];
+    std::memcpy(halves, from + p * sizeof halves, sizeof halves);
+    return reinterpret_cast<NativeFloats>(vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(halves))));
+  });
+#else
+  return each_part<Floats>([&](int p) {
+    const NativeWords half = __builtin_convertvector(native_part<NativeHalves>(from, p), NativeWords);
+    return reinterpret_cast<NativeFloats>((half & 0x8000u) << 16 | (half & 0x7fffu) << 13) * 0x1p112f;
+  });
+#endif
 }
 inline Floats low_nibbles(Words words, int nibble) {
   return each_part<Floats>([&](int p) {
     return __builtin_convertvector(reinterpret_cast<NativeInts>((words.part[p] >> (4 * nibble)) & 15u), NativeFloats);
   });
 }
+inline Floats signed_bytes(Words words, int byte) {
+  return each_part<Floats>([&](int p) {
+    return __builtin_convertvector(reinterpret_cast<NativeInts>(words.part[p] << (24 - 8 * byte)) >> 24, NativeFloats);
+  });
+}
 
-struct PairLanes {
-  Floats low;
-  Floats high;
-};
-inline PairLanes in_pairs(Floats x) {
-  float lanes[kLanes16], twice[2 * kLanes16];
-  store(lanes, x);
-  for (int i = 0; i < 2 * kLanes16; ++i) twice[i] = lanes[i / 2];
-  return {load(twice), load(twice + kLanes16)};
-}
-// Finite numbers only.
-inline NativeWords rounded_upper_half(NativeFloats x) {
-  const NativeWords bits = reinterpret_cast<NativeWords>(x);
-  return (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-}
-typedef uint16_t NativeHalves __attribute__((vector_size(kNativeLanes * 2)));
-inline void store_bf16_finite(uint16_t* to, Floats x) {
-  for (int p = 0; p < kParts; ++p) {
-    const NativeHalves halves = __builtin_convertvector(rounded_upper_half(x.part[p]), NativeHalves);
-    std::memcpy(to + p * kNativeLanes, &halves, sizeof halves);
-  }
-}
-inline void store_bf16_pairs(uint16_t* to, Floats low, Floats high) {
-  store_bf16_finite(to, low);
-  store_bf16_finite(to + kLanes16, high);
+// Sixteen pairs (first[i], second[i]); finite numbers only.
+inline void store_bf16_pairs(uint16_t* to, Floats first, Floats second) {
+  const auto rounded = [](NativeFloats x) {
+    const NativeWords bits = reinterpret_cast<NativeWords>(x);
+    return bits + 0x7fffu + ((bits >> 16) & 1u);
+  };
+  const Pairs pairs = each_part<Pairs>(
+      [&](int p) { return rounded(first.part[p]) >> 16 | (rounded(second.part[p]) & 0xffff0000u); });
+  std::memcpy(to, &pairs, sizeof pairs);
 }
 
 #endif

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from memserve.core.config import KV_CACHE_DTYPES, PHASES, POLICIES
+from memserve.core import config
+from memserve.core.config import DEFAULT_ACTIVATIONS, KV_CACHE_DTYPES, PHASES, POLICIES
 
 _MODEL, _INSTANCES, _HTTP = "Model", "Instances", "HTTP"
 
@@ -47,6 +48,23 @@ Weights = Annotated[
     typer.Option(
         help="**stored**: 4 and 8 bits as in the file (default). **bf16**: expanded, the same answers from "
         "more memory. **int8**: 16-bit files in 8-bit groups too.",
+        rich_help_panel=_MODEL,
+    ),
+]
+WeightsCache = Annotated[
+    str | None,
+    typer.Option(
+        help="Folder for weights in the form that kernels read, which makes later starts quick; **off**: "
+        "none. Default: memserve in $XDG_CACHE_HOME or ~/.cache.",
+        metavar="DIR",
+        rich_help_panel=_MODEL,
+    ),
+]
+Activations = Annotated[
+    config.Activations | None,
+    typer.Option(
+        help="In what weights of 4 and 8 bits are multiplied. **bf16**: as exact as bf16 weights. **int8**: "
+        f"integers, faster and less exact. Default: {DEFAULT_ACTIVATIONS.value}.",
         rich_help_panel=_MODEL,
     ),
 ]
@@ -141,6 +159,16 @@ Threads = Annotated[
     int | None,
     typer.Option(
         help="Threads of each instance. Default: cores divided by instances.",
+        rich_help_panel=_INSTANCES,
+    ),
+]
+Pin = Annotated[
+    bool | None,
+    typer.Option(
+        "--pin/--no-pin",
+        help="Keep the threads of each instance on cores of their own where together they take all cores. "
+        "Default: yes.",
+        show_default=False,
         rich_help_panel=_INSTANCES,
     ),
 ]

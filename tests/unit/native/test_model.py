@@ -39,14 +39,15 @@ SHAPES = [
 ]
 
 
-def assert_close(logits: np.ndarray, expected: np.ndarray) -> None:
+def assert_close(logits: np.ndarray, expected: np.ndarray, kv_dtype: str) -> None:
     """Logits have a spread of about 1. The kernels sum in float32 (errors of 1e-6), which now and then tips
     an input to the neighbouring bf16 (2^-9 of its size), or KV to the next int8 (1/127 of the largest);
     a wrong position, head or mask costs 0.1 or more."""
     assert np.isfinite(logits).all()
     error = logits - expected
-    assert np.sqrt((error**2).mean()) < 8e-3
-    assert np.sqrt((error**2).mean(-1)).max() < 5e-2
+    margin = 1.5 if kv_dtype == "int8" else 1.0
+    assert np.sqrt((error**2).mean()) < 8e-3 * margin
+    assert np.sqrt((error**2).mean(-1)).max() < 5e-2 * margin
 
 
 def sharpen(weights: ModelWeights) -> None:
@@ -68,7 +69,7 @@ def test_prompt_of_any_length(
 ) -> None:
     model = build(isa, kv_dtype=kv_dtype, **shape)
     (logits,) = model.forward([model.rows(0, 0, rows)])
-    assert_close(logits, oracle(model.weights, model.tokens[0, :rows], kv_dtype))
+    assert_close(logits, oracle(model.weights, model.tokens[0, :rows], kv_dtype), kv_dtype)
 
 
 @pytest.mark.parametrize("isa", EVERY_ISA)
@@ -80,7 +81,7 @@ def test_context_of_several_segments_and_row_tiles(
     rows = 600
     model = build(isa, threads=threads, context=rows, kv_dtype=kv_dtype, heads=6, kv_heads=2, head_dim=32)
     (logits,) = model.forward([model.rows(0, 0, rows)])
-    assert_close(logits, oracle(model.weights, model.tokens[0, :rows], kv_dtype))
+    assert_close(logits, oracle(model.weights, model.tokens[0, :rows], kv_dtype), kv_dtype)
 
 
 @pytest.mark.parametrize("isa", EVERY_ISA)
@@ -93,7 +94,7 @@ def test_mixed_prefill_and_decode(
     parts = [model.rows(0, 290, 291), model.rows(3, 0, 40), model.rows(1, 15, 16), model.rows(2, 16, 19)]
     for part, logits in zip(parts, model.forward(parts), strict=True):
         expected = oracle(model.weights, model.tokens[part.sequence, : part.end], kv_dtype)
-        assert_close(logits, expected[part.begin :])
+        assert_close(logits, expected[part.begin :], kv_dtype)
 
 
 @pytest.mark.parametrize("isa", EVERY_ISA)
@@ -130,5 +131,5 @@ def test_any_shape_on_the_best_isa(
     rows, kv_dtype = data.draw(st.integers(1, 40)), data.draw(st.sampled_from(KV_DTYPES))
     model = build(_native.supported_isas()[0], kv_dtype=kv_dtype, **shape)
     (logits,) = model.forward([model.rows(0, 0, rows)])
-    assert_close(logits, oracle(model.weights, model.tokens[0, :rows], kv_dtype))
+    assert_close(logits, oracle(model.weights, model.tokens[0, :rows], kv_dtype), kv_dtype)
     model.close()

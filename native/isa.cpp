@@ -48,11 +48,10 @@ bool has_avx2() { return saves(kYmmState) && has_bit(cpuid(7, 0).b, 5) && has_bi
 
 bool has_avx512_bf16() {
   const unsigned features = cpuid(7, 0).b;
-  const bool integers = has_bit(cpuid(7, 0).c, 11);                        // VNNI
   const bool foundation = has_bit(features, 16) && has_bit(features, 17);  // F, DQ
   const bool widths = has_bit(features, 30) && has_bit(features, 31);      // BW, VL
-  return has_avx2() && saves(kZmmState) && foundation && widths && integers &&
-         has_bit(cpuid(7, 1).a, 5);
+  const bool vnni = has_bit(cpuid(7, 0).c, 11);
+  return has_avx2() && saves(kZmmState) && foundation && widths && vnni && has_bit(cpuid(7, 1).a, 5);
 }
 
 // Linux grants the 8 KiB of tile state only to processes that ask for it.

@@ -169,12 +169,6 @@ Keep keep_of(const std::string& name) {
   throw std::invalid_argument("keep is '" + name + "'; accepted: stored, bf16, int8");
 }
 
-KvFormat kv_format_of(const std::string& name) {
-  if (name == "bf16") return KvFormat::kBf16;
-  if (name == "int8") return KvFormat::kInt8;
-  throw std::invalid_argument("kv_dtype is '" + name + "'; accepted: bf16, int8");
-}
-
 Activations activations_of(const std::string& name) {
   if (name == "bf16") return Activations::kBf16;
   if (name == "int8") return Activations::kInt8;
@@ -195,6 +189,12 @@ Logits multiply(const PythonMatrix& matrix, const InputRows& inputs, const std::
   multiply_once(chosen_kernels(isa), source, keep_of(keep), activations_of(activations), inputs.data(),
                 static_cast<int>(rows), outputs);
   return Logits(outputs, {rows, columns}, owner);
+}
+
+KvFormat kv_format_of(const std::string& name) {
+  if (name == "bf16") return KvFormat::kBf16;
+  if (name == "int8") return KvFormat::kInt8;
+  throw std::invalid_argument("kv_dtype is '" + name + "'; accepted: bf16, int8");
 }
 
 RopeTable rope_table(const Matrix& cosines, const Matrix& sines, int head_dim) {

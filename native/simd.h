@@ -321,7 +321,7 @@ inline Words load_words(const unsigned char* from) {
   std::memcpy(&x, from, sizeof x);
   return x;
 }
-typedef int8_t NativeBytes __attribute__((vector_size(kNativeLanes)));
+typedef int8_t NativeSignedBytes __attribute__((vector_size(kNativeLanes)));
 typedef uint8_t NativeUnsignedBytes __attribute__((vector_size(kNativeLanes)));
 typedef uint16_t NativeHalves __attribute__((vector_size(kNativeLanes * 2)));
 
@@ -333,7 +333,7 @@ inline Vector native_part(const unsigned char* from, int p) {
 }
 inline Floats load_s8(const unsigned char* from) {
   return each_part<Floats>(
-      [&](int p) { return __builtin_convertvector(native_part<NativeBytes>(from, p), NativeFloats); });
+      [&](int p) { return __builtin_convertvector(native_part<NativeSignedBytes>(from, p), NativeFloats); });
 }
 inline Floats load_u8(const unsigned char* from) {
   return each_part<Floats>(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import msgspec
 import numpy as np
@@ -31,6 +31,7 @@ from memserve.core.types import (
 from memserve.engine.assembly import Assembled, assemble
 from memserve.engine.models.loader import open_model
 from memserve.engine.models.spec import ModelSpec
+from memserve.engine.runners.base import Runner
 from memserve.engine.settings import InstanceSettings
 from peers.protocol import Load
 from peers.serving import Opened, Refused, serve
@@ -73,7 +74,7 @@ class MemServeEngine:
         spec = open_model(load.model).spec
         self.config = configure(load, spec)
         self._assembled = self._loop.run_until_complete(self._start(load.threads))
-        self.isa = self._assembled.runner.isa
+        self.about = describe(self.config, self._assembled.runner)
 
     async def _start(self, threads: int) -> Assembled:
         self._heard = asyncio.Event()
@@ -150,14 +151,16 @@ class MemServeEngine:
             raise EngineError(failed)
 
 
-def describe(config: Config, isa: str) -> Mapping[str, str]:
+def describe(config: Config, runner: Runner) -> dict[str, str]:
     engine = config.engine
     return {
         "version": __version__,
-        "instruction set": isa,
-        "weights": f"kept {engine.weights}, multiplied in bf16",
-        "inputs of matrix products": "bf16",
-        "KV cache": "bf16",
+        "instruction set": runner.isa,
+        "weights": f"kept {engine.weights}",
+        "inputs of matrix products": "8 bits where weights have 4 or 8, else bf16"
+        if engine.activations == "int8"
+        else "bf16",
+        "KV cache": runner.layout.dtype,
         "step": f"{engine.step_tokens} tokens, target_tpot {engine.target_tpot}",
         "engine configuration": msgspec.json.encode(engine).decode(),
     }
@@ -169,7 +172,7 @@ def open_engine(load: Load) -> Opened:
     if isa := load.options.pop("isa", ""):
         _native.set_isa(isa)
     engine = MemServeEngine(load)
-    return Opened(engine, dict(describe(engine.config, engine.isa)), engine.close)
+    return Opened(engine, engine.about, engine.close)
 
 
 if __name__ == "__main__":

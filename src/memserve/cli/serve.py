@@ -84,34 +84,14 @@ def serve(
 ) -> None:
     """Serve a model; ``HELP`` says it to users."""
     given = ServeOptions(
-        model=model,
-        served_name=served_name,
-        context=context,
-        runner=runner,
-        weights=weights,
-        weights_cache=weights_cache,
-        activations=activations,
-        speculative_method=speculative_method,
-        num_speculative_tokens=num_speculative_tokens,
-        prefill=prefill,
-        decode=decode,
-        colocated=colocated,
-        phases=phases,
-        policy=policy,
-        kv_memory=kv_memory,
-        kv_cache_dtype=kv_cache_dtype,
-        host_memory=host_memory,
-        disk=disk,
-        disk_memory=disk_memory,
-        restart_lost=restart_lost,
-        threads=threads,
-        pin=pin,
-        target_tpot=target_tpot,
-        host=host,
-        port=port,
-        request_timeout=request_timeout,
-        api_key=api_key or None,
-    )
+        model=model, served_name=served_name, context=context, runner=runner, weights=weights,
+        weights_cache=weights_cache, activations=activations, speculative_method=speculative_method,
+        num_speculative_tokens=num_speculative_tokens, prefill=prefill, decode=decode, colocated=colocated,
+        phases=phases, policy=policy, kv_memory=kv_memory, kv_cache_dtype=kv_cache_dtype,
+        host_memory=host_memory, disk=disk, disk_memory=disk_memory, restart_lost=restart_lost,
+        threads=threads, pin=pin, target_tpot=target_tpot, host=host, port=port,
+        request_timeout=request_timeout, api_key=api_key or None,
+    )  # fmt: skip
     try:
         checked = build_config(given, config)
     except ConfigError as error:

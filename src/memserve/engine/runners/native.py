@@ -33,7 +33,7 @@ Float = NDArray[np.float32]
 class NativeRunner:
     """Forward passes of a Llama-like model on this machine's CPU.
 
-    Float32 sums, residual stream, norms, rotary embedding and softmax. What the file has in 4 or 8 bits is
+    float32 sums, residual stream, norms, rotary embedding and softmax. What the file has in 4 or 8 bits is
     kept and read like that; matrices are multiplied in bf16, or those in 4 and 8 bits as integers.
     The bits of a row depend on its tokens alone: not on the batch, chunking, cached prefixes or threads.
     Instruction sets round differently: KV computed on one is valid, not bit-equal, on another.

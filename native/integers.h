@@ -91,21 +91,18 @@ inline Ints dot_quads(Ints sum, const WeightQuads& weights, InputQuad inputs) {
 
 #elif defined(__ARM_FEATURE_DOTPROD)
 
-constexpr int kMaxDots = 4;
-
-using Dots = Ints;
 struct WeightQuads {
   int8x16_t part[kParts];
 };
 using InputQuad = int8x16_t;
 
-inline Dots splat_int(int32_t x) {
-  return each_part<Dots>([&](int) { return x - NativeInts{}; });
-}
 inline InputQuad splat_quad(const int8_t* from) {
   int32_t quad;
   std::memcpy(&quad, from, sizeof quad);
   return vreinterpretq_s8_s32(vdupq_n_s32(quad));
+}
+inline WeightQuads signed_quads(const unsigned char* line) {
+  return each_part<WeightQuads>([&](int p) { return vreinterpretq_s8_u8(vld1q_u8(line + 16 * p)); });
 }
 inline WeightQuads low_halves(const unsigned char* line) {
   return each_part<WeightQuads>(
@@ -114,16 +111,9 @@ inline WeightQuads low_halves(const unsigned char* line) {
 inline WeightQuads high_halves(const unsigned char* line) {
   return each_part<WeightQuads>([&](int p) { return vreinterpretq_s8_u8(vshrq_n_u8(vld1q_u8(line + 16 * p), 4)); });
 }
-inline WeightQuads signed_quads(const unsigned char* line) {
-  return each_part<WeightQuads>([&](int p) { return vreinterpretq_s8_u8(vld1q_u8(line + 16 * p)); });
-}
 template <Weights>
-inline Dots first_sum(int32_t) {
-  return splat_int(0);
-}
-template <Weights>
-inline Dots dot_quads(Dots sum, WeightQuads weights, InputQuad inputs) {
-  return each_part<Dots>([&](int p) {
+inline Ints dot_quads(Ints sum, const WeightQuads& weights, InputQuad inputs) {
+  return each_part<Ints>([&](int p) {
     return reinterpret_cast<NativeInts>(vdotq_s32(reinterpret_cast<int32x4_t>(sum.part[p]), weights.part[p], inputs));
   });
 }

@@ -117,7 +117,9 @@ class SharedMemoryBackend:
         for at, step in enumerate(order.steps):
             if not order.may_go_on():
                 raise TransferAborted("the copy was stopped half-way; nothing was published")
-            targets = self._map(step.dst).map.unit_pointers(step.dst, step.parts, size)
+            # Held on to during the copy: another thread's may take its place meanwhile, mapped elsewhere.
+            peer = self._map(step.dst)
+            targets = peer.map.unit_pointers(step.dst, step.parts, size)
             sources = self._own.map.unit_pointers(step.src, step.parts, size)
             checksums.append(copy_blocks(targets, sources, size))
             first += len(step.src)
@@ -125,12 +127,12 @@ class SharedMemoryBackend:
             if not order.last if ends else (first - told) * size >= _ANNOUNCE_BYTES:
                 order.written(told, first - told)
                 told = first
-            calls += len(step.src) - self._joined(step, size)
+            calls += len(step.src) - self._joined(step, peer, size)
         return Moved(np.concatenate(checksums), calls)
 
-    def _joined(self, step: Step, size: int) -> int:
+    def _joined(self, step: Step, peer: Arena, size: int) -> int:
         """How many units continue the one before them on both sides."""
-        there = self._peer.map.touching(step.dst, step.parts, size)
+        there = peer.map.touching(step.dst, step.parts, size)
         return int(np.count_nonzero(there & self._own.map.touching(step.src, step.parts, size)))
 
     def interrupt(self) -> None:

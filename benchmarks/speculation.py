@@ -45,7 +45,7 @@ CONTEXT = 2048
 TARGET_TPOT = 0.1  # the default
 BLOCKS = 2600
 RECORDED_TASKS = 32
-PATIENCE = 600.0
+PATIENCE = 3600.0
 HERE = InstanceId("bench")
 
 

@@ -67,7 +67,7 @@ inline __attribute__((always_inline)) void multiply_step(Sums<kRows, kColumns>& 
   using Shape = IntegerFormat<kFormat>;
 #pragma GCC unroll 2
   for (int part = 0; part < Shape::kParts; ++part) {
-    Dots dots[kRows][kColumns];
+    Ints dots[kRows][kColumns];
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 8

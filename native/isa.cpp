@@ -9,6 +9,8 @@
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#elif defined(__aarch64__)
+#include <sys/auxv.h>
 #endif
 
 namespace memserve {
@@ -46,11 +48,10 @@ bool has_avx2() { return saves(kYmmState) && has_bit(cpuid(7, 0).b, 5) && has_bi
 
 bool has_avx512_bf16() {
   const unsigned features = cpuid(7, 0).b;
-  const bool integers = has_bit(cpuid(7, 0).c, 11);                        // VNNI
   const bool foundation = has_bit(features, 16) && has_bit(features, 17);  // F, DQ
   const bool widths = has_bit(features, 30) && has_bit(features, 31);      // BW, VL
-  return has_avx2() && saves(kZmmState) && foundation && widths && integers &&
-         has_bit(cpuid(7, 1).a, 5);
+  const bool vnni = has_bit(cpuid(7, 0).c, 11);
+  return has_avx2() && saves(kZmmState) && foundation && widths && vnni && has_bit(cpuid(7, 1).a, 5);
 }
 
 // Linux grants the 8 KiB of tile state only to processes that ask for it.
@@ -73,6 +74,20 @@ std::vector<const Kernels*> detect() {
   if (has_avx2()) found.push_back(&avx2::kernels);
   found.push_back(&portable::kernels);
   return found;
+}
+
+#elif defined(__aarch64__)
+
+bool has_bf16() {
+  constexpr unsigned long kDotProducts = 1ul << 20;  // HWCAP_ASIMDDP
+  constexpr unsigned long kBf16 = 1ul << 14;         // HWCAP2_BF16, which older headers lack
+  return (getauxval(AT_HWCAP) & kDotProducts) != 0 && (getauxval(AT_HWCAP2) & kBf16) != 0;
+}
+
+// Every core of this architecture has NEON with fused multiply-add.
+std::vector<const Kernels*> detect() {
+  if (has_bf16()) return {&neon_bf16::kernels, &neon::kernels, &portable::kernels};
+  return {&neon::kernels, &portable::kernels};
 }
 
 #else

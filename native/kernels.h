@@ -35,6 +35,9 @@ struct Range {
 //   kEightNested  like kEight, but int8[2][16] scales, one per 16 inputs, to be multiplied by one in f16 per 8 steps
 enum class Format { kBf16, kFour, kEight, kFourNested, kEightNested };
 
+// Goes up with every change of what packing makes of a matrix: copies on disk carry it, and others are not used.
+constexpr int kPackedLayout = 1;
+
 constexpr int kStepPairs = kDepthMultiple / 2;
 constexpr int kStepValues = kDepthMultiple * kGroupColumns;
 constexpr int kNestedSteps = 8;
@@ -252,6 +255,12 @@ namespace amx_bf16 {
 extern const Kernels kernels;
 }
 namespace amx_emulated {
+extern const Kernels kernels;
+}
+namespace neon {
+extern const Kernels kernels;
+}
+namespace neon_bf16 {
 extern const Kernels kernels;
 }
 

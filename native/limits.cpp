@@ -20,7 +20,7 @@ double seconds_since(std::chrono::steady_clock::time_point start) {
 }  // namespace
 
 double measure_read_bandwidth(const Kernels& kernels, int threads, size_t bytes) {
-  ThreadPool pool(threads, false);
+  ThreadPool pool(threads);
   Buffer<char> memory(bytes);
   std::fill(memory.data(), memory.data() + bytes, '\1');
   constexpr int kItems = 64;
@@ -38,7 +38,7 @@ double measure_read_bandwidth(const Kernels& kernels, int threads, size_t bytes)
 double measure_dot_peak(const Kernels& kernels, int threads, Activations activations) {
   const auto run_dots = activations == Activations::kInt8 ? kernels.run_int8_dots : kernels.run_dots;
   constexpr double kSeconds = 0.02;
-  ThreadPool pool(threads, false);
+  ThreadPool pool(threads);
   float sink = 0.0f;
   int64_t rounds = 1000;
   auto start = std::chrono::steady_clock::now();

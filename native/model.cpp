@@ -77,23 +77,17 @@ void check_shape(const ModelShape& s) {
 
 }  // namespace
 
-Model::Model(const ModelShape& shape, RopeTable rope, const Kernels& kernels, int threads, bool pin, Keep keep,
-             Activations activations)
+Model::Model(const ModelShape& shape, RopeTable rope, const Kernels& kernels, int threads,
+             const std::vector<int>& cores, Keep keep, Activations activations)
     : shape_((check_shape(shape), shape)),
       rope_(std::move(rope)),
       kernels_(kernels),
-      pool_(threads, pin),
+      pool_(threads, cores),
       keep_(keep),
       activations_(activations) {
   const int hidden = round_up(shape.hidden, kDepthMultiple);
   const int attended = round_up(shape.query_size(), kDepthMultiple);
   const int gated = round_up(shape.feed_forward, kDepthMultiple);
-  const size_t columns = static_cast<size_t>(kGroupColumns);
-  const size_t per_layer = (round_up(shape.qkv_size(), 16) + 2 * static_cast<size_t>(shape.feed_forward)) * hidden +
-                           static_cast<size_t>(round_up(shape.hidden, 16)) * (attended + gated);
-  const size_t vocabulary = static_cast<size_t>(round_up(shape.vocabulary, 16)) * hidden;
-  // Reserved for bf16 and an untied head; pages that are never written take no memory.
-  weights_ = Buffer<unsigned char>((per_layer * shape.layers + 2 * vocabulary + columns) * sizeof(Bf16));
   layers_.resize(static_cast<size_t>(shape.layers));
   padded_hidden_ = hidden;
   normed_stride_ = row_stride(hidden);
@@ -113,7 +107,19 @@ Model::Model(const ModelShape& shape, RopeTable rope, const Kernels& kernels, in
   scratch_ = Buffer<char>(scratch_bytes_ * static_cast<size_t>(pool_.size()));
 }
 
+// For bf16 and an untied head; pages that are never written take no memory.
+void Model::reserve_weights() {
+  const ModelShape& s = shape_;
+  const size_t hidden = round_up(s.hidden, kDepthMultiple);
+  const size_t attended = round_up(s.query_size(), kDepthMultiple), gated = round_up(s.feed_forward, kDepthMultiple);
+  const size_t per_layer = (round_up(s.qkv_size(), 16) + 2 * static_cast<size_t>(s.feed_forward)) * hidden +
+                           static_cast<size_t>(round_up(s.hidden, 16)) * (attended + gated);
+  const size_t vocabulary = static_cast<size_t>(round_up(s.vocabulary, 16)) * hidden;
+  weights_ = Buffer<unsigned char>((per_layer * s.layers + 2 * vocabulary + kGroupColumns) * sizeof(Bf16));
+}
+
 PackedMatrix Model::allocate(Format format, int columns, int depth) {
+  if (weights_.data() == nullptr) reserve_weights();
   const PackedMatrix matrix{weights_.data() + weights_used_, format, columns, round_up(depth, kDepthMultiple)};
   weights_used_ += (matrix.bytes() + 63) / 64 * 64;
   has_integers_ = has_integers_ || format != Format::kBf16;
@@ -166,13 +172,17 @@ std::vector<float> Model::padded(const float* values) const {
 
 void Model::set_layer(int index, const LayerSource& source) {
   Layer& layer = layers_[static_cast<size_t>(index)];
-  require(layer.attention_norm.empty(), "layer " + std::to_string(index) + " was set before");
-  layer.attention_norm = padded(source.attention_norm);
-  layer.ffn_norm = padded(source.ffn_norm);
+  require(layer.qkv.empty(), "layer " + std::to_string(index) + " was set before");
   for (const SourceRows& rows : fused({source.q, source.k, source.v})) layer.qkv.push_back(pack(rows));
   layer.o = pack(SourceRows(source.o));
   layer.gate_up = pack_gate_up(source.gate, source.up);
   layer.down = pack(SourceRows(source.down));
+}
+
+void Model::set_norms(int index, const float* attention, const float* ffn) {
+  Layer& layer = layers_[static_cast<size_t>(index)];
+  layer.attention_norm = padded(attention);
+  layer.ffn_norm = padded(ffn);
 }
 
 void Model::set_head_vectors(int index, const HeadVectorSource& source) {
@@ -187,16 +197,16 @@ void Model::set_embedding(const MatrixSource& embedding) {
   embedding_ = pack(SourceRows(embedding));
 }
 
-void Model::set_output(const float* norm, const MatrixSource* head) {
-  require(head_.values == nullptr, "the output was set before");
-  require(embedding_.values != nullptr, "the embedding must be set before the output");
-  output_norm_ = padded(norm);
+void Model::set_head(const MatrixSource* head) {
+  require(head_.values == nullptr, "the head was set before");
+  require(embedding_.values != nullptr, "the embedding must be set before the head");
   head_ = head == nullptr ? embedding_ : pack(SourceRows(*head));
 }
 
 void Model::check(const Batch& batch) const {
-  for (const Layer& layer : layers_) require(!layer.attention_norm.empty(), "not all layers have been set");
-  require(head_.values != nullptr, "the output has not been set");
+  for (const Layer& layer : layers_)
+    require(!layer.qkv.empty() && !layer.attention_norm.empty(), "not all layers have been set");
+  require(head_.values != nullptr && !output_norm_.empty(), "the head or the output norm has not been set");
   require(batch.starts[0] == 0 && batch.starts[batch.sequences] == batch.rows,
           "starts must begin with 0 and end with the number of rows");
   for (int s = 0; s < batch.sequences; ++s) {

@@ -35,14 +35,12 @@ struct RopeTable {
   int positions;
 };
 
-// Weights of one layer, as they were loaded; matrices are [outputs][inputs].
+// Matrices of one layer, as they were loaded: [outputs][inputs].
 struct LayerSource {
-  const float* attention_norm;
   MatrixSource q;
   MatrixSource k;
   MatrixSource v;
   MatrixSource o;
-  const float* ffn_norm;
   MatrixSource gate;
   MatrixSource up;
   MatrixSource down;
@@ -53,6 +51,14 @@ struct HeadVectorSource {
   const float* qkv_bias;
   const float* q_norm;
   const float* k_norm;
+};
+
+// One packed matrix inside the model's weights; `offset` in bytes from their beginning.
+struct PlacedMatrix {
+  Format format;
+  int columns;
+  int depth;
+  size_t offset;
 };
 
 // See ForwardBatch in engine/runners/base.py.
@@ -79,8 +85,8 @@ struct LayerSignal {
 
 class Model {
  public:
-  Model(const ModelShape& shape, RopeTable rope, const Kernels& kernels, int threads, bool pin, Keep keep,
-        Activations activations);
+  Model(const ModelShape& shape, RopeTable rope, const Kernels& kernels, int threads, const std::vector<int>& cores,
+        Keep keep, Activations activations);
 
   const ModelShape& shape() const { return shape_; }
   const Kernels& kernels() const { return kernels_; }
@@ -89,10 +95,20 @@ class Model {
   bool multiplies_integers() const { return activations_ == Activations::kInt8 && has_integers_; }
 
   void set_layer(int index, const LayerSource& source);
+  void set_norms(int index, const float* attention, const float* ffn);
   void set_head_vectors(int index, const HeadVectorSource& source);
   void set_embedding(const MatrixSource& embedding);
-  // `head` null: tied to the embedding.
-  void set_output(const float* norm, const MatrixSource* head);
+  // Null: tied to the embedding.
+  void set_head(const MatrixSource* head);
+  void set_output_norm(const float* norm) { output_norm_ = padded(norm); }
+
+  // The packed matrices: of each layer qkv (one to three), o, gate and up, down; then the embedding, and the head
+  // unless it is tied. All of them lie in weights()[0, weight_bytes()).
+  std::vector<PlacedMatrix> placed() const;
+  const unsigned char* weights() const { return weights_.data(); }
+  // Instead of set_layer, set_embedding and set_head: matrices packed before, in placed()'s order, in memory
+  // that outlives the model. Throws std::invalid_argument, and changes nothing, unless this shape has such matrices.
+  void adopt(const unsigned char* memory, size_t bytes, const std::vector<PlacedMatrix>& matrices);
 
   // Throws std::invalid_argument if the batch does not hold together, before anything is written.
   void check(const Batch& batch) const;
@@ -142,6 +158,7 @@ class Model {
     size_t partials = 0;  // floats
   };
 
+  void reserve_weights();
   PackedMatrix allocate(Format format, int columns, int depth);
   PackedMatrix pack(const SourceRows& source);
   // Group g of the source becomes group first + g * stride.

@@ -3,10 +3,12 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <memory>
 #include <optional>
+#include <tuple>
 #include <variant>
 
 #include "isa.h"
@@ -98,8 +100,11 @@ class LogitsMemory : public std::enable_shared_from_this<LogitsMemory> {
   Buffer<float> spare_;  // only touched with the GIL held
 };
 
+using Memory = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
 struct PythonModel : Model {
   using Model::Model;
+  std::optional<Memory> adopted;  // keeps it alive
   std::shared_ptr<LogitsMemory> logits = std::make_shared<LogitsMemory>();
 };
 
@@ -164,12 +169,6 @@ Keep keep_of(const std::string& name) {
   throw std::invalid_argument("keep is '" + name + "'; accepted: stored, bf16, int8");
 }
 
-KvFormat kv_format_of(const std::string& name) {
-  if (name == "bf16") return KvFormat::kBf16;
-  if (name == "int8") return KvFormat::kInt8;
-  throw std::invalid_argument("kv_dtype is '" + name + "'; accepted: bf16, int8");
-}
-
 Activations activations_of(const std::string& name) {
   if (name == "bf16") return Activations::kBf16;
   if (name == "int8") return Activations::kInt8;
@@ -192,6 +191,12 @@ Logits multiply(const PythonMatrix& matrix, const InputRows& inputs, const std::
   return Logits(outputs, {rows, columns}, owner);
 }
 
+KvFormat kv_format_of(const std::string& name) {
+  if (name == "bf16") return KvFormat::kBf16;
+  if (name == "int8") return KvFormat::kInt8;
+  throw std::invalid_argument("kv_dtype is '" + name + "'; accepted: bf16, int8");
+}
+
 RopeTable rope_table(const Matrix& cosines, const Matrix& sines, int head_dim) {
   const int positions = static_cast<int>(cosines.shape(0));
   const float* c = checked(cosines, positions, head_dim / 2, "cosines");
@@ -200,13 +205,13 @@ RopeTable rope_table(const Matrix& cosines, const Matrix& sines, int head_dim) {
 }
 
 void construct(PythonModel* self, int layers, int hidden, int heads, int kv_heads, int head_dim, int feed_forward,
-               int vocabulary, float rms_epsilon, const Matrix& cosines, const Matrix& sines, int threads, bool pin,
-               const std::optional<std::string>& isa, const std::string& keep, const std::string& activations,
-               const std::string& kv_dtype) {
+               int vocabulary, float rms_epsilon, const Matrix& cosines, const Matrix& sines, int threads,
+               const std::vector<int>& cores, const std::optional<std::string>& isa, const std::string& keep,
+               const std::string& activations, const std::string& kv_dtype) {
   const KvFormat kv = kv_format_of(kv_dtype);
   const ModelShape shape{layers, hidden, heads, kv_heads, head_dim, feed_forward, vocabulary, rms_epsilon, kv};
-  new (self) PythonModel(shape, rope_table(cosines, sines, head_dim), chosen_kernels(isa), threads, pin, keep_of(keep),
-                          activations_of(activations));
+  new (self) PythonModel(shape, rope_table(cosines, sines, head_dim), chosen_kernels(isa), threads, cores,
+                         keep_of(keep), activations_of(activations));
 }
 
 void check_layer(const ModelShape& s, int index) {
@@ -214,17 +219,14 @@ void check_layer(const ModelShape& s, int index) {
     throw std::invalid_argument("there is no layer " + std::to_string(index) + " of " + std::to_string(s.layers));
 }
 
-void set_layer(PythonModel& self, int index, const Vector& attention_norm, const PythonMatrix& q,
-               const PythonMatrix& k, const PythonMatrix& v, const PythonMatrix& o, const Vector& ffn_norm,
-               const PythonMatrix& gate, const PythonMatrix& up, const PythonMatrix& down) {
+void set_layer(PythonModel& self, int index, const PythonMatrix& q, const PythonMatrix& k, const PythonMatrix& v,
+               const PythonMatrix& o, const PythonMatrix& gate, const PythonMatrix& up, const PythonMatrix& down) {
   const ModelShape& s = self.shape();
   check_layer(s, index);
-  const LayerSource source{checked(attention_norm, s.hidden, "attention_norm"),
-                           checked(q, s.query_size(), s.hidden, "q"),
+  const LayerSource source{checked(q, s.query_size(), s.hidden, "q"),
                            checked(k, s.kv_size(), s.hidden, "k"),
                            checked(v, s.kv_size(), s.hidden, "v"),
                            checked(o, s.hidden, s.query_size(), "o"),
-                           checked(ffn_norm, s.hidden, "ffn_norm"),
                            checked(gate, s.feed_forward, s.hidden, "gate"),
                            checked(up, s.feed_forward, s.hidden, "up"),
                            checked(down, s.hidden, s.feed_forward, "down")};
@@ -244,19 +246,49 @@ void set_head_vectors(PythonModel& self, int index, const std::optional<Vector>&
                                 checked(k_norm, s.head_dim, "k_norm")});
 }
 
+void set_norms(PythonModel& self, int index, const Vector& attention, const Vector& ffn) {
+  const ModelShape& s = self.shape();
+  check_layer(s, index);
+  self.set_norms(index, checked(attention, s.hidden, "attention_norm"), checked(ffn, s.hidden, "ffn_norm"));
+}
+
+using Placed = std::tuple<int, int, int, size_t>;  // format, columns, depth, offset
+
+std::vector<Placed> placed(const PythonModel& self) {
+  std::vector<Placed> result;
+  for (const PlacedMatrix& m : self.placed())
+    result.emplace_back(static_cast<int>(m.format), m.columns, m.depth, m.offset);
+  return result;
+}
+
+nb::ndarray<nb::numpy, const uint8_t, nb::ndim<1>> packed(nb::handle_t<PythonModel> self) {
+  const PythonModel& model = nb::cast<const PythonModel&>(self);
+  return {model.weights(), {model.weight_bytes()}, self};
+}
+
+void adopt(PythonModel& self, const Memory& memory, const std::vector<Placed>& matrices) {
+  std::vector<PlacedMatrix> list;
+  for (const auto& [format, columns, depth, offset] : matrices)
+    list.push_back({static_cast<Format>(format), columns, depth, offset});
+  self.adopt(memory.data(), memory.size(), list);
+  self.adopted = memory;
+}
+
 void set_embedding(PythonModel& self, const PythonMatrix& embedding) {
   const MatrixSource source = checked(embedding, self.shape().vocabulary, self.shape().hidden, "embedding");
   nb::gil_scoped_release unlocked;
   self.set_embedding(source);
 }
 
-void set_output(PythonModel& self, const Vector& norm, const PythonMatrix* head) {
-  const ModelShape& s = self.shape();
-  const float* norms = checked(norm, s.hidden, "norm");
-  if (head == nullptr) return self.set_output(norms, nullptr);
-  const MatrixSource source = checked(*head, s.vocabulary, s.hidden, "head");
+void set_head(PythonModel& self, const PythonMatrix* head) {
+  if (head == nullptr) return self.set_head(nullptr);
+  const MatrixSource source = checked(*head, self.shape().vocabulary, self.shape().hidden, "head");
   nb::gil_scoped_release unlocked;
-  self.set_output(norms, &source);
+  self.set_head(&source);
+}
+
+void set_output_norm(PythonModel& self, const Vector& norm) {
+  self.set_output_norm(checked(norm, self.shape().hidden, "output_norm"));
 }
 
 Batch batch_of(const Indices& tokens, const Indices& positions, const Indices& starts, const BlockTable& blocks,
@@ -317,6 +349,7 @@ NB_MODULE(_native, m) {
   m.def("checksum_blocks", &checksum_blocks, "src"_a, "nbytes"_a);
   m.def("read_bandwidth", &read_bandwidth, "threads"_a, "nbytes"_a = size_t{256} << 20, "isa"_a = nb::none());
   m.def("dot_peak", &dot_peak, "threads"_a, "isa"_a = nb::none(), "activations"_a = "bf16");
+  m.attr("packed_layout") = kPackedLayout;
   nb::class_<PythonMatrix>(m, "Matrix")
       .def("__init__", &construct_floats, "values"_a)
       .def_static("of_blocks", &matrix_of_blocks, "kind"_a, "rows"_a, "inputs"_a);
@@ -324,17 +357,22 @@ NB_MODULE(_native, m) {
         "activations"_a = "bf16");
   nb::class_<PythonModel>(m, "Model")
       .def("__init__", &construct, nb::kw_only(), "layers"_a, "hidden"_a, "heads"_a, "kv_heads"_a, "head_dim"_a,
-           "feed_forward"_a, "vocabulary"_a, "rms_epsilon"_a, "cosines"_a, "sines"_a, "threads"_a, "pin"_a = false,
-           "isa"_a = nb::none(), "keep"_a = "stored", "activations"_a = "bf16", "kv_dtype"_a = "bf16")
+           "feed_forward"_a, "vocabulary"_a, "rms_epsilon"_a, "cosines"_a, "sines"_a, "threads"_a,
+           "cores"_a = std::vector<int>(), "isa"_a = nb::none(), "keep"_a = "stored", "activations"_a = "bf16",
+           "kv_dtype"_a = "bf16")
       .def_prop_ro("isa", [](const PythonModel& self) { return std::string(self.kernels().name); })
       .def_prop_ro("weight_bytes", [](const PythonModel& self) { return self.weight_bytes(); })
       .def_prop_ro("multiplies_integers", [](const PythonModel& self) { return self.multiplies_integers(); })
-      .def("set_layer", &set_layer, "index"_a, "attention_norm"_a, "q"_a, "k"_a, "v"_a, "o"_a, "ffn_norm"_a, "gate"_a,
-           "up"_a, "down"_a)
+      .def("set_layer", &set_layer, "index"_a, "q"_a, "k"_a, "v"_a, "o"_a, "gate"_a, "up"_a, "down"_a)
+      .def("set_norms", &set_norms, "index"_a, "attention_norm"_a, "ffn_norm"_a)
       .def("set_head_vectors", &set_head_vectors, "index"_a, "qkv_bias"_a = nb::none(), "q_norm"_a = nb::none(),
            "k_norm"_a = nb::none())
       .def("set_embedding", &set_embedding, "embedding"_a)
-      .def("set_output", &set_output, "norm"_a, "head"_a.none())
+      .def("set_head", &set_head, "head"_a.none())
+      .def("set_output_norm", &set_output_norm, "norm"_a)
+      .def("placed", &placed)
+      .def("packed", &packed)
+      .def("adopt", &adopt, "memory"_a, "matrices"_a)
       .def_prop_ro_static("tile_rows", [](nb::handle) { return PythonModel::tile_rows(); })
       .def("forward", &forward, "tokens"_a, "positions"_a, "starts"_a, "blocks"_a, "logit_rows"_a, "progress"_a = -1,
            "every"_a = 1);

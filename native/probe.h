@@ -60,9 +60,9 @@ double run_dots(int64_t rounds, float* sink) {
 double run_int8_dots(int64_t rounds, float* sink) {
   float zeroed[kMaxDots * kLanes16] = {};
   const auto* start = hidden_from_compiler(reinterpret_cast<const unsigned char*>(zeroed));
-  Dots sums[kMaxDots];
+  Ints sums[kMaxDots];
 #pragma GCC unroll 16
-  for (int i = 0; i < kMaxDots; ++i) sums[i] = splat_int(start[i * 64]);
+  for (int i = 0; i < kMaxDots; ++i) std::memcpy(&sums[i], start + 64 * i, sizeof sums[i]);
   const WeightQuads weights[2] = {low_halves(start), high_halves(start + 64)};
   for (int64_t round = 0; round < rounds; ++round) {
     // Read anew, or the products of levels that need several instructions would be computed once.

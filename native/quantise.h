@@ -1,8 +1,8 @@
 // Inputs of integer products: 32 at a time in 8 bits, value = nearest(input * (127 / largest)), scale = largest / 127.
 #pragma once
 
-#include "integers.h"
 #include "kernels.h"
+#include "simd.h"
 
 namespace memserve {
 namespace MEMSERVE_LEVEL {
@@ -30,7 +30,9 @@ constexpr int kHalfGroup = kDepthMultiple / 2;
 
 // Sixteen values; returns their sum.
 inline int32_t quantise_half(int8_t* values, const uint16_t* input, Floats inverse) {
-  return store_rounded(values, multiply(load_bf16(input), inverse));
+  const Floats whole = nearest(multiply(load_bf16(input), inverse));
+  store_int8(values, whole);
+  return static_cast<int32_t>(sum_of_lanes(whole));
 }
 
 inline int16_t largest_of(const uint16_t* input) {

@@ -10,7 +10,7 @@
 #include <immintrin.h>
 #elif defined(__SSE2__)
 #include <emmintrin.h>
-#elif defined(__aarch64__)
+#elif defined(MEMSERVE_NEON)
 #include <arm_neon.h>
 #endif
 
@@ -130,9 +130,9 @@ inline void store_bf16_pairs(uint16_t* to, Floats first, Floats second) {
 #if defined(__AVX2__)
 constexpr int kNativeLanes = 8;
 constexpr int kMaxSums = 6;
-#elif defined(__aarch64__)
+#elif defined(MEMSERVE_NEON)
 constexpr int kNativeLanes = 4;
-constexpr int kMaxSums = 6;
+constexpr int kMaxSums = 6;  // of four registers each; the other 8 of 32 hold operands
 #else
 constexpr int kNativeLanes = 4;
 constexpr int kMaxSums = 2;
@@ -162,7 +162,7 @@ inline NativeFloats native_multiply_add(NativeFloats a, NativeFloats b, NativeFl
 #if defined(__FMA__)
   return reinterpret_cast<NativeFloats>(
       _mm256_fmadd_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(c)));
-#elif defined(__aarch64__)
+#elif defined(MEMSERVE_NEON)
   return reinterpret_cast<NativeFloats>(vfmaq_f32(reinterpret_cast<float32x4_t>(c), reinterpret_cast<float32x4_t>(a),
                                                   reinterpret_cast<float32x4_t>(b)));
 #else
@@ -218,6 +218,15 @@ inline Floats first_lanes(Floats x, int count, Floats others) {
 }
 
 // Round to nearest even, as the hardware does; NaN keeps its sign and stays NaN.
+#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+inline void store_bf16(uint16_t* to, Floats x) {
+  for (int p = 0; p < kParts; p += 2) {
+    const bfloat16x8_t low = vcvtq_low_bf16_f32(reinterpret_cast<float32x4_t>(x.part[p]));
+    const bfloat16x8_t both = vcvtq_high_bf16_f32(low, reinterpret_cast<float32x4_t>(x.part[p + 1]));
+    vst1q_bf16(reinterpret_cast<bfloat16_t*>(to) + p * kNativeLanes, both);
+  }
+}
+#else
 inline void store_bf16(uint16_t* to, Floats x) {
   uint32_t bits[kLanes16];
   std::memcpy(bits, &x, sizeof bits);
@@ -227,6 +236,7 @@ inline void store_bf16(uint16_t* to, Floats x) {
     to[i] = static_cast<uint16_t>(is_nan ? (bits[i] >> 16) | 0x40u : rounded);
   }
 }
+#endif
 
 inline Floats load_bf16(const uint16_t* from) {
   uint32_t bits[kLanes16];
@@ -249,10 +259,18 @@ inline Pairs splat_pair(const uint16_t* from) {
 inline NativeFloats first_of_pair(NativeWords x) { return reinterpret_cast<NativeFloats>(x << 16); }
 inline NativeFloats second_of_pair(NativeWords x) { return reinterpret_cast<NativeFloats>(x & 0xffff0000u); }
 inline Floats dot_pairs(Floats sum, Pairs a, Pairs b) {
+#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+  return each_part<Floats>([&](int p) {
+    return reinterpret_cast<NativeFloats>(vbfdotq_f32(reinterpret_cast<float32x4_t>(sum.part[p]),
+                                                      reinterpret_cast<bfloat16x8_t>(a.part[p]),
+                                                      reinterpret_cast<bfloat16x8_t>(b.part[p])));
+  });
+#else
   return each_part<Floats>([&](int p) {
     const NativeFloats first = native_multiply_add(first_of_pair(a.part[p]), first_of_pair(b.part[p]), sum.part[p]);
     return native_multiply_add(second_of_pair(a.part[p]), second_of_pair(b.part[p]), first);
   });
+#endif
 }
 
 // Pairs of int16 as well: what int8 becomes on its way into products, with 32-bit sums that are exact in any order.
@@ -303,7 +321,7 @@ inline Words load_words(const unsigned char* from) {
   std::memcpy(&x, from, sizeof x);
   return x;
 }
-typedef int8_t NativeBytes __attribute__((vector_size(kNativeLanes)));
+typedef int8_t NativeSignedBytes __attribute__((vector_size(kNativeLanes)));
 typedef uint8_t NativeUnsignedBytes __attribute__((vector_size(kNativeLanes)));
 typedef uint16_t NativeHalves __attribute__((vector_size(kNativeLanes * 2)));
 
@@ -315,7 +333,7 @@ inline Vector native_part(const unsigned char* from, int p) {
 }
 inline Floats load_s8(const unsigned char* from) {
   return each_part<Floats>(
-      [&](int p) { return __builtin_convertvector(native_part<NativeBytes>(from, p), NativeFloats); });
+      [&](int p) { return __builtin_convertvector(native_part<NativeSignedBytes>(from, p), NativeFloats); });
 }
 inline Floats load_u8(const unsigned char* from) {
   return each_part<Floats>(
@@ -323,10 +341,18 @@ inline Floats load_u8(const unsigned char* from) {
 }
 // Finite numbers only. The exponent is moved by a multiplication, which also makes small numbers normal ones.
 inline Floats load_f16(const unsigned char* from) {
+#if defined(MEMSERVE_NEON)
+  return each_part<Floats>([&](int p) {
+    uint16_t halves[kNativeLanes];
+    std::memcpy(halves, from + p * sizeof halves, sizeof halves);
+    return reinterpret_cast<NativeFloats>(vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(halves))));
+  });
+#else
   return each_part<Floats>([&](int p) {
     const NativeWords half = __builtin_convertvector(native_part<NativeHalves>(from, p), NativeWords);
     return reinterpret_cast<NativeFloats>((half & 0x8000u) << 16 | (half & 0x7fffu) << 13) * 0x1p112f;
   });
+#endif
 }
 inline Floats low_nibbles(Words words, int nibble) {
   return each_part<Floats>([&](int p) {

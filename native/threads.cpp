@@ -6,6 +6,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 #include <stdexcept>
 #include <string>
@@ -61,19 +62,33 @@ void pin_thread(std::thread& thread, int cpu) {
   pthread_setaffinity_np(thread.native_handle(), sizeof set, &set);
 }
 
+void check_cores(const std::vector<int>& cores, int threads, const std::vector<int>& usable) {
+  if (!cores.empty() && static_cast<int>(cores.size()) != threads)
+    throw std::invalid_argument(std::to_string(cores.size()) + " cores for " + std::to_string(threads) + " threads");
+  for (size_t i = 0; i < cores.size(); ++i) {
+    const std::string core = "core " + std::to_string(cores[i]);
+    if (std::find(usable.begin(), usable.end(), cores[i]) == usable.end())
+      throw std::invalid_argument(core + " is none that this process may use");
+    if (std::find(cores.begin(), cores.begin() + static_cast<std::ptrdiff_t>(i), cores[i]) - cores.begin() <
+        static_cast<std::ptrdiff_t>(i))
+      throw std::invalid_argument(core + " is there twice");
+  }
+}
+
 uint32_t unclaimed(uint64_t ticket) { return static_cast<uint32_t>(ticket); }
 
 }  // namespace
 
-ThreadPool::ThreadPool(int threads, bool pin) {
+ThreadPool::ThreadPool(int threads, const std::vector<int>& cores) {
   const std::vector<int> cpus = usable_cpus();
   const int available = static_cast<int>(cpus.size());
   if (threads < 1 || threads > available)
     throw std::invalid_argument("threads is " + std::to_string(threads) + "; this process may use 1 to " +
                                 std::to_string(available) + " cores");
+  check_cores(cores, threads, cpus);
   for (int thread = 1; thread < threads; ++thread) {
     workers_.emplace_back(&ThreadPool::work, this, thread);
-    if (pin) pin_thread(workers_.back(), cpus[static_cast<size_t>(thread)]);
+    if (!cores.empty()) pin_thread(workers_.back(), cores[static_cast<size_t>(thread)]);
   }
 }
 

@@ -11,9 +11,10 @@ namespace memserve {
 
 class ThreadPool {
  public:
-  // `threads` counts the caller. With `pin`, each worker stays on a CPU of its own among those the process may use;
-  // the caller is left where it is. Throws std::invalid_argument if there are fewer CPUs than threads.
-  ThreadPool(int threads, bool pin);
+  // `threads` counts the caller. Unless `cores` is empty it has a CPU for each thread: workers stay on theirs, the
+  // caller, which comes first, is left where it is. Throws std::invalid_argument if the process may not use those, or
+  // not as many as there are threads.
+  explicit ThreadPool(int threads, const std::vector<int>& cores = {});
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;

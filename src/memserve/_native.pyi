@@ -1,5 +1,6 @@
 """The C++ kernels. Addresses are of this process and are trusted; shapes and indices are checked."""
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -25,6 +26,9 @@ def copy_blocks(dst: NDArray[np.uint64], src: NDArray[np.uint64], nbytes: int) -
 
 def checksum_blocks(src: NDArray[np.uint64], nbytes: int) -> NDArray[np.uint64]:
     """The checksums that ``copy_blocks`` would return. Releases the GIL."""
+
+packed_layout: int
+"""Version of what packing makes of matrices; equal on all levels."""
 
 def read_bandwidth(threads: int, nbytes: int = ..., isa: str | None = None) -> float:
     """Measured: bytes/s that ``threads`` threads read from memory beyond the caches."""
@@ -68,13 +72,16 @@ class Model:
         cosines: NDArray[np.float32],
         sines: NDArray[np.float32],
         threads: int,
-        pin: bool = False,
+        cores: Sequence[int] = (),
         isa: str | None = None,
         keep: str = "stored",
         activations: str = "bf16",
         kv_dtype: str = "bf16",
     ) -> None:
-        """cosines, sines: float32[positions, head_dim / 2]. Raises ValueError for shapes it cannot run."""
+        """cosines, sines: float32[positions, head_dim / 2]; cores: where each thread is to stay, or none.
+
+        Raises ValueError for shapes it cannot run.
+        """
 
     @property
     def isa(self) -> str: ...
@@ -91,18 +98,19 @@ class Model:
     def set_layer(
         self,
         index: int,
-        attention_norm: NDArray[np.float32],
         q: Matrix,
         k: Matrix,
         v: Matrix,
         o: Matrix,
-        ffn_norm: NDArray[np.float32],
         gate: Matrix,
         up: Matrix,
         down: Matrix,
     ) -> None:
         """Pack one layer; matrices are [outputs, inputs]."""
 
+    def set_norms(
+        self, index: int, attention_norm: NDArray[np.float32], ffn_norm: NDArray[np.float32]
+    ) -> None: ...
     def set_head_vectors(
         self,
         index: int,
@@ -113,8 +121,18 @@ class Model:
     def set_embedding(self, embedding: Matrix) -> None:
         """embedding: [vocabulary, hidden]."""
 
-    def set_output(self, norm: NDArray[np.float32], head: Matrix | None) -> None:
+    def set_head(self, head: Matrix | None) -> None:
         """head: [vocabulary, hidden]; None ties it to the embedding."""
+
+    def set_output_norm(self, norm: NDArray[np.float32]) -> None: ...
+    def packed(self) -> NDArray[np.uint8]:
+        """All packed matrices, in place and read-only: uint8[weight_bytes]."""
+
+    def placed(self) -> list[tuple[int, int, int, int]]:
+        """Format, columns, depth and offset in ``packed()`` of each matrix."""
+
+    def adopt(self, memory: NDArray[np.uint8], matrices: list[tuple[int, int, int, int]]) -> None:
+        """Use matrices that an equal model packed before, in place. ValueError if they are another's."""
 
     def forward(
         self,

@@ -1,6 +1,7 @@
 """Whatever is guessed, right or wrong, answers are those of plain decoding, and no block is lost or wrong.
 
-A batcher that guesses as hypothesis says takes the place of lookup; the rest is the engine on both runners.
+A batcher that guesses as hypothesis says takes the place of lookup; the rest is the engine, on the reference
+runner and on the native one with KV in bf16 and int8.
 """
 
 from __future__ import annotations
@@ -143,12 +144,12 @@ def runner_of(kind: str) -> Iterator[Runner]:
     if kind == "reference":
         runner = ReferenceRunner(WEIGHTS)
     else:
-        runner = NativeRunner(WEIGHTS, threads=1, context=CONTEXT)
+        runner = NativeRunner(WEIGHTS, threads=1, context=CONTEXT, kv_dtype=kind)
     yield runner
     runner.close()
 
 
-@pytest.fixture(scope="module", params=["reference", "native"])
+@pytest.fixture(scope="module", params=["reference", "bf16", "int8"])
 def runner(request: pytest.FixtureRequest) -> Iterator[Runner]:
     with runner_of(request.param) as made:
         yield made

@@ -51,6 +51,15 @@ Weights = Annotated[
         rich_help_panel=_MODEL,
     ),
 ]
+WeightsCache = Annotated[
+    str | None,
+    typer.Option(
+        help="Folder for weights in the form that kernels read, which makes later starts quick; **off**: "
+        "none. Default: memserve in $XDG_CACHE_HOME or ~/.cache.",
+        metavar="DIR",
+        rich_help_panel=_MODEL,
+    ),
+]
 Activations = Annotated[
     config.Activations | None,
     typer.Option(
@@ -150,6 +159,16 @@ Threads = Annotated[
     int | None,
     typer.Option(
         help="Threads of each instance. Default: cores divided by instances.",
+        rich_help_panel=_INSTANCES,
+    ),
+]
+Pin = Annotated[
+    bool | None,
+    typer.Option(
+        "--pin/--no-pin",
+        help="Keep the threads of each instance on cores of their own where together they take all cores. "
+        "Default: yes.",
+        show_default=False,
         rich_help_panel=_INSTANCES,
     ),
 ]

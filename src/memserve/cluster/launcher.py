@@ -14,6 +14,7 @@ import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from memserve.cluster.spawning import spawn
 from memserve.core.types import InstanceId
 
 log = logging.getLogger(__name__)
@@ -30,16 +31,26 @@ class _Child:
 
 
 class LocalLauncher:
-    """Starts ``command`` once per instance; ``on_exit(instance, description)`` tells of each end."""
+    """Starts ``command`` once per instance; ``on_exit(instance, description)`` tells of each end.
 
-    def __init__(self, command: Sequence[str], on_exit: Callable[[InstanceId, str], None]) -> None:
+    ``spare``: processes of that command that wait for settings already, which are taken from the list first.
+    Whoever made it ends those that are left.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        on_exit: Callable[[InstanceId, str], None],
+        spare: list[subprocess.Popen[bytes]] | None = None,
+    ) -> None:
         self._command = list(command)
         self._on_exit = on_exit
+        self._spare = [] if spare is None else spare
         self._children: dict[InstanceId, _Child] = {}
 
     def start(self, instance: InstanceId, settings: bytes) -> int:
         """Start a child, hand it ``settings`` and return its pid. Raises ``OSError`` when it cannot start."""
-        process = subprocess.Popen(self._command, stdin=subprocess.PIPE, start_new_session=True)
+        process = self._spare.pop() if self._spare else spawn(self._command)
         assert process.stdin is not None
         try:
             process.stdin.write(settings)

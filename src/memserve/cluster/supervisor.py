@@ -8,6 +8,7 @@ and whether it is missed, others know.
 from __future__ import annotations
 
 import asyncio
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -43,7 +44,8 @@ class Supervisor:
 
     ``encode(instance, role, incarnation)`` makes what a process reads on standard input. ``on_exit(instance,
     incarnation, reason)`` is told of each end and returns the role to restart with, None if it is not missed.
-    ``on_given_up(instance, reason)`` is told when there is no further restart.
+    ``on_given_up(instance, reason)`` is told when there is no further restart. ``spare``: see
+    ``LocalLauncher``.
     """
 
     def __init__(
@@ -55,13 +57,14 @@ class Supervisor:
         *,
         on_exit: Callable[[InstanceId, int, str], Role | None],
         on_given_up: Callable[[InstanceId, str], None],
+        spare: list[subprocess.Popen[bytes]] | None = None,
     ) -> None:
         self._config = config
         self._clock = clock
         self._encode = encode
         self._on_exit = on_exit
         self._on_given_up = on_given_up
-        self._launcher = LocalLauncher(command, self._exited)
+        self._launcher = LocalLauncher(command, self._exited, spare)
         self._lives: dict[InstanceId, _Life] = {}
         self._timers: dict[InstanceId, asyncio.TimerHandle] = {}
         self._dying: set[InstanceId] = set()

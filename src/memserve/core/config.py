@@ -77,8 +77,12 @@ class EngineConfig(_Section, frozen=True):
     ``target_tpot`` is the time in seconds between two tokens of a running stream that prefill of other
     prompts leaves it; 0 means: as much prefill as ``step_tokens`` allows, however long the streams wait.
     ``threads`` 0 means: cores divided by the instances on this machine, at least one.
+    ``pin``: where the threads of all instances are as many as the cores, each instance's stay on cores of
+    their own.
     ``weights``: ``stored`` keeps what the file has in 4 or 8 bits as it is; ``bf16`` expands it, which takes
     more memory and gives the same answers; ``int8`` also turns 16-bit weights into 8-bit groups.
+    ``weights_cache`` is the folder for weights in the form that kernels read; ``off`` means none, and by
+    default it is ``memserve`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
     ``activations``: ``int8`` multiplies weights of 4 and 8 bits as integers, which is faster and less exact.
     ``speculative_method``: ``ngram`` proposes up to ``num_speculative_tokens`` tokens per step, where they
     pay; the last ``prompt_lookup_max`` tokens of a sequence, or fewer, down to ``prompt_lookup_min``, find
@@ -91,7 +95,9 @@ class EngineConfig(_Section, frozen=True):
     target_tpot: float = 0.1
     max_running: int = 64
     threads: int = 0
+    pin: bool = True
     weights: str = "stored"
+    weights_cache: str | None = None
     activations: Activations = DEFAULT_ACTIVATIONS
     speculative_method: str = "off"
     num_speculative_tokens: int = 8
@@ -119,6 +125,11 @@ class ClusterConfig(_Section, frozen=True):
     leave_timeout: float = 30.0
     restart_lost: bool = True
     max_restarts: int = 5
+
+    @property
+    def instances(self) -> int:
+        """All of them."""
+        return self.prefill + self.decode + self.colocated
 
 
 class ServerConfig(_Section, frozen=True):
@@ -189,8 +200,8 @@ def check_config(config: Config) -> Config:
         engine.phases,
         "one of the pd-* rows where there are prefill and decode instances",
     )
-    total = cluster.prefill + cluster.decode + cluster.colocated
-    _require(total > 0, "cluster", "0 instances", "at least one colocated, or one prefill and one decode")
+    some = cluster.instances > 0
+    _require(some, "cluster", "0 instances", "at least one colocated, or one prefill and one decode")
     _check_pool(pool)
     _require(0 <= server.port <= 65535, "server.port", server.port, "0 (any free port) to 65535")
     _require(server.max_body >= 1024, "server.max_body", server.max_body, "at least 1024 bytes")

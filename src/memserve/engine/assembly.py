@@ -11,14 +11,14 @@ from pathlib import Path
 
 from memserve.cluster.host import available_memory
 from memserve.core.clock import Clock
-from memserve.core.config import Config, EngineConfig, ModelConfig, PoolConfig
+from memserve.core.config import EngineConfig, PoolConfig
 from memserve.core.errors import ConfigError
 from memserve.core.messages import LoadReport, Message, PoolResized, Ready, ResizePool, Stats
 from memserve.core.types import InstanceId
 from memserve.engine.batcher import Batcher
 from memserve.engine.carrier import PoolCarrier
 from memserve.engine.engine import Engine
-from memserve.engine.models.loader import ModelSource, open_model
+from memserve.engine.loading import Progress, load_model
 from memserve.engine.overlap import Overlap
 from memserve.engine.pace import Pace
 from memserve.engine.phases import PHASES
@@ -26,8 +26,6 @@ from memserve.engine.runners.base import Runner
 from memserve.engine.settings import InstanceSettings
 from memserve.engine.speculation import Lookup
 from memserve.mempool import DiskTier, MemPool, Tier, TransferEndpoint
-
-Progress = Callable[[str, float], None]
 
 log = logging.getLogger(__name__)
 
@@ -107,11 +105,10 @@ async def assemble(
 ) -> Assembled:
     """Load and start everything. Raises ``ModelError`` or ``ConfigError`` naming what is wrong."""
     config = settings.config
-    source = open_model(config.model.model)
-    context = context_of(source, config.model)
-    runner = await asyncio.get_running_loop().run_in_executor(
-        None, load_runner, source, config, settings.threads, context, progress
+    loaded = await asyncio.get_running_loop().run_in_executor(
+        None, load_model, config, settings.threads, settings.cores, progress
     )
+    spec, context, runner = loaded.spec, loaded.context, loaded.runner
     pool = MemPool(
         runner.layout,
         config.pool.memory // runner.layout.block_bytes,
@@ -133,9 +130,10 @@ async def assemble(
         PHASES[config.engine.phases],
         carrier,
         context=context,
-        vocabulary=source.spec.vocabulary,
+        vocabulary=spec.vocabulary,
         clock=clock,
         emit=emit,
+        cores=settings.cores,
         overlap=Overlap(config.engine.overlap),
         backflow_tokens=config.engine.backflow_tokens,
     )
@@ -143,7 +141,7 @@ async def assemble(
     ready = Ready(
         settings.instance,
         address,
-        source.spec.identity,
+        spec.identity,
         context,
         runner.layout.block_tokens,
         pool.blocks,
@@ -185,42 +183,3 @@ def disk_tier(config: PoolConfig, instance: InstanceId, block_bytes: int) -> Dis
     if config.disk_path is None:
         return None
     return DiskTier(Path(config.disk_path) / instance, config.disk_memory // block_bytes)
-
-
-def context_of(source: ModelSource, config: ModelConfig) -> int:
-    """The longest sequence to serve, in tokens. Raises ``ConfigError`` beyond the model's own context."""
-    spec = source.spec
-    asked = config.context or spec.context
-    if not 2 <= asked <= spec.context:
-        limit = f"{spec.context} for this model"
-        if spec.context == spec.window:
-            limit += ", its sliding window (attention beyond it is not supported)"
-        raise ConfigError(f"model.context is {asked}; accepted: 2 to {limit}")
-    if not config.context and spec.context == spec.window:
-        log.warning("context: %d tokens, the model's sliding window; beyond it is not supported", asked)
-    return asked
-
-
-def load_runner(
-    source: ModelSource, config: Config, threads: int, context: int, progress: Progress
-) -> Runner:
-    """Read the weights and build the configured runner; slow, for a worker thread."""
-    kv_dtype = None if config.pool.kv_cache_dtype == "auto" else config.pool.kv_cache_dtype
-
-    def reading(done: float) -> None:
-        progress("reading weights", done)
-
-    if config.model.runner == "reference":
-        from memserve.engine.runners.reference import ReferenceRunner
-
-        return ReferenceRunner(source.weights(reading), layout_dtype=kv_dtype or "f32")
-    from memserve.engine.runners.native import NativeRunner
-
-    return NativeRunner(
-        source.stored_weights(reading),
-        threads=threads,
-        context=context,
-        keep=config.engine.weights,
-        activations=config.engine.activations,
-        kv_dtype=kv_dtype or "bf16",
-    )

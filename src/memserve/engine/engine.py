@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
+import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -66,7 +68,8 @@ class Engine:
     """Runs sequences on ``runner`` with KV in ``pool``; everything it has to say goes to ``emit``.
 
     ``context`` is the longest sequence in tokens, prompt and answer together; ``backflow_tokens`` how much of
-    a running answer is sent back to P at least at a time, 0: only at its end.
+    a running answer is sent back to P at least at a time, 0: only at its end. ``cores``: the first is where
+    the thread stays that calls the runner; none: anywhere.
     """
 
     def __init__(
@@ -82,6 +85,7 @@ class Engine:
         vocabulary: int,
         clock: Clock,
         emit: Callable[[Message], None],
+        cores: tuple[int, ...] = (),
         overlap: Overlap = Overlap.AUTO,
         backflow_tokens: int = PIECE_TOKENS,
     ) -> None:
@@ -113,7 +117,8 @@ class Engine:
         self._vocabulary = vocabulary
         self._clock = clock
         self._emit = emit
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
+        stay = functools.partial(os.sched_setaffinity, 0, cores[:1]) if cores else None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="model", initializer=stay)
         self._wake = asyncio.Event()
         self._stepping: frozenset[Sequence] = frozenset()
         self._cancelled: dict[RequestId, None] = {}

@@ -51,6 +51,9 @@ _CONNECT_SECONDS = 10.0
 _EVENT_SECONDS = 0.002
 """Pool events are collected this long, so that one step's changes travel as one message."""
 
+_WARM_UP_SECONDS = 1.0
+"""Touching a pool's memory takes a core for a third of a second per GiB; until then others start on it."""
+
 
 class Instance:
     """The composition root of an instance process."""
@@ -163,7 +166,7 @@ class Instance:
         assembled.pool.on_events(send_soon)
         self._load = assembled.read_load()
         self._control.notify(assembled.ready)
-        assembled.warm_up()
+        loop.call_later(_WARM_UP_SECONDS, assembled.warm_up)
         gc.collect()
         gc.freeze()
         await asyncio.gather(assembled.engine.run(), self._report(assembled))
@@ -198,11 +201,17 @@ class Instance:
 
 
 def run_from_stdin() -> int:
-    """Entry point of an instance process: settings as JSON on standard input; returns the exit code."""
+    """Entry point of an instance process: settings as JSON on standard input; returns the exit code.
+
+    Without settings there is nothing to do: whoever started this process has changed its mind.
+    """
     _die_with_parent()
     logging.basicConfig(level=os.environ.get("MEMSERVE_LOG", "WARNING"), format="%(name)s: %(message)s")
+    told = sys.stdin.buffer.read()
+    if not told:
+        return 0
     try:
-        settings = msgspec.json.decode(sys.stdin.buffer.read(), type=InstanceSettings)
+        settings = msgspec.json.decode(told, type=InstanceSettings)
     except msgspec.MsgspecError as error:
         print(f"memserve instance: bad settings on standard input: {error}", file=sys.stderr)
         return 2

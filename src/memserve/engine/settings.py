@@ -9,7 +9,7 @@ from memserve.core.types import InstanceId, Role
 
 
 class InstanceSettings(msgspec.Struct, frozen=True):
-    """What the launcher tells a new instance."""
+    """What the launcher tells a new instance. ``cores``: one per thread, to stay on; empty: anywhere."""
 
     instance: InstanceId
     incarnation: int
@@ -18,3 +18,4 @@ class InstanceSettings(msgspec.Struct, frozen=True):
     control_address: str
     threads: int
     config: Config
+    cores: tuple[int, ...] = ()

@@ -6,47 +6,49 @@ One process holds the HTTP server, the scheduler and the cluster manager; each i
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gc
+import importlib
+import os
 import secrets
 import signal
 import socket
-import sys
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine
 from pathlib import Path
+from subprocess import Popen
 
 import msgspec
-import uvicorn
 import uvloop
 
 from memserve.cluster.host import available_memory, count_cores
 from memserve.cluster.manager import ClusterManager
 from memserve.cluster.membership import MemberState
+from memserve.cluster.spawning import INSTANCE_COMMAND
 from memserve.cluster.supervisor import Supervisor
 from memserve.core.clock import MonotonicClock
-from memserve.core.config import Config, PoolConfig
+from memserve.core.config import Config, PoolConfig, override_config
 from memserve.core.errors import ConfigError, NoInstance
 from memserve.core.types import InstanceId, Role
-from memserve.engine.assembly import context_of
-from memserve.engine.models.loader import ModelSource, open_model
+from memserve.engine.context import context_of
+from memserve.engine.models.chat_template import ChatTemplate
+from memserve.engine.models.loader import ModelSource, open_path
+from memserve.engine.models.resolve import resolve_model
+from memserve.engine.models.tokenizer import Tokenizer
 from memserve.engine.settings import InstanceSettings
 from memserve.scheduler.policies import policy_by_name
 from memserve.scheduler.service import GlobalScheduler
-from memserve.server.app import create_app
 from memserve.server.dispatch import Dispatcher
 from memserve.server.overview import ClusterOverview
 from memserve.server.progress import StartScreen
 
-_INSTANCE_COMMAND = (sys.executable, "-m", "memserve.engine.instance")
 
-
-def run(config: Config, screen: StartScreen) -> None:
+def run(config: Config, screen: StartScreen, spare: list[Popen[bytes]] | None = None) -> None:
     """Serve until interrupted; returns after everything has been stopped.
 
+    ``spare``: instance processes that wait for settings; they are taken before others are started.
     Raises ``ConfigError``, ``ModelError`` or ``NoInstance`` when the cluster cannot be brought up.
     """
     try:
-        uvloop.run(_serve(config, screen))
+        uvloop.run(_serve(config, screen, spare))
     finally:
         screen.stopped()
 
@@ -78,6 +80,17 @@ def plan_threads(asked: int, instances: int) -> int:
     return asked or max(1, cores // instances)
 
 
+def plan_cores(pin: bool, threads: int, instances: int) -> tuple[tuple[int, ...], ...]:
+    """The cores that each instance's threads stay on; empty where the system is to choose.
+
+    It is, unless the instances take all cores anyway: a fixed choice of some would be that of others, too.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    if not pin or threads * instances != len(cores):
+        return ((),) * instances
+    return tuple(tuple(cores[at * threads : (at + 1) * threads]) for at in range(instances))
+
+
 def require_memory(pool: PoolConfig, instances: int) -> None:
     """Raise ``ConfigError`` when the pools of all ``instances`` are more than this machine has."""
     available, asked = available_memory(), pool.memory + pool.host_memory
@@ -89,29 +102,12 @@ def require_memory(pool: PoolConfig, instances: int) -> None:
         )
 
 
-class _Http(uvicorn.Server):
-    """Uvicorn without its own signal handling: stopping is the composition root's business."""
-
-    def __init__(self, config: uvicorn.Config) -> None:
-        super().__init__(config)
-        self.answers = asyncio.Event()
-        """Set once requests are accepted."""
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        self.answers.set()
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
-async def _serve(config: Config, screen: StartScreen) -> None:
+async def _serve(config: Config, screen: StartScreen, spare: list[Popen[bytes]] | None) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     with _bind(config.server.host, config.server.port) as listening:
-        cluster = _Cluster(config, screen)
+        cluster = _Cluster(config, screen, spare)
         try:
             await _until(cluster.start(), stop)
             if not stop.is_set():
@@ -123,14 +119,20 @@ async def _serve(config: Config, screen: StartScreen) -> None:
 class _Cluster:
     """What ``serve`` starts and has to stop again."""
 
-    def __init__(self, config: Config, screen: StartScreen) -> None:
+    def __init__(self, config: Config, screen: StartScreen, spare: list[Popen[bytes]] | None) -> None:
         self._config = config
         self._screen = screen
         self._instances = plan_instances(config)
         self._threads = plan_threads(config.engine.threads, len(self._instances))
+        cores = plan_cores(config.engine.pin, self._threads, len(self._instances))
+        names = (instance for instance, _ in self._instances)
+        self._cores = dict(zip(names, cores, strict=True))
         require_memory(config.pool, len(self._instances))
-        self._source: ModelSource = open_model(config.model.model)
-        self._context = context_of(self._source, config.model)
+        path = resolve_model(config.model.model)
+        self._source: ModelSource = open_path(path)
+        self._told = override_config(config, "model", model=str(path))
+        """What instances are told: where the model lies has been found out already."""
+        self._context = context_of(self._source.spec, config.model)
         self._name = secrets.token_hex(6)
         self._address = f"@memserve-{self._name}-control"
         clock = MonotonicClock()
@@ -144,12 +146,13 @@ class _Cluster:
         )
         self._ended: dict[InstanceId, str] = {}
         self._supervisor = Supervisor(
-            _INSTANCE_COMMAND,
+            INSTANCE_COMMAND,
             config.cluster,
             clock,
             self._settings,
             on_exit=self._exited,
             on_given_up=screen.lost,
+            spare=spare,
         )
         self._manager = ClusterManager(config.cluster, clock, self._dispatcher, kill=self._supervisor.kill)
         self._dispatcher.manager = self._manager
@@ -160,13 +163,15 @@ class _Cluster:
         await self._manager.start(self._address)
         for instance, role in self._instances:
             self._supervisor.start(instance, role)
-        self._tokenizer = self._source.tokenizer()
-        self._template = self._source.chat_template()
+        front = asyncio.get_running_loop().run_in_executor(None, _load_front, self._source)
         await self._all_ready()
         self._supervisor.restart_lost()
+        self._tokenizer, self._template = await front
 
     async def answer(self, listening: socket.socket, stop: asyncio.Event) -> None:
         """Serve HTTP until ``stop`` is set."""
+        from memserve.server.http import HttpServer, create_app
+
         served_name = self._config.model.served_name or name_of(self._config.model.model)
         overview = ClusterOverview(
             self._dispatcher, self._manager, self._scheduler, self._config, model=served_name
@@ -179,16 +184,16 @@ class _Cluster:
             self._config.server,
             self._usable_context(),
         )
-        settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2, lifespan="off")
-        http = _Http(settings)
+        http = HttpServer(app)
         serving = asyncio.create_task(http.serve([listening]))
         answering = asyncio.create_task(http.answers.wait())
         stopping = asyncio.create_task(stop.wait())
         await asyncio.wait((serving, answering, stopping), return_when=asyncio.FIRST_COMPLETED)
         if answering.done():
+            self._screen.ready(_url_of(listening), served_name, self._describe())
             gc.collect()
             gc.freeze()
-            self._screen.ready(_url_of(listening), served_name, self._describe())
+            gc.enable()
         await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
         answering.cancel()
         stopping.cancel()
@@ -222,7 +227,14 @@ class _Cluster:
     def _settings(self, instance: InstanceId, role: Role, incarnation: int) -> bytes:
         return msgspec.json.encode(
             InstanceSettings(
-                instance, incarnation, role, self._name, self._address, self._threads, self._config
+                instance,
+                incarnation,
+                role,
+                self._name,
+                self._address,
+                self._threads,
+                self._told,
+                self._cores[instance],
             )
         )
 
@@ -249,6 +261,12 @@ class _Cluster:
             f"{ready.blocks} blocks of {ready.block_tokens} tokens each · "
             f"{self._config.engine.phases} · {self._config.server.policy}",
         )
+
+
+def _load_front(source: ModelSource) -> tuple[Tokenizer, ChatTemplate | None]:
+    """What only this process needs, in a thread while instances start: HTTP, tokenizer, template."""
+    importlib.import_module("memserve.server.http")
+    return source.tokenizer(), source.chat_template()
 
 
 async def _until(starting: Coroutine[None, None, object], stop: asyncio.Event) -> None:

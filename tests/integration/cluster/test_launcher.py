@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from memserve.cluster import launcher as launcher_module
 from memserve.cluster.launcher import LocalLauncher
+from memserve.cluster.spawning import INSTANCE_COMMAND, end_spare, spawn
 from memserve.core.types import InstanceId
 
 pytestmark = pytest.mark.processes
@@ -120,3 +122,32 @@ def test_stop_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         assert gone(pid)
 
     run(scenario)
+
+
+def test_spare_processes_come_first() -> None:
+    async def scenario() -> None:
+        exits = Exits()
+        spare = [spawn(python("import sys; sys.exit(int(sys.stdin.read()))")) for _ in range(2)]
+        waiting = [process.pid for process in spare]
+        launcher = LocalLauncher(python("raise SystemExit(3)"), exits, spare)
+        pid = launcher.start(CHILD, b"7")
+        await exits.changed.wait()
+        assert exits.reasons == {CHILD: "it exited with code 7"}
+        assert pid in waiting
+        assert len(spare) == 1
+        end_spare(spare)
+        assert all(gone(pid) for pid in waiting)
+        exits.changed.clear()
+        spare.clear()
+        launcher.start(CHILD, b"7")
+        await exits.changed.wait()
+        assert exits.reasons == {CHILD: "it exited with code 3"}
+        await launcher.stop()
+
+    run(scenario)
+
+
+def test_an_instance_without_settings_ends_quietly() -> None:
+    process = subprocess.Popen(INSTANCE_COMMAND, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (0, b"")

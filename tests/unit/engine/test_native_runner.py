@@ -162,9 +162,24 @@ def test_weights_that_contradict_their_spec() -> None:
         NativeRunner(dataclasses.replace(weights, layers=weights.layers[:1]), threads=1, context=64)
 
 
+@pytest.mark.parametrize("name", ["q_bias", "k_bias", "v_bias", "q_norm", "k_norm"])
+def test_vectors_that_contradict_their_spec(name: str) -> None:
+    weights, plain = tiny_weights(1, attention_bias=True, qk_norm=True), tiny_weights(1)
+    given = getattr(weights.layers[1], name)
+    setattr(weights.layers[1], name, None)
+    with pytest.raises(ModelError, match=f"layer 1 has no {name}"):
+        NativeRunner(weights, threads=1, context=64)
+    setattr(weights.layers[1], name, given[:-1])
+    with pytest.raises(ModelError, match="values, not"):
+        NativeRunner(weights, threads=1, context=64)
+    setattr(plain.layers[0], name, given)
+    with pytest.raises(ModelError, match=f"layer 0 has a {name}"):
+        NativeRunner(plain, threads=1, context=64)
+
+
 def test_pinned_threads_compute_the_same(runner: NativeRunner) -> None:
-    threads = len(os.sched_getaffinity(0))
-    pinned = NativeRunner(tiny_weights(1), threads=threads, context=64, pin=True)
+    cores = sorted(os.sched_getaffinity(0), reverse=True)
+    pinned = NativeRunner(tiny_weights(1), threads=len(cores), context=64, cores=cores)
     pool, other = Pool(runner), Pool(runner)
     np.testing.assert_array_equal(pinned.forward(pool.batch(40)), runner.forward(other.batch(40)))
     pinned.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import re
 from pathlib import Path
 
@@ -40,6 +39,8 @@ def _check_form(path: Path) -> Path:
 
 
 def _find_default() -> Path:
+    import importlib.metadata
+
     try:
         files = importlib.metadata.distribution(_DEFAULT_DISTRIBUTION).files or []
     except importlib.metadata.PackageNotFoundError:

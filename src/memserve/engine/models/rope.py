@@ -6,16 +6,15 @@ Knows formulas only; readers of files choose one, runners compute with the resul
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 Double = NDArray[np.float64]
 
 
-@dataclass(frozen=True, slots=True)
-class LinearScaling:
+class LinearScaling(msgspec.Struct, frozen=True, tag=True):
     """Positions divided by ``factor`` (position interpolation, arXiv 2306.15595)."""
 
     factor: float
@@ -28,8 +27,7 @@ class LinearScaling:
         return 1.0
 
 
-@dataclass(frozen=True, slots=True)
-class Llama3Scaling:
+class Llama3Scaling(msgspec.Struct, frozen=True, tag=True):
     """Llama 3.1: long waves divided by ``factor``, short ones kept, those between interpolated.
 
     A wave is short if the ``original_context`` (tokens) holds at least ``high_frequency_factor`` of it, and
@@ -52,8 +50,7 @@ class Llama3Scaling:
         return 1.0
 
 
-@dataclass(frozen=True, slots=True)
-class YarnScaling:
+class YarnScaling(msgspec.Struct, frozen=True, tag=True):
     """YaRN (arXiv 2309.00071, section 3): as Llama 3, but interpolated over the index of the pair.
 
     ``attention_factor`` scales rotated q and k; None is the paper's 0.1 ln(factor) + 1 (equation 22).
@@ -83,8 +80,7 @@ class YarnScaling:
         return pairs * math.log(self.original_context / (times * 2 * math.pi)) / math.log(theta)
 
 
-@dataclass(frozen=True, slots=True)
-class FrequencyDivisors:
+class FrequencyDivisors(msgspec.Struct, frozen=True, tag=True):
     """One divisor per pair: how GGUF files store Llama 3's scaling (tensor ``rope_freqs``)."""
 
     divisors: tuple[float, ...]

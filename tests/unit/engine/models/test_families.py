@@ -20,7 +20,7 @@ import model_fixtures
 from memserve import _native
 from memserve.core.config import ModelConfig
 from memserve.core.errors import ConfigError
-from memserve.engine.assembly import context_of
+from memserve.engine.context import context_of
 from memserve.engine.models.loader import ModelSource, open_model
 from memserve.engine.models.rope import FrequencyDivisors, Llama3Scaling, YarnScaling
 from memserve.engine.models.spec import Float, ModelSpec, ModelWeights
@@ -150,10 +150,10 @@ def test_fixtures_would_notice_what_is_forgotten(name: str, tmp_path: Path) -> N
 def test_a_window_bounds_the_context(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = open_folder(model_fixtures.load_fixture("mistral-0.1"), tmp_path)
     assert (source.spec.window, source.spec.context) == (96, 96)
-    assert context_of(source, ModelConfig(context=96)) == 96
+    assert context_of(source.spec, ModelConfig(context=96)) == 96
     with pytest.raises(ConfigError, match=r"context is 97; accepted: 2 to 96 .* sliding window"):
-        context_of(source, ModelConfig(context=97))
-    assert context_of(source, ModelConfig()) == 96
+        context_of(source.spec, ModelConfig(context=97))
+    assert context_of(source.spec, ModelConfig()) == 96
     assert "96 tokens, the model's sliding window" in caplog.text
     nemo = open_folder(model_fixtures.load_fixture("mistral-nemo"), tmp_path).spec
     assert (nemo.window, nemo.context, nemo.head_dim) == (None, 256, 48)

@@ -202,11 +202,12 @@ def describe(seat: Seat) -> dict[str, str]:
     }
 
 
-def run(plan: Plan, weights: Sequence[str], threads: Sequence[int], seconds: float) -> dict[str, object]:
-    """All settings, each with an equal share of what is left of the time."""
+def run(
+    plan: Plan, weights: Sequence[str], threads: Sequence[int], seconds: float
+) -> Iterator[dict[str, object]]:
+    """Measure all settings, each with an equal share of what is left of the time; yield their records."""
     pairs = [(kind, count) for kind in weights for count in threads]
     deadline = time.monotonic() + seconds
-    records = []
     for at, (kind, count) in enumerate(pairs):
         share = (deadline - time.monotonic()) / (len(pairs) - at)
         begun, measured = time.monotonic(), Measured(kind, count)
@@ -215,8 +216,7 @@ def run(plan: Plan, weights: Sequence[str], threads: Sequence[int], seconds: flo
             measure_rounds(plan, seats, measured, share - (time.monotonic() - begun))
         setting = setting_of(plan, measured, seats)
         print(as_text(setting), flush=True)
-        records.append(record(plan, setting, measured, seats))
-    return {"settings": records}
+        yield record(plan, setting, measured, seats)
 
 
 def record(plan: Plan, setting: Setting, measured: Measured, seats: dict[str, Seat]) -> dict[str, object]:
@@ -278,14 +278,13 @@ def main() -> None:
     minutes = asked.minutes or (QUICK_MINUTES if asked.quick else MINUTES[asked.model])
     begun = time.monotonic()
     threads = [int(count) for count in asked.threads.split(",")]
-    found = run(plan, asked.weights.split(","), threads, 60 * minutes)
-    about = {
-        "model": asked.model,
-        "clock": asked.clock,
-        "isa": _native.isa(),
-        "seconds": round(time.monotonic() - begun),
-    }
-    print(f"\n{write_result('engine_vs_peers', about | found, output)}")
+    records: list[dict[str, object]] = []
+    about = {"model": asked.model, "clock": asked.clock, "isa": _native.isa()}
+    for each in run(plan, asked.weights.split(","), threads, 60 * minutes):
+        # Written after each setting, so that a run that is cut short leaves what it has.
+        records.append(each)
+        taken = {"seconds": round(time.monotonic() - begun), "settings": records}
+        print(f"\n{write_result('engine_vs_peers', about | taken, output)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import gguf
+import msgspec
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -122,7 +123,7 @@ TRAITS: dict[str, Callable[[ModelWeights], None]] = {
     "llama-2-linear": lambda weights: set_spec(weights, rope_scaling=None),
     "llama-3.1": lambda weights: set_spec(weights, rope_scaling=None),
     "qwen2.5-yarn": lambda weights: set_spec(
-        weights, rope_scaling=dataclasses.replace(weights.spec.rope_scaling, attention_factor=1.0)
+        weights, rope_scaling=msgspec.structs.replace(weights.spec.rope_scaling, attention_factor=1.0)
     ),
     "qwen2": lambda weights: set_layers(weights, k_bias=None),
     "qwen3": lambda weights: set_layers(weights, q_norm=None),

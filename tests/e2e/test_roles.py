@@ -102,9 +102,8 @@ def swapped() -> Iterator[tuple[Served, list[int]]]:
 def test_what_was_cached_before_a_change_is_found_after_it(swapped: tuple[Served, list[int]]) -> None:
     served, tokens = swapped
     assert ledger_of(complete(served, tokens, 4))["computed"] < 300 % 16 + 16
-    trees = {tree["role"]: tree["tokens"] for tree in served.get("/v1/cluster")["trees"]}
-    assert trees.keys() == {"prefill", "decode"}
-    assert min(trees.values()) >= 288
+    [tree] = served.get("/v1/cluster")["trees"]
+    assert tree["tokens"] >= 2 * 288, "one of the two is believed to hold less than it does"
 
 
 def test_answers_flow_back_to_whoever_prefills_now(swapped: tuple[Served, list[int]]) -> None:

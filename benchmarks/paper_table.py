@@ -12,15 +12,12 @@ effects stand beside ours; its machine had eight GPUs, so only what is relative 
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
-import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from bench_command import run_bench
 from recording import write_result
 
 NAMES = ("colocated", "colocated-cache", "disagg", "disagg-cache")
@@ -28,7 +25,6 @@ PAPER = {"sharegpt": (0.58, 0.17), "loogle": (0.56, 0.27), "react": (0.78, 0.27)
 """Share of mean TTFT and of mean JCT that caching on top of disaggregation saved in the paper."""
 CAPACITY_SESSIONS = 16
 CAPACITY_CONCURRENCY = 8
-DEADLINE = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +72,7 @@ def main() -> None:
 
 def measure_capacity(workload: str, data: Path) -> float:
     """Sessions per second of the colocated configuration without caching when it is never idle."""
-    report = bench(
+    report = run_bench(
         "--compare", NAMES[0], "--workload", workload, "--data", str(data), "--think", "0",
         "--sessions", str(CAPACITY_SESSIONS), "--concurrency", str(CAPACITY_CONCURRENCY),
     )  # fmt: skip
@@ -85,23 +81,11 @@ def measure_capacity(workload: str, data: Path) -> float:
 
 def measure(workload: str, data: Path, load: float, rate: float, seconds: float, rounds: int) -> list[Cell]:
     """All configurations under one load, in turns."""
-    report = bench(
+    report = run_bench(
         "--compare", ",".join(NAMES), "--workload", workload, "--data", str(data),
         "--sessions", str(max(4, round(rate * seconds))), "--rate", f"{rate:.4f}", "--rounds", str(rounds),
     )  # fmt: skip
     return [cell_of(workload, load, rate, entry) for entry in report["entries"]]
-
-
-def bench(*options: str) -> dict[str, Any]:
-    """The report of ``memserve bench`` with these options."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "report.json"
-        command = [sys.executable, "-m", "memserve.cli", "bench", *options, "--json", str(file)]
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE, check=False)
-        if ended.returncode:
-            sys.exit(f"{' '.join(command)} ended with {ended.returncode}:\n{ended.stderr[-2000:]}")
-        report: dict[str, Any] = json.loads(file.read_text())
-        return report
 
 
 def cell_of(workload: str, load: float, rate: float, entry: Mapping[str, Any]) -> Cell:

@@ -389,9 +389,20 @@ inline float combine_lanes(Floats x, Combine combine) {
     for (int i = 0; i < half; ++i) lanes[i] = combine(lanes[i], lanes[i + half]);
   return lanes[0];
 }
+#if defined(__AVX512BF16__)
+// The same tree in registers.
+inline float sum_of_lanes(Floats x) {
+  const __m256 upper = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(x), 1));
+  const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(x), upper);
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+#else
 inline float sum_of_lanes(Floats x) {
   return combine_lanes(x, [](float a, float b) { return a + b; });
 }
+#endif
 inline float largest_lane(Floats x) {
   return combine_lanes(x, [](float a, float b) { return a > b ? a : b; });
 }

@@ -158,7 +158,7 @@ def describe(config: Config, runner: Runner) -> dict[str, str]:
         "instruction set": runner.isa,
         "weights": f"kept {engine.weights}",
         "inputs of matrix products": "8 bits where weights have 4 or 8, else bf16"
-        if engine.activations == "int8"
+        if runner.layout.model.endswith("-int8-activations")
         else "bf16",
         "KV cache": runner.layout.dtype,
         "step": f"{engine.step_tokens} tokens, target_tpot {engine.target_tpot}",

@@ -12,7 +12,7 @@ import typer
 from memserve.cli import serve_options as options
 from memserve.cli.failure import BAD_USAGE, CANNOT, fail
 from memserve.cli.sizes import parse_size
-from memserve.core.config import Activations, Config, check_config, override_config, parse_config
+from memserve.core.config import ActivationsOption, Config, check_config, override_config, parse_config
 from memserve.core.errors import ConfigError, MemServeError, ModelError
 
 DEFAULT_DISK = 4 << 30
@@ -29,7 +29,7 @@ class ServeOptions:
     runner: str | None = None
     weights: str | None = None
     weights_cache: str | None = None
-    activations: Activations | None = None
+    activations: ActivationsOption | None = None
     speculative_method: str | None = None
     num_speculative_tokens: int | None = None
     prefill: int | None = None

@@ -61,10 +61,11 @@ WeightsCache = Annotated[
     ),
 ]
 Activations = Annotated[
-    config.Activations | None,
+    config.ActivationsOption | None,
     typer.Option(
         help="In what weights of 4 and 8 bits are multiplied. **bf16**: as exact as bf16 weights. **int8**: "
-        f"integers, faster and less exact. Default: {DEFAULT_ACTIVATIONS.value}.",
+        f"integers, faster and less exact. **{DEFAULT_ACTIVATIONS.value}** (default): int8, but bf16 on CPUs "
+        "with AMX.",
         rich_help_panel=_MODEL,
     ),
 ]

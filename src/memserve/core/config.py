@@ -36,7 +36,15 @@ class Activations(enum.StrEnum):
     INT8 = "int8"
 
 
-DEFAULT_ACTIVATIONS = Activations.BF16
+class ActivationsOption(enum.StrEnum):
+    """``Activations``, or what suits the processor."""
+
+    AUTO = "auto"
+    BF16 = "bf16"
+    INT8 = "int8"
+
+
+DEFAULT_ACTIVATIONS = ActivationsOption.AUTO
 
 
 class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -83,7 +91,8 @@ class EngineConfig(_Section, frozen=True):
     more memory and gives the same answers; ``int8`` also turns 16-bit weights into 8-bit groups.
     ``weights_cache`` is the folder for weights in the form that kernels read; ``off`` means none, and by
     default it is ``memserve`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
-    ``activations``: ``int8`` multiplies weights of 4 and 8 bits as integers, which is faster and less exact.
+    ``activations``: ``int8`` multiplies weights of 4 and 8 bits as integers, which is faster and less exact;
+    ``auto`` is that, or ``bf16`` on processors with AMX, whose products of bf16 are quicker.
     ``speculative_method``: ``ngram`` proposes up to ``num_speculative_tokens`` tokens per step, where they
     pay; the last ``prompt_lookup_max`` tokens of a sequence, or fewer, down to ``prompt_lookup_min``, find
     them in itself. Answers are the same as with ``off``.
@@ -98,7 +107,7 @@ class EngineConfig(_Section, frozen=True):
     pin: bool = True
     weights: str = "stored"
     weights_cache: str | None = None
-    activations: Activations = DEFAULT_ACTIVATIONS
+    activations: ActivationsOption = DEFAULT_ACTIVATIONS
     speculative_method: str = "off"
     num_speculative_tokens: int = 8
     prompt_lookup_max: int = 6

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from memserve.core.config import Config
+from memserve.core.config import Activations, ActivationsOption, Config
 from memserve.engine.context import context_of
 from memserve.engine.models.packed import PackedOrigin, PackedWeights
 from memserve.engine.models.resolve import resolve_model
@@ -57,6 +57,7 @@ def load_native(
     path: Path, config: Config, threads: int, cores: Sequence[int], reading: Callable[[float], None]
 ) -> LoadedModel:
     """The native runner, on weights from the cache where it has them; else packed now, and kept there."""
+    from memserve import _native
     from memserve.engine.runners.native import NativeRunner
 
     keep = config.engine.weights
@@ -69,7 +70,7 @@ def load_native(
             context=context,
             cores=cores,
             keep=keep,
-            activations=config.engine.activations,
+            activations=_activations(config, _native.isa()),
             kv_dtype=_kv_dtype(config) or "bf16",
         )
         return LoadedModel(weights.spec, context, runner), runner
@@ -93,6 +94,14 @@ def _read(path: Path, reading: Callable[[float], None]) -> StoredWeights:
     from memserve.engine.models.loader import open_path
 
     return open_path(path).stored_weights(reading)
+
+
+def _activations(config: Config, isa: str) -> Activations:
+    """What is asked for, or what suits the machine."""
+    asked = config.engine.activations
+    if asked is not ActivationsOption.AUTO:
+        return Activations(asked)
+    return Activations.BF16 if isa.startswith("amx") else Activations.INT8
 
 
 def _kv_dtype(config: Config) -> str | None:

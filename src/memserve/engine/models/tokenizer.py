@@ -89,6 +89,10 @@ class Tokenizer:
         """One token for people; a part of a character shows as U+FFFD."""
         return self.token_bytes(token).decode(errors="replace")
 
+    def to_json(self) -> str:
+        """The vocabulary as a ``tokenizer.json``, for other programs."""
+        return self._engine.to_str()
+
     def is_special(self, token: int) -> bool:
         """Whether a token steers the model and is no text."""
         return token in self._special

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import shutil
@@ -117,7 +118,7 @@ async def serving_vllm(folder: Path) -> AsyncIterator[str]:
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     }
     command = [
-        *(str(python), "-m", "vllm.entrypoints.cli.main", "serve", str(prepare_folder())),
+        *(str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(prepare_folder())),
         *("--served-model-name", DEFAULT_MODEL, "--host", "127.0.0.1", "--port", str(port)),
         *("--dtype", "bfloat16", "--enable-prefix-caching", "--max-model-len", str(CONTEXT + 64)),
         *("--kv-cache-memory-bytes", str(VLLM_KV_BYTES), "--max-num-batched-tokens", "512"),
@@ -132,12 +133,17 @@ async def serving_vllm(folder: Path) -> AsyncIterator[str]:
         await until_ready(process, url, log)
         yield url
     finally:
+        await end(process)
+
+
+async def end(process: asyncio.subprocess.Process) -> None:
+    """Stop a process and all that it started."""
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGINT)
-        try:
+        with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(process.wait(), STOP_SECONDS)
-        except TimeoutError:
-            os.killpg(process.pid, signal.SIGKILL)
-            await process.wait()
+        os.killpg(process.pid, signal.SIGKILL)
+    await process.wait()
 
 
 async def until_ready(process: asyncio.subprocess.Process, url: str, log: Path) -> None:

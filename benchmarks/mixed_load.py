@@ -25,15 +25,16 @@ from pathlib import Path
 import numpy as np
 
 from memserve.core.clock import Clock, MonotonicClock
+from memserve.core.config import Config, EngineConfig, ModelConfig
 from memserve.core.messages import Message, RequestClosed, Submit, TokenChunk
 from memserve.core.types import FinishReason, InstanceId, Namespace, RequestId, SamplingParams, pack_tokens
 from memserve.engine.batcher import Batcher
 from memserve.engine.carrier import NoPeers
 from memserve.engine.engine import Engine
-from memserve.engine.models.loader import open_model
+from memserve.engine.loading import load_model
 from memserve.engine.pace import Pace
 from memserve.engine.phases import PHASES
-from memserve.engine.runners.native import NativeRunner
+from memserve.engine.runners.base import Runner
 from memserve.mempool.pool import MemPool
 from recording import summarise, write_result
 
@@ -104,7 +105,7 @@ class Mixed:
     first_tokens: list[float]
 
 
-def make_bench(runner: NativeRunner, vocabulary: int, clock: Clock) -> Bench:
+def make_bench(runner: Runner, vocabulary: int, clock: Clock) -> Bench:
     pool = MemPool(runner.layout, BLOCKS, instance=InstanceId("bench"), incarnation=1, clock=clock)
     made: list[Bench] = []
     engine = Engine(
@@ -155,7 +156,7 @@ def gaps(times: Sequence[float]) -> list[float]:
 
 
 async def measure(
-    runner: NativeRunner, vocabulary: int, clock: Clock, targets: list[str], rounds: int
+    runner: Runner, vocabulary: int, clock: Clock, targets: list[str], rounds: int
 ) -> dict[str, object]:
     bench = make_bench(runner, vocabulary, clock)
     running = asyncio.create_task(bench.engine.run())
@@ -216,12 +217,15 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--output", type=Path)
     asked = parser.parse_args()
-    source = open_model(asked.model)
-    runner = NativeRunner(source.weights(lambda done: None), threads=asked.threads, context=2048)
+    config = Config(
+        model=ModelConfig(model=asked.model, context=2048), engine=EngineConfig(weights_cache="off")
+    )
+    loaded = load_model(config, asked.threads, (), lambda stage, done: None)
+    runner = loaded.runner
     clock = MonotonicClock() if asked.clock == "wall" else ProcessorClock(asked.threads)
     try:
         figures = asyncio.run(
-            measure(runner, source.spec.vocabulary, clock, asked.targets.split(","), asked.rounds)
+            measure(runner, loaded.spec.vocabulary, clock, asked.targets.split(","), asked.rounds)
         )
     finally:
         isa = runner.isa

@@ -6,8 +6,8 @@
 ``--instances`` prefill and as many decode. Engines are modelled by the prices of a 70 B dense model on
 eight A800-class GPUs at half of their peak (2 x 70e9 FLOP per token, attention 2 x 80 x 8192 FLOP per pair
 of tokens); KV of 320 KiB per token travels at 100 Gb/s. A load of 1 is what the prefill instances would get
-done without any cache. Larger clusters get copies of the trace with other tokens. ``cost+fetch`` may bring a
-prefix from a peer; the simulator carries that out, live instances cannot yet.
+done without any cache. Larger clusters get copies of the trace with other tokens. ``cost-without-fetch``
+never brings a prefix from a peer.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ CAPACITY = 3_000_000
 COPY = 100_000_000
 """What the ids of a copy of the trace are apart; id 0 is the system prompt, common to all."""
 PER_COPY = 8
-FETCHING = "cost+fetch"
+ALONE = "cost-without-fetch"
 
 
 def main() -> None:
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--instances", type=int, default=8)
     parser.add_argument("--loads", default="0.75,0.95")
     parser.add_argument("--requests", type=int, default=4000, help="of the trace's beginning")
-    parser.add_argument("--policies", default=",".join((*POLICIES, FETCHING)))
+    parser.add_argument("--policies", default=",".join((*POLICIES, ALONE)))
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/routing_policies.json")
     options = parser.parse_args()
     trace = mooncake.load(options.traces, options.trace)[: options.requests]
@@ -87,7 +87,7 @@ def measure(trace: list[Request], name: str, instances: int, load: float) -> dic
 
 
 def policy_of(name: str) -> Policy:
-    return LeastCost(fetches=True) if name == FETCHING else policy_by_name(name)
+    return LeastCost(fetches=False) if name == ALONE else policy_by_name(name)
 
 
 def seconds_of(prompt: int) -> float:

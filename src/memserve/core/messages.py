@@ -145,6 +145,13 @@ class Shutdown(Message, frozen=True):
 # --- control: requests --------------------------------------------------------------------------------
 
 
+class Fetch(msgspec.Struct, frozen=True, array_like=True):
+    """A peer is sending the first ``tokens`` tokens of a prompt: worth waiting for at most ``seconds``."""
+
+    tokens: int
+    seconds: float
+
+
 class Submit(Message, frozen=True):
     """Run a request. With ``decode_on`` set, prefill here and hand over to that instance."""
 
@@ -154,6 +161,30 @@ class Submit(Message, frozen=True):
     sampling: SamplingParams
     decode_on: InstanceId | None = None
     trace: bool = False
+    fetch: Fetch | None = None
+
+
+class SendPrefix(Message, frozen=True):
+    """Send ``to`` what is cached here of ``tokens``, for ``request``; answered by ``PrefixSent``."""
+
+    request: RequestId
+    namespace: Namespace
+    tokens: bytes
+    to: InstanceId
+
+
+class PrefixSent(Message, frozen=True):
+    """``tokens`` tokens of a prefix are at the other instance now, and ``bytes`` bytes went there.
+
+    ``error`` says why it were not more, if it failed. ``seconds`` is what moving the bytes took.
+    """
+
+    request: RequestId
+    instance: InstanceId
+    tokens: int
+    bytes: int
+    seconds: float
+    error: str = ""
 
 
 class Cancel(Message, frozen=True):
@@ -429,6 +460,8 @@ ControlMessage = (
     | SetRole
     | Shutdown
     | Submit
+    | SendPrefix
+    | PrefixSent
     | Cancel
     | TokenChunk
     | RequestError

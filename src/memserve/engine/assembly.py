@@ -22,6 +22,7 @@ from memserve.engine.loading import Progress, load_model
 from memserve.engine.overlap import Overlap
 from memserve.engine.pace import Pace
 from memserve.engine.phases import PHASES
+from memserve.engine.prefix_sender import PrefixSender
 from memserve.engine.runners.base import Runner
 from memserve.engine.settings import InstanceSettings
 from memserve.engine.speculation import Lookup
@@ -43,6 +44,7 @@ class Assembled:
     endpoint: TransferEndpoint
     carrier: PoolCarrier
     engine: Engine
+    prefixes: PrefixSender
     ready: Ready
     stopping: threading.Event = field(default_factory=threading.Event)
     resizing: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -92,6 +94,7 @@ class Assembled:
     async def close(self) -> None:
         """Stop in reverse order; every block is given back before the pool goes, which is checked."""
         self.stopping.set()
+        await self.prefixes.close()
         await self.engine.close()
         await self.endpoint.close()
         self.pool.check(())
@@ -151,7 +154,8 @@ async def assemble(
         config.engine.step_tokens,
         config.engine.target_tpot,
     )
-    return Assembled(settings, runner, pool, endpoint, carrier, engine, ready)
+    prefixes = PrefixSender(settings.instance, pool, emit)
+    return Assembled(settings, runner, pool, endpoint, carrier, engine, prefixes, ready)
 
 
 def _require_memory(more: int) -> None:

@@ -41,7 +41,7 @@ from memserve.engine.journeys import Journeys
 from memserve.engine.overlap import Overlap
 from memserve.engine.phases import Handoff, Phases
 from memserve.engine.runners.base import Runner
-from memserve.engine.sequence import Patience, Sequence, from_adoption, new_sequence
+from memserve.engine.sequence import Expected, Patience, Sequence, from_adoption, new_sequence
 from memserve.engine.sequence_blocks import SequenceBlocks
 from memserve.engine.sharing import Lead, Leaders
 from memserve.engine.speculation import Speculated
@@ -158,6 +158,9 @@ class Engine:
             decode_on=message.decode_on,
             trace=message.trace,
         )
+        if message.fetch is not None:
+            deadline = self._clock.now() + message.fetch.seconds
+            sequence.fetch = Expected(message.fetch.tokens, deadline)
         self._batcher.enqueue(sequence)
         self._wake.set()
 
@@ -291,16 +294,31 @@ class Engine:
         """
         if not self._phases.reuses:
             return False
+        now = self._clock.now()
+        if self._is_fetched(sequence, now):
+            self._expecting = True
+            return True
         wanted = sequence.buffer[: sequence.length - 1]
         if self._pool.incoming_gain(wanted, sequence.namespace) == 0:
             return False
-        now = self._clock.now()
         if sequence.patience is None:
             sequence.patience = now + _PATIENCE_SECONDS
         if now >= sequence.patience:
             return False
         self._expecting = True
         return True
+
+    def _is_fetched(self, sequence: Sequence, now: float) -> bool:
+        """Whether a peer was asked for the prompt's beginning and may still bring it."""
+        expected = sequence.fetch
+        if expected is None:
+            return False
+        prefix = sequence.buffer[: min(expected.tokens, sequence.length - 1)]
+        whole = len(prefix) - len(prefix) % self._pool.layout.block_tokens
+        if now < expected.deadline and self._pool.count_cached(prefix, sequence.namespace) < whole:
+            return True
+        sequence.fetch = None
+        return False
 
     def _outgrows(self, sequence: Sequence) -> bool:
         """Whether a sequence can never run in the pool as it is now; it has failed then."""

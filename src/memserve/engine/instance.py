@@ -36,6 +36,7 @@ from memserve.core.messages import (
     Ok,
     RequestError,
     ResizePool,
+    SendPrefix,
     SetRole,
     Shutdown,
     StartFailed,
@@ -123,7 +124,11 @@ class Instance:
                 self._assembled.carrier.set_members(message.members)
         elif isinstance(message, Submit):
             self._submit(message)
-        elif isinstance(message, Cancel) and self._assembled is not None:
+        elif self._assembled is None:
+            return
+        elif isinstance(message, SendPrefix):
+            self._assembled.prefixes.send(message)
+        elif isinstance(message, Cancel):
             self._assembled.engine.cancel(message.request, message.reason)
 
     async def on_call(self, connection: Connection, message: Any) -> Message:

@@ -53,6 +53,14 @@ class Patience:
         return now >= self._deadline
 
 
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """The KV of the first ``tokens`` tokens of the prompt, waited for until ``deadline`` (engine's clock)."""
+
+    tokens: int
+    deadline: float
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
     """``buffer[:length]`` are prompt and sampled tokens; the KV of ``buffer[:computed]`` is in ``addrs``."""
@@ -75,6 +83,8 @@ class Sequence:
     ended: FinishReason | None = None
     patience: float | None = None
     """Until when to wait for KV on its way here, in the engine's clock; None if there was none so far."""
+    fetch: Expected | None = None
+    """What a peer was asked to send here; None when that is over."""
     leader_patience: Patience | None = None
     """With the sequence that computes what this one begins with; None if it has waited for none so far."""
     trace: bool = False

@@ -240,6 +240,10 @@ class LocalPool:
             self._tiers.count_hits(numbers_of(lease.addrs.packed))
         return lease
 
+    def count_cached(self, tokens: Tokens, namespace: Namespace) -> int:
+        """How many tokens at the beginning of ``tokens`` (int32[n]) are cached. No lease is taken."""
+        return len(self._index.find(namespace, tokens).blocks) * self.layout.block_tokens
+
     def delete(self, tokens: Tokens, namespace: Namespace) -> int:
         """Forget the entry ``tokens`` and whatever continues it; blocks shared with other entries stay.
 

@@ -247,7 +247,7 @@ class MemPool(LocalPool):
         whole = promised // self.layout.block_tokens
         if whole == 0:
             return 0
-        return max(0, whole - len(self._index.find(namespace, tokens).blocks)) * self.layout.block_tokens
+        return max(0, whole * self.layout.block_tokens - self.count_cached(tokens, namespace))
 
     def complete_incoming(
         self, transfer: str, origin: Origin, adopt: Callable[[Addresses], None] | None = None

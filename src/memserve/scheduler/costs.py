@@ -6,7 +6,7 @@ does to others: those who wait behind it and the streams beside it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -27,6 +27,20 @@ class Wire:
     def token(self) -> float:
         """Seconds per token of KV."""
         return self.bytes_per_token / self.bandwidth
+
+    def learn(self, moved: int, seconds: float) -> Wire:
+        """What is believed after ``moved`` bytes took ``seconds``.
+
+        Latency and bandwidth answer for their parts of the error; one transfer moves neither by more than an
+        eighth.
+        """
+        if moved <= 0 or seconds <= 0:
+            return self
+        flight = moved / self.bandwidth
+        predicted = self.latency + flight
+        error = min(max(seconds / predicted - 1, -0.5), 0.5) / 4
+        latency = self.latency * (1 + error * self.latency / predicted)
+        return replace(self, latency=latency, bandwidth=self.bandwidth / (1 + error * flight / predicted))
 
     def seconds(self, tokens: int) -> float:
         """To move the KV of ``tokens`` tokens; none for none."""

@@ -114,6 +114,10 @@ class GlobalScheduler:
         if heartbeat.instance in self._easing:
             self._ease(heartbeat.instance)
 
+    def on_transfer(self, moved: int, seconds: float) -> None:
+        """Bytes that went from an instance to another, and what that took."""
+        self.state.wire = self.state.wire.learn(moved, seconds)
+
     def on_pool_events(self, events: PoolEvents) -> bool:
         """Apply a batch; True when a snapshot is needed first.
 

@@ -29,6 +29,7 @@ from memserve.core.messages import (
     Member,
     Message,
     PoolEvents,
+    PrefixSent,
     Ready,
     RequestClosed,
     RequestError,
@@ -183,6 +184,9 @@ class Dispatcher:
             self._dismiss_idle()
         elif isinstance(message, RequestError):
             self._placement.report(message)
+        elif isinstance(message, PrefixSent):
+            self._scheduler.on_transfer(message.bytes, message.seconds)
+            self._trace(message.request, "mempool.fetch", message.error or f"{message.tokens} tokens fetched")
         elif isinstance(message, Trace):
             self._record(message)
         elif isinstance(message, StartFailed):

@@ -12,9 +12,9 @@ import logging
 from collections.abc import Callable
 
 from memserve.core.errors import InvalidRequest, MemServeError, NoInstance, PeerLost, error_from_wire
-from memserve.core.messages import Cancel, Message, RequestError, Submit
-from memserve.core.types import FinishReason, InstanceId, Namespace, RequestId, pack_tokens
-from memserve.scheduler.decision import RouteRequest
+from memserve.core.messages import Cancel, Fetch, Message, RequestError, SendPrefix, Submit
+from memserve.core.types import FinishReason, InstanceId, Namespace, RequestId, Tokens, pack_tokens
+from memserve.scheduler.decision import Decision, RouteRequest
 from memserve.scheduler.service import GlobalScheduler
 from memserve.server.stream import Interrupted, Stream
 
@@ -26,6 +26,9 @@ _PAUSE_SECONDS = 0.05
 """Before an attempt after which nobody is known to be lost; doubled each time, while the loss gets known."""
 _LOOK_SECONDS = 0.25
 """How often to look whether anybody is still on the way back."""
+_FETCH_PATIENCE = 4.0
+_FETCH_SECONDS = 0.05
+"""A prefix from a peer is waited for so many times as long as it should take, and so many seconds more."""
 _MOVABLE = frozenset({"PeerLost", "TransferAborted", "StaleAddress"})
 """Errors of an instance that speak of another one: the request itself is fine."""
 
@@ -74,8 +77,11 @@ class Placement:
         self._note(request.request, "scheduler.decide", decision.reason)
         stream.begin(decision)
         self._attempts[attempt] = stream
-        submit = Submit(attempt, namespace, pack_tokens(tokens), sampling, decision.decode, request.trace)
         try:
+            fetch = self._ask_for_prefix(decision, namespace, tokens)
+            submit = Submit(
+                attempt, namespace, pack_tokens(tokens), sampling, decision.decode, request.trace, fetch
+            )
             self._send(decision.prefill, submit)
         except PeerLost:
             self.leave(stream, FinishReason.CANCELLED)
@@ -135,6 +141,20 @@ class Placement:
         self._attempts.pop(stream.attempt, None)
 
     # --- inside ---
+
+    def _ask_for_prefix(self, decision: Decision, namespace: Namespace, tokens: Tokens) -> Fetch | None:
+        """Let the holder that the decision names send its part; None where there is nothing to wait for."""
+        if decision.fetch_from is None:
+            return None
+        wanted = tokens[: decision.fetch_tokens]
+        ask = SendPrefix(decision.request, namespace, pack_tokens(wanted), decision.prefill)
+        try:
+            self._send(decision.fetch_from, ask)
+        except PeerLost:
+            return None
+        missing = decision.fetch_tokens - decision.matched_prefill
+        seconds = _FETCH_SECONDS + _FETCH_PATIENCE * self._scheduler.state.wire.seconds(missing)
+        return Fetch(decision.fetch_tokens, seconds)
 
     def _interrupt(self, stream: Stream, reason: str, *, lost: bool = True) -> None:
         self.leave(stream, FinishReason.CANCELLED)

@@ -6,6 +6,7 @@ import pytest
 
 from memserve.core.errors import NoInstance
 from memserve.core.types import InstanceId, RequestId, StepPrices
+from memserve.scheduler.costs import Wire
 from memserve.scheduler.decision import Decision, decide
 from memserve.scheduler.policies.cost import RECORDED, LeastCost, Weights
 from memserve.scheduler.state import Share, Work
@@ -135,7 +136,7 @@ def test_a_decode_place_prefills_what_little_is_missing_there(priced) -> None:
     priced.add_priced("p0", "d0")
     assert (place(priced).prefill, place(priced).decode) == ("p0", "d0")
     priced.apply("d0", 0, priced.stored(0, 39))
-    appended = place(priced)
+    appended = place(priced, LeastCost(fetches=False))
     assert (appended.prefill, appended.decode, appended.matched_prefill) == ("d0", None, 39 * 16)
 
 
@@ -146,3 +147,17 @@ def test_streams_of_a_decode_place_are_spared(priced) -> None:
         priced.state.book(RequestId(f"s{n}"), share, Share(InstanceId("d0"), Work(context_tokens=500)))
         priced.state.finish_prefill(RequestId(f"s{n}"))
     assert (place(priced).prefill, place(priced).decode) == ("p0", "d0")
+
+
+def test_a_link_is_learnt_from_what_went_over_it() -> None:
+    wire, true = Wire(100.0, 2e9, 2e-3), Wire(100.0, 5e8, 8e-3)
+    for size in [10_000, 50_000_000] * 200:
+        wire = wire.learn(size, true.latency + size / true.bandwidth)
+    assert wire.seconds(1) == pytest.approx(true.seconds(1), rel=0.05)
+    assert wire.seconds(500_000) == pytest.approx(true.seconds(500_000), rel=0.05)
+
+
+def test_one_odd_transfer_moves_a_link_little() -> None:
+    wire = Wire(100.0, 2e9, 2e-3)
+    assert wire.seconds(500) < wire.learn(50_000, 60.0).seconds(500) < 1.2 * wire.seconds(500)
+    assert wire.learn(0, 1.0) == wire

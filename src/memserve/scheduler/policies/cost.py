@@ -48,7 +48,7 @@ class Weights:
 
 
 class LeastCost:
-    """See the module. ``fetches``: instances can bring KV from peers before they prefill.
+    """See the module. ``fetches``: whether KV is brought from peers before a prompt is prefilled.
 
     While predictions are worse than ``_WORST_ERROR`` it decides as ``prompt-tree``, which never waits longer
     for a prefix than computing it would take, in tokens.
@@ -56,7 +56,7 @@ class LeastCost:
 
     name = "cost"
 
-    def __init__(self, weights: Weights | None = None, *, fetches: bool = False) -> None:
+    def __init__(self, weights: Weights | None = None, *, fetches: bool = True) -> None:
         self._weights = weights or Weights()
         self._fetches = fetches
         self._fallback = PromptTree()

@@ -34,6 +34,15 @@ def available_memory(root: Path = Path("/")) -> int | None:
     return min(known, default=None)
 
 
+def processor_name(root: Path = Path("/")) -> str:
+    """What the processor calls itself; empty where nobody says."""
+    for line in _read(root / "proc/cpuinfo").splitlines():
+        key, _, name = line.partition(":")
+        if key.strip() == "model name":
+            return name.strip()
+    return ""
+
+
 def _meminfo(root: Path, name: str) -> int | None:
     for line in _read(root / "proc/meminfo").splitlines():
         key, _, rest = line.partition(":")

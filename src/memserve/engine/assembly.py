@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import threading
 from collections.abc import Callable
@@ -20,12 +21,14 @@ from memserve.engine.carrier import PoolCarrier
 from memserve.engine.engine import Engine
 from memserve.engine.loading import Progress, load_model
 from memserve.engine.overlap import Overlap
-from memserve.engine.pace import Pace
+from memserve.engine.pace import Pace, StepTimes
 from memserve.engine.phases import PHASES
 from memserve.engine.prefix_sender import PrefixSender
+from memserve.engine.profile import SETTLED, ProfileStore, measure_prices, profile_key
 from memserve.engine.runners.base import Runner
 from memserve.engine.settings import InstanceSettings
 from memserve.engine.speculation import Lookup
+from memserve.engine.weights_cache import open_cache
 from memserve.mempool import DiskTier, MemPool, Tier, TransferEndpoint
 
 log = logging.getLogger(__name__)
@@ -46,6 +49,7 @@ class Assembled:
     engine: Engine
     prefixes: PrefixSender
     ready: Ready
+    profile: ProfileStore | None = None
     stopping: threading.Event = field(default_factory=threading.Event)
     resizing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -97,6 +101,9 @@ class Assembled:
         await self.prefixes.close()
         await self.engine.close()
         await self.endpoint.close()
+        times = self.engine.batcher.pace.times
+        if self.profile is not None and times.seen >= SETTLED:
+            self.profile.keep(times.prices)
         self.pool.check(())
         self.pool.persist()
         self.runner.close()
@@ -121,6 +128,8 @@ async def assemble(
         host_blocks=config.pool.host_memory // runner.layout.block_bytes,
         disk=disk_tier(config.pool, settings.instance, runner.layout.block_bytes),
     )
+    batcher = build_batcher(config.engine)
+    profile = await _learn_prices(batcher.pace.times, runner, pool, context, settings, progress)
     endpoint = TransferEndpoint(pool, clock)
     address = f"@memserve-{settings.cluster}-{settings.instance}-{settings.incarnation}"
     await endpoint.start(address)
@@ -129,7 +138,7 @@ async def assemble(
         settings.instance,
         pool,
         runner,
-        build_batcher(config.engine),
+        batcher,
         PHASES[config.engine.phases],
         carrier,
         context=context,
@@ -155,7 +164,35 @@ async def assemble(
         config.engine.target_tpot,
     )
     prefixes = PrefixSender(settings.instance, pool, emit)
-    return Assembled(settings, runner, pool, endpoint, carrier, engine, prefixes, ready)
+    return Assembled(settings, runner, pool, endpoint, carrier, engine, prefixes, ready, profile)
+
+
+async def _learn_prices(
+    times: StepTimes,
+    runner: Runner,
+    pool: MemPool,
+    context: int,
+    settings: InstanceSettings,
+    progress: Progress,
+) -> ProfileStore | None:
+    """Let ``times`` begin with what steps cost here; returns where that is kept, if anywhere."""
+    config = settings.config
+    if config.model.runner != "native":
+        return None
+    cache = open_cache(config.engine.weights_cache)
+    store = ProfileStore(cache.folder, profile_key(runner, settings.threads)) if cache else None
+    prices = store.find() if store else None
+    if prices is None:
+        progress("measuring step times", 0.0)
+        measure = functools.partial(
+            measure_prices, runner, pool, context=context, step_tokens=config.engine.step_tokens
+        )
+        prices = await asyncio.get_running_loop().run_in_executor(None, measure)
+        if prices is not None and store is not None:
+            store.keep(prices)
+    if prices is not None:
+        times.assume(prices)
+    return store
 
 
 def _require_memory(more: int) -> None:

@@ -22,17 +22,23 @@ class LinearCost:
     ----------
     prior : seconds per unit of each term. The first measurement scales them all; their ratios are what
         counts until then.
+    measured : the prior comes from measurements, and new ones only correct it.
     """
 
-    def __init__(self, prior: Sequence[float]) -> None:
+    def __init__(self, prior: Sequence[float], *, measured: bool = False) -> None:
         assert all(price > 0 for price in prior), "a price must be positive"
         self._prices = list(prior)
-        self._seen = 0
+        self._seen = round(1 / _RATE) if measured else 0
 
     @property
     def prices(self) -> tuple[float, ...]:
         """Seconds per unit of each term."""
         return tuple(self._prices)
+
+    @property
+    def seen(self) -> int:
+        """Measurements that were learnt from; a measured prior counts as some."""
+        return self._seen
 
     def predict(self, amounts: Sequence[float]) -> float:
         """Seconds that ``amounts`` will cost."""

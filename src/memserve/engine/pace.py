@@ -72,6 +72,15 @@ class StepTimes:
     def __init__(self) -> None:
         self._cost = LinearCost(msgspec.structs.astuple(StepPrices()))
 
+    def assume(self, prices: StepPrices) -> None:
+        """Go on from what was measured before."""
+        self._cost = LinearCost(msgspec.structs.astuple(prices), measured=True)
+
+    @property
+    def seen(self) -> int:
+        """Steps that were learnt from, more where it began with measured prices."""
+        return self._cost.seen
+
     @property
     def prices(self) -> StepPrices:
         """What it has come to believe."""

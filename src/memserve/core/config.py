@@ -39,6 +39,13 @@ class Activations(enum.StrEnum):
 DEFAULT_ACTIVATIONS = Activations.BF16
 
 
+class TreeSource(enum.StrEnum):
+    """From what the scheduler knows who holds which prefix."""
+
+    EVENTS = "events"
+    TTL = "ttl"
+
+
 class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     pass
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from memserve._native import common_prefix
+from memserve.core.radix import common_tokens
 from memserve.core.types import InstanceId, Namespace, RequestId, Tokens
 from memserve.scheduler.holdings import Numbers, Tier
 from memserve.scheduler.tree import GlobalPromptTree
@@ -74,7 +74,7 @@ class Promises:
             for promise in self._by_instance.get(instance, {}).values()
             if len(promise.tokens) <= len(tokens)
             and promise.namespace == namespace
-            and common_prefix(promise.tokens, tokens) == len(promise.tokens)
+            and common_tokens(promise.tokens, tokens, self._block_tokens) == len(promise.tokens)
         ]
         for request in kept:
             self.end(request)
@@ -114,4 +114,4 @@ class Promises:
     def _shared(self, one: Promise, other: Promise) -> int:
         if one.namespace != other.namespace:
             return 0
-        return common_prefix(one.tokens, other.tokens) // self._block_tokens * self._block_tokens
+        return common_tokens(one.tokens, other.tokens, self._block_tokens)

@@ -22,6 +22,8 @@ class TreeOptions:
 
     ``ttl`` in seconds, with ``TreeSource.TTL`` only. ``speculative``: a prompt sent to an instance counts as
     coming there, for at most ``speculative_seconds``. ``memory`` in bytes, about; None: no limit.
+    The rest is what instances do: whether they keep prompts where these were prefilled, answers where they
+    were decoded, and whether answers come back to where the prompt was prefilled.
     """
 
     source: TreeSource = TreeSource.EVENTS
@@ -29,6 +31,9 @@ class TreeOptions:
     speculative: bool = True
     speculative_seconds: float = 60.0
     memory: int | None = None
+    prompts_kept: bool = True
+    answers_kept: bool = True
+    answers_return: bool = True
 
 
 class PromptTrees:
@@ -37,7 +42,8 @@ class PromptTrees:
     def __init__(self, block_tokens: int, options: TreeOptions) -> None:
         self.options = options
         self._numbers = Numbers()
-        self._by_events = options.source is TreeSource.EVENTS
+        self.by_events = options.source is TreeSource.EVENTS
+        """Whether pools are listened to, rather than decisions and answers."""
         self._told = GlobalPromptTree(block_tokens, self._numbers, memory=options.memory)
         self._recent = RecentPrompts(block_tokens, self._numbers, options.ttl, memory=options.memory)
         self._promises = Promises(block_tokens, self._numbers, options.speculative_seconds)
@@ -89,7 +95,7 @@ class PromptTrees:
 
     def store(self, instance: InstanceId, namespace: Namespace, tokens: Tokens) -> None:
         """Its pool holds all whole blocks of ``tokens`` (contiguous int32[n])."""
-        if self._by_events:
+        if self.by_events:
             self._told.store(instance, namespace, tokens)
             self._promises.confirm(instance, namespace, tokens)
 
@@ -107,7 +113,7 @@ class PromptTrees:
         self, request: RequestId, instance: InstanceId, namespace: Namespace, tokens: Tokens, now: float
     ) -> None:
         """``instance`` was given ``tokens`` to prefill. Booking a request again replaces its promise."""
-        if self.options.speculative or not self._by_events:
+        if self.options.prompts_kept and (self.options.speculative or not self.by_events):
             self._promises.make(request, instance, namespace, tokens, now)
 
     def prefilled(self, request: RequestId, now: float) -> None:
@@ -115,7 +121,7 @@ class PromptTrees:
         promise = self._promises.find(request)
         if promise is None:
             return
-        if not self._by_events:
+        if not self.by_events:
             self._recent.use(promise.instance, promise.namespace, promise.tokens, now)
         elif self._told.match(promise.namespace, promise.tokens).tokens(promise.instance) < len(
             promise.tokens
@@ -125,7 +131,7 @@ class PromptTrees:
 
     def used(self, instance: InstanceId, namespace: Namespace, tokens: Tokens, now: float) -> None:
         """``instance`` has computed ``tokens`` (contiguous int32[n]); with events, they will tell of it."""
-        if not self._by_events:
+        if not self.by_events:
             self._recent.use(instance, namespace, tokens, now)
 
     def ended(self, request: RequestId) -> None:
@@ -139,4 +145,4 @@ class PromptTrees:
 
     @property
     def _believed(self) -> GlobalPromptTree | RecentPrompts:
-        return self._told if self._by_events else self._recent
+        return self._told if self.by_events else self._recent

@@ -82,15 +82,23 @@ class GlobalScheduler:
         """The request ended, however: nothing of it is load any more. May be repeated."""
         self.state.unbook(request, self._clock.now())
 
-    def learn_answer(self, request: RequestId, namespace: Namespace, tokens: Tokens) -> None:
-        """``tokens``: what was computed for a request that has ended by itself, kept where it ran.
+    @property
+    def learns_answers(self) -> bool:
+        """Whether :meth:`learn_answer` has any use."""
+        return not self.state.tree.by_events
 
-        That is prompt and answer without the last token; it comes back to where the prompt was prefilled.
-        """
+    def learn_answer(self, request: RequestId, namespace: Namespace, tokens: Tokens) -> None:
+        """``tokens``: what was computed for a request that has ended, all but the answer's last token."""
         decision = self._decisions.get(request)
-        if decision is not None:
-            places = {decision.prefill, decision.decode or decision.prefill}
-            self.state.learn_answer(sorted(places), namespace, tokens, self._clock.now())
+        if decision is None:
+            return
+        options = self.state.tree.options
+        places = []
+        if options.answers_kept:
+            places.append(decision.decode or decision.prefill)
+        if options.answers_return and decision.decode is not None:
+            places.append(decision.prefill)
+        self.state.learn_answer(places, namespace, tokens, self._clock.now())
 
     def has_work(self, instance: InstanceId) -> bool:
         """Whether anything that was routed to it is still booked there."""

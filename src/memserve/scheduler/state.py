@@ -301,11 +301,13 @@ class SchedulerState:
         """Apply a batch of pool events, which number from 0 in each incarnation.
 
         Events known already are skipped. After a gap nothing is applied until a snapshot came; batches
-        that come meanwhile are kept for it.
+        that come meanwhile are kept for it. Where trees do not go by events, nothing ever is.
         """
         state = self._instances.get(batch.instance)
         if state is None or state.incarnation != batch.incarnation:
             return EventOutcome.STALE_INCARNATION
+        if not self.tree.by_events:
+            return EventOutcome.APPLIED
         feed = self._feeds[batch.instance]
         if batch.seq > feed.next_seq:
             if len(feed.early) == MAX_EARLY_BATCHES:

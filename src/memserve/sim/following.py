@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from memserve._native import common_prefix
+from memserve.core.radix import common_tokens
 from memserve.core.types import Namespace, StepPrices, Tokens
 
 _WORTH_TOKENS = 64
@@ -68,7 +68,7 @@ def lead_of(
     for number, one in enumerate(running):
         if one.namespace != namespace:
             continue
-        shared = common_prefix(one.prompt[:-1], prompt[:-1]) // block_tokens * block_tokens
+        shared = common_tokens(one.prompt[:-1], prompt[:-1], block_tokens)
         if shared and (best is None or shared > best.tokens):
             best = Lead(number, shared, one.computed)
     return best

@@ -245,6 +245,11 @@ class RadixTree(Generic[P]):
         return node.key[: self.block_tokens].tobytes()
 
 
+def common_tokens(one: Tokens, other: Tokens, block_tokens: int) -> int:
+    """Tokens that both paths (contiguous int32[n]) begin with, in whole blocks."""
+    return common_prefix(one, other) // block_tokens * block_tokens
+
+
 def _walk_down(top: dict[bytes, Node[P]]) -> Iterator[Node[P]]:
     waiting = list(top.values())
     while waiting:

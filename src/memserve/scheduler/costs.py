@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from memserve.scheduler.fleet import Flags, Fleet, Floats, Slots
-from memserve.scheduler.tree import Holdings
+from memserve.scheduler.holdings import Holdings
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,9 +15,9 @@ import numpy as np
 from memserve.core.errors import NoInstance
 from memserve.core.types import InstanceId, Namespace, RequestId, Role, Tokens
 from memserve.scheduler.costs import prefill_costs
+from memserve.scheduler.holdings import Holdings
 from memserve.scheduler.policies import Choice, Plan, Policy, Query, Weighed
 from memserve.scheduler.state import InstanceState, Leg, Places, SchedulerState, Share, Work
-from memserve.scheduler.tree import Holdings
 
 MAX_CANDIDATES = 8
 """Candidates recorded per leg: all of a small cluster, of a large one those that explain the choice."""
@@ -60,7 +60,8 @@ class Decision(msgspec.Struct, frozen=True, gc=False):
     ``matched_prefill`` and ``matched_decode`` are the tokens of the prompt believed to be held there;
     ``decided_at`` is in the scheduler's clock, seconds. ``predicted_ttft``: seconds from then to the first
     token, of which ``predicted_prefill`` to compute it. With ``fetch_from``, that instance sends the first
-    ``fetch_tokens`` tokens of the prompt to where it is prefilled.
+    ``fetch_tokens`` tokens of the prompt to where it is prefilled. Of ``matched_prefill`` the last
+    ``promised_prefill`` are not there yet: requests before this one compute them.
     """
 
     request: RequestId
@@ -78,10 +79,16 @@ class Decision(msgspec.Struct, frozen=True, gc=False):
     predicted_prefill: float = 0.0
     fetch_from: InstanceId | None = None
     fetch_tokens: int = 0
+    promised_prefill: int = 0
+
+    @property
+    def believed(self) -> int:
+        """Tokens of the prompt that need not be computed, as far as was known."""
+        return max(self.matched_prefill, self.fetch_tokens)
 
     def prefill_share(self) -> Share:
         """Load to book where it prefills. The last prompt token is always computed."""
-        to_compute = max(1, self.prompt_tokens - max(self.matched_prefill, self.fetch_tokens))
+        to_compute = max(1, self.prompt_tokens - self.believed)
         work = Work(prefill_tokens=to_compute, requests=0 if self.decode is None else 1)
         return Share(self.prefill, work, self.predicted_prefill)
 
@@ -122,6 +129,7 @@ def decide(
         predicted_prefill=work,
         fetch_from=plan.fetch.source if plan.fetch else None,
         fetch_tokens=fetched,
+        promised_prefill=max(0, matched - query.there.tokens(prefill.instance)),
     )
 
 
@@ -133,13 +141,15 @@ def _ask(request: RouteRequest, state: SchedulerState, now: float, answer: float
             f"no {missing.value} or colocated instance takes requests now; "
             f"start one, or try again when it is ready"
         )
+    there = state.match(request.namespace, request.tokens)
     return Query(
         prompt=len(request.tokens),
         answer=min(answer, request.max_tokens) if request.max_tokens else answer,
         session=request.session,
         turn=state.turn,
         now=now,
-        held=state.match(request.namespace, request.tokens),
+        there=there,
+        held=there.expected(),
         prefill=prefill,
         decode=decode,
         start=state.places(Leg.START),

@@ -9,9 +9,10 @@ from collections import OrderedDict
 
 from memserve.core.clock import Clock
 from memserve.core.messages import Heartbeat, Member, PoolEvents, Ready, Snapshot
-from memserve.core.types import InstanceId, RequestId
+from memserve.core.types import InstanceId, Namespace, RequestId, Tokens
 from memserve.scheduler.decision import Decision, RouteRequest, decide
 from memserve.scheduler.policies import Policy
+from memserve.scheduler.prompt_trees import TreeOptions
 from memserve.scheduler.state import Admission, EventOutcome, SchedulerState
 
 _ANSWER_TOKENS = 128.0
@@ -24,8 +25,16 @@ EASING_BEATS = 8
 class GlobalScheduler:
     """Places requests on instances. ``history`` is the number of decisions remembered."""
 
-    def __init__(self, policy: Policy, clock: Clock, *, history: int = 1024, block_tokens: int = 16) -> None:
-        self.state = SchedulerState(block_tokens)
+    def __init__(
+        self,
+        policy: Policy,
+        clock: Clock,
+        *,
+        history: int = 1024,
+        block_tokens: int = 16,
+        trees: TreeOptions | None = None,
+    ) -> None:
+        self.state = SchedulerState(block_tokens, trees)
         self._policy = policy
         self._clock = clock
         self._history = history
@@ -38,21 +47,31 @@ class GlobalScheduler:
 
     def route(self, request: RouteRequest) -> Decision:
         """Decide, book the load and remember why. Raises ``NoInstance``."""
-        decision = decide(request, self.state, self._policy, self._clock.now(), self._answer)
+        now = self._clock.now()
+        self.state.tree.advance(now)
+        decision = decide(request, self.state, self._policy, now, self._answer)
         self.state.book(
             decision.request, decision.prefill_share(), decision.decode_share(), decision.decided_at
         )
+        self.state.promise(decision.request, decision.prefill, request.namespace, request.tokens, now)
         self._decisions.pop(decision.request, None)
         self._decisions[decision.request] = decision
         if len(self._decisions) > self._history:
             self._decisions.popitem(last=False)
         return decision
 
-    def first_token(self, request: RequestId) -> None:
-        """The request's prefill is done: its load at the prefill place ends."""
+    def first_token(self, request: RequestId, cached: int | None = None) -> None:
+        """The request's prefill is done: its load at the prefill place ends.
+
+        ``cached`` tokens of its prompt need not have been computed, by the ledger.
+        """
         now, decision = self._clock.now(), self._decisions.get(request)
         if decision is not None:
             self.state.predictions.learn(decision.predicted_ttft, now - decision.decided_at)
+            if cached is not None:
+                self.state.accuracy.learn(
+                    decision.prompt_tokens, decision.believed, decision.promised_prefill, cached
+                )
         self.state.finish_prefill(request, now)
 
     def answered(self, tokens: int) -> None:
@@ -62,6 +81,24 @@ class GlobalScheduler:
     def finish(self, request: RequestId) -> None:
         """The request ended, however: nothing of it is load any more. May be repeated."""
         self.state.unbook(request, self._clock.now())
+
+    @property
+    def learns_answers(self) -> bool:
+        """Whether :meth:`learn_answer` has any use."""
+        return not self.state.tree.by_events
+
+    def learn_answer(self, request: RequestId, namespace: Namespace, tokens: Tokens) -> None:
+        """``tokens``: what was computed for a request that has ended, all but the answer's last token."""
+        decision = self._decisions.get(request)
+        if decision is None:
+            return
+        options = self.state.tree.options
+        places = []
+        if options.answers_kept:
+            places.append(decision.decode or decision.prefill)
+        if options.answers_return and decision.decode is not None:
+            places.append(decision.prefill)
+        self.state.learn_answer(places, namespace, tokens, self._clock.now())
 
     def has_work(self, instance: InstanceId) -> bool:
         """Whether anything that was routed to it is still booked there."""

@@ -106,11 +106,22 @@ class TierSize(msgspec.Struct, frozen=True):
 
 
 class TreeView(msgspec.Struct, frozen=True):
-    """Size of one kind's global prompt tree; ``tokens`` held by its instances, summed."""
+    """A global prompt tree; ``tokens`` held by its instances, summed; ``memory`` in bytes, about.
+
+    The others count tokens of prompts that were answered: those that were believed to be cached where a
+    request went, of these the ones that only were to come and the ones that were not found, and those that
+    were found and not believed.
+    """
 
     role: str
     nodes: int
     tokens: int
+    source: str = "events"
+    memory: int = 0
+    believed_tokens: int = 0
+    promised_tokens: int = 0
+    stale_tokens: int = 0
+    missed_tokens: int = 0
 
 
 class ClusterView(msgspec.Struct, frozen=True):

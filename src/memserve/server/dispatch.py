@@ -229,7 +229,8 @@ class Dispatcher:
         stream = self._placement.find(chunk.request)
         if stream is not None:
             if chunk.offset == 0:
-                self._scheduler.first_token(chunk.request)
+                cached = chunk.ledger.cached if chunk.ledger is not None else None
+                self._scheduler.first_token(chunk.request, cached)
             stream.accept(chunk)
 
     def _apply_events(self, events: PoolEvents) -> None:

@@ -138,9 +138,20 @@ class _ClusterGauges:
         self._tokens = Gauge(
             "memserve_tree_tokens", "Tokens in a global prompt tree", ("role",), registry=registry
         )
+        self._memory = Gauge(
+            "memserve_tree_memory_bytes", "Size of a global prompt tree", ("role",), registry=registry
+        )
+        self._beliefs = Gauge(
+            "memserve_tree_prompt_tokens",
+            "Tokens of answered prompts by what their decisions believed",
+            ("role", "source", "belief"),
+            registry=registry,
+        )
 
     def show(self, view: ClusterView) -> None:
-        for gauge in (self._up, self._blocks, self._requests, self._counters, self._nodes, self._tokens):
+        for gauge in (self._up, self._blocks, self._requests, self._counters):
+            gauge.clear()
+        for gauge in (self._nodes, self._tokens, self._memory, self._beliefs):
             gauge.clear()
         for one in view.instances:
             self._up.labels(one.instance, one.role, one.isa).set(one.state == "ready")
@@ -153,3 +164,7 @@ class _ClusterGauges:
         for tree in view.trees:
             self._nodes.labels(tree.role).set(tree.nodes)
             self._tokens.labels(tree.role).set(tree.tokens)
+            self._memory.labels(tree.role).set(tree.memory)
+            for belief in ("believed", "promised", "stale", "missed"):
+                figure = getattr(tree, f"{belief}_tokens")
+                self._beliefs.labels(tree.role, tree.source, belief).set(figure)

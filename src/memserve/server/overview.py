@@ -118,7 +118,22 @@ class ClusterOverview:
     def _trees(self) -> tuple[TreeView, ...]:
         state = self._scheduler.state
         held = sum(state.tree.held_tokens(instance.instance) for instance in state.instances())
-        return (TreeView("global", state.tree.nodes, held),) if held else ()
+        if not held and not state.accuracy.requests:
+            return ()
+        accuracy = state.accuracy
+        return (
+            TreeView(
+                "global",
+                state.tree.nodes,
+                held,
+                str(state.tree.options.source),
+                state.tree.memory,
+                accuracy.believed,
+                accuracy.promised,
+                accuracy.stale,
+                accuracy.missed,
+            ),
+        )
 
     async def _ask(self, instance: InstanceId) -> Stats | None:
         link = self._manager.link(instance)

@@ -139,6 +139,9 @@ class Placement:
     def forget(self, stream: Stream) -> None:
         """The stream has ended by itself."""
         self._attempts.pop(stream.attempt, None)
+        if self._scheduler.learns_answers:
+            namespace = Namespace(self._model, salt=stream.request.salt)
+            self._scheduler.learn_answer(stream.attempt, namespace, stream.tokens()[:-1])
 
     # --- inside ---
 

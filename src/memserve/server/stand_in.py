@@ -87,7 +87,15 @@ class StandInBackend:
             block_tokens=BLOCK_TOKENS,
             block_bytes=BLOCK_TOKENS,
             instances=(InstanceView("stand-in-0", self.role, "ready", 1, 0, running=len(self.running)),),
-            trees=(TreeView("colocated", len(self._prompts), sum(len(p) for _, p in self._prompts)),),
+            trees=(
+                TreeView(
+                    "colocated",
+                    len(self._prompts),
+                    sum(len(p) for _, p in self._prompts),
+                    memory=4096,
+                    stale_tokens=16,
+                ),
+            ),
         )
 
     async def resize(self, instance: str, tier: TierName, memory: int) -> TierSize:

@@ -150,6 +150,8 @@ async def test_metrics_count_requests_tokens_and_instances(client: httpx.AsyncCl
         'memserve_choices_finished_total{reason="length"} 1.0',
         'memserve_instance_up{instance="stand-in-0",isa="",role="colocated"} 1.0',
         'memserve_tree_nodes{role="colocated"} 1.0',
+        'memserve_tree_memory_bytes{role="colocated"} 4096.0',
+        'memserve_tree_prompt_tokens{belief="stale",role="colocated",source="events"} 16.0',
         "memserve_requests_in_flight 1.0",
     ):
         assert line in text.splitlines()

@@ -99,7 +99,7 @@ class LeastCost:
         self, query: Query, held: Floats, costs: PrefillCosts, tier: Indices
     ) -> tuple[PrefillCosts, Indices]:
         wire = query.wire
-        for number, longer in enumerate(query.held.tiers[:_FETCHED_TIERS]):
+        for number, longer in enumerate(query.there.tiers[:_FETCHED_TIERS]):
             there = float(min(longer.tokens, query.prompt - 1))
             seconds = wire.latency + wire.token * (there - held)
             computed = np.maximum(held, there)
@@ -122,7 +122,7 @@ class LeastCost:
 
     def _fetch_of(self, query: Query, number: int) -> Fetch:
         """From the holder that will be done with its own prompts first."""
-        tier = query.held.tiers[number]
+        tier = query.there.tiers[number]
         holders = sorted((query.fleet.free_at[slot], name) for slot, name in tier.numbered())
         return Fetch(holders[0][1], min(tier.tokens, query.prompt - 1))
 

@@ -9,13 +9,13 @@ from typing import NamedTuple, Protocol
 from memserve.core.types import InstanceId
 from memserve.scheduler.costs import Wire
 from memserve.scheduler.fleet import Fleet
+from memserve.scheduler.holdings import Holdings
 from memserve.scheduler.state import InstanceState, Leg, Places
-from memserve.scheduler.tree import Holdings
 
 
 @dataclass(frozen=True, slots=True)
 class LegQuery:
-    """The places for one leg, at least one, and what instances hold of the prompt of ``prompt`` tokens.
+    """The places for one leg, at least one, and what they will hold of the prompt of ``prompt`` tokens.
 
     ``cached`` tells how many tokens an instance holds in all.
     """
@@ -32,9 +32,10 @@ class LegQuery:
 class Query:
     """A request and the state of the cluster, as far as policies look at them.
 
-    ``prompt`` in tokens, at least 1; ``answer``: how many tokens are expected. ``decode`` may be empty where
-    ``prefill`` has places that decode themselves. ``start``: see ``Leg.START``; ``cached``: see
-    ``LegQuery``. ``error``: the relative error of what was predicted of late.
+    ``prompt`` in tokens, at least 1; ``answer``: how many tokens are expected. ``there`` is what instances
+    hold of it, ``held`` what they will when its turn comes. ``decode`` may be empty where ``prefill`` has
+    places that decode themselves. ``start``: see ``Leg.START``; ``cached``: see ``LegQuery``. ``error``: the
+    relative error of what was predicted of late.
     """
 
     prompt: int
@@ -42,6 +43,7 @@ class Query:
     session: str | None
     turn: int
     now: float
+    there: Holdings
     held: Holdings
     prefill: Places
     decode: Places

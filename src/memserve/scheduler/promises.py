@@ -30,7 +30,7 @@ class Promises:
     def __init__(self, block_tokens: int, numbers: Numbers, seconds: float) -> None:
         self._block_tokens = block_tokens
         self._seconds = seconds
-        self._tree = GlobalPromptTree(block_tokens, numbers)
+        self._tree = GlobalPromptTree(block_tokens, numbers, borrows=True)
         self._open: dict[RequestId, Promise] = {}
         """In the order in which they were made, so also of ``until``."""
         self._by_instance: dict[InstanceId, dict[RequestId, Promise]] = {}
@@ -41,7 +41,7 @@ class Promises:
     def make(
         self, request: RequestId, instance: InstanceId, namespace: Namespace, tokens: Tokens, now: float
     ) -> None:
-        """The request was sent to ``instance`` with the prompt ``tokens``. A promise before is taken back."""
+        """``instance`` was sent the prompt ``tokens``, which nobody changes. One before is taken back."""
         self.end(request)
         whole = tokens[: len(tokens) // self._block_tokens * self._block_tokens]
         if not len(whole):

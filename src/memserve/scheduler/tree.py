@@ -12,7 +12,7 @@ from memserve.core.types import InstanceId, Namespace, Tokens
 from memserve.scheduler.holders import Holders
 from memserve.scheduler.holdings import Holdings, Numbers, Tier
 
-NODE_BYTES = 900
+NODE_BYTES = 700
 """What an edge takes beside its tokens, about: objects, dictionary entries, a mask."""
 _TOKEN_BYTES = 4
 
@@ -25,15 +25,22 @@ class GlobalPromptTree:
 
     With ``memory`` it takes about so many bytes at most: the branches that were matched or stored longest
     ago are forgotten, from their ends. Events that concern them later are understood all the same.
+    ``borrows``: see ``RadixTree``.
     """
 
     def __init__(
-        self, block_tokens: int, numbers: Numbers | None = None, *, memory: int | None = None
+        self,
+        block_tokens: int,
+        numbers: Numbers | None = None,
+        *,
+        memory: int | None = None,
+        borrows: bool = False,
     ) -> None:
         self.memory = 0
         """Bytes taken, about."""
         self._block_tokens = block_tokens
         self._limit = memory
+        self._borrows = borrows
         self._trees: dict[Namespace, RadixTree[Holders]] = {}
         self._leaves: OrderedDict[Node[Holders], Namespace] = OrderedDict()
         """All leaves, those that were used longest ago first."""
@@ -65,7 +72,9 @@ class GlobalPromptTree:
         blocks = len(tokens) // self._block_tokens
         if not blocks:
             return
-        tree = self._trees.setdefault(namespace, RadixTree(self._block_tokens))
+        tree = self._trees.get(namespace)
+        if tree is None:
+            tree = self._trees[namespace] = RadixTree(self._block_tokens, borrows=self._borrows)
         bit = 1 << self._numbers.enlist(instance)
         path = tree.walk(tokens)
         held = _credit(tree, path, bit)

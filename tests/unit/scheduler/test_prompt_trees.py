@@ -7,6 +7,7 @@ import pytest
 from memserve.core.config import TreeSource
 from memserve.core.types import InstanceId, Namespace, RequestId, Tokens, as_tokens
 from memserve.scheduler.prompt_trees import PromptTrees, TreeOptions
+from memserve.scheduler.tree import NODE_BYTES
 
 SPACE, OTHER = Namespace("m"), Namespace("m", salt="tenant")
 A, B = InstanceId("a"), InstanceId("b")
@@ -171,4 +172,18 @@ def test_without_events_a_lost_instance_holds_nothing() -> None:
     made.used(B, SPACE, tokens(3), now=6.0)
     made.drop_instance(A)
     assert confirmed(made) == {B: 3}
+    made.check()
+
+
+def test_an_instance_that_keeps_no_prompts_promises_none() -> None:
+    made = trees(prompts_kept=False)
+    made.promise(R1, A, SPACE, tokens(4), now=0.0)
+    assert made.promises == 0
+
+
+def test_a_limit_holds_for_all_times_together() -> None:
+    made = trees(source=TreeSource.TTL, ttl=10.0, memory=9 * NODE_BYTES)
+    for start in range(40):
+        made.used(A, SPACE, tokens(1, start=10 * start), now=float(start))
+    assert 0 < made.memory <= 9 * NODE_BYTES
     made.check()

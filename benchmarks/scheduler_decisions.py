@@ -145,8 +145,7 @@ class Cluster:
     def follow(self, decision: Decision, prompt: Prompt, tokens: Tokens) -> float:
         """Let both places store the prompt and old requests end; returns seconds spent applying events."""
         spent = 0.0
-        for name in (decision.prefill, decision.decode):
-            assert name is not None
+        for name in filter(None, (decision.prefill, decision.decode)):
             events = self.caches[name].add(prompt, tokens)
             batch = PoolEvents(name, 1, self.caches[name].seq, tuple(events))
             self.caches[name].seq += len(events)
@@ -168,7 +167,7 @@ def measure(
     routes, works, matches, applied, matched = [], [], [], [], 0
     for n, (prompt, tokens) in enumerate(expanded(prompts)):
         request = RouteRequest(RequestId(str(n)), SPACE, tokens, session=str(prompt.ids[1:2]))
-        tree = cluster.scheduler.state.tree(Role.PREFILL)
+        tree = cluster.scheduler.state.tree
         alone = n % MATCH_EVERY == 0
         if alone:
             started = time.perf_counter()
@@ -181,7 +180,7 @@ def measure(
         matched += decision.matched_prefill
         applied.append(cluster.follow(decision, prompt, tokens))
     cluster.scheduler.state.check()
-    nodes = sum(cluster.scheduler.tree_sizes().values())
+    nodes = cluster.scheduler.state.tree.nodes
     started = time.perf_counter()
     cluster.scheduler.member_lost(decision.prefill)
     dropped = time.perf_counter() - started

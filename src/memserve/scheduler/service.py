@@ -5,12 +5,12 @@ Synchronous calls from one thread; sends nothing itself.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-
 from memserve.core.clock import Clock
 from memserve.core.messages import Heartbeat, Member, PoolEvents, Ready, Snapshot
 from memserve.core.types import InstanceId, RequestId
-from memserve.scheduler.decision import Decision, RouteRequest, decide
+from memserve.scheduler.decision import Decision, RouteRequest, decide, decide_recorded
+from memserve.scheduler.hindsight import RegretSum
+from memserve.scheduler.history import Explanation, History
 from memserve.scheduler.policies import Policy
 from memserve.scheduler.state import Admission, EventOutcome, SchedulerState
 
@@ -22,15 +22,26 @@ EASING_BEATS = 8
 
 
 class GlobalScheduler:
-    """Places requests on instances. ``history`` is the number of decisions remembered."""
+    """Places requests on instances. ``history`` is the number of decisions remembered.
 
-    def __init__(self, policy: Policy, clock: Clock, *, history: int = 1024, block_tokens: int = 16) -> None:
+    ``explains``: with the places that each was chosen from, so that it can be judged afterwards.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        clock: Clock,
+        *,
+        history: int = 1024,
+        block_tokens: int = 16,
+        explains: bool = True,
+    ) -> None:
         self.state = SchedulerState(block_tokens)
         self._policy = policy
         self._clock = clock
-        self._history = history
+        self._explains = explains
+        self._history = History(self.state, history)
         self._answer = _ANSWER_TOKENS
-        self._decisions: OrderedDict[RequestId, Decision] = OrderedDict()
         self._easing: dict[InstanceId, int] = {}
         self._seen: set[InstanceId] = set()
 
@@ -38,19 +49,22 @@ class GlobalScheduler:
 
     def route(self, request: RouteRequest) -> Decision:
         """Decide, book the load and remember why. Raises ``NoInstance``."""
-        decision = decide(request, self.state, self._policy, self._clock.now(), self._answer)
-        self.state.book(
-            decision.request, decision.prefill_share(), decision.decode_share(), decision.decided_at
-        )
-        self._decisions.pop(decision.request, None)
-        self._decisions[decision.request] = decision
-        if len(self._decisions) > self._history:
-            self._decisions.popitem(last=False)
+        now, record = self._clock.now(), None
+        if self._explains:
+            decision, record = decide_recorded(request, self.state, self._policy, now, self._answer)
+        else:
+            decision = decide(request, self.state, self._policy, now, self._answer)
+        self._history.add(request, decision, record)
+        self.state.book(decision.request, decision.prefill_share(), decision.decode_share(), now)
         return decision
 
-    def first_token(self, request: RequestId) -> None:
-        """The request's prefill is done: its load at the prefill place ends."""
-        now, decision = self._clock.now(), self._decisions.get(request)
+    def first_token(self, request: RequestId, cached: int | None = None) -> None:
+        """The request's prefill is done: its load at the prefill place ends.
+
+        ``cached`` tokens of its prompt need not have been computed, by the ledger.
+        """
+        now = self._clock.now()
+        decision = self._history.settle(request, cached, now)
         if decision is not None:
             self.state.predictions.learn(decision.predicted_ttft, now - decision.decided_at)
         self.state.finish_prefill(request, now)
@@ -61,6 +75,7 @@ class GlobalScheduler:
 
     def finish(self, request: RequestId) -> None:
         """The request ended, however: nothing of it is load any more. May be repeated."""
+        self._history.end(request)
         self.state.unbook(request, self._clock.now())
 
     def has_work(self, instance: InstanceId) -> bool:
@@ -68,8 +83,20 @@ class GlobalScheduler:
         return self.state.is_booked(instance)
 
     def decision(self, request: RequestId) -> Decision | None:
-        """Why the request runs where it runs; None when unknown or forgotten."""
-        return self._decisions.get(request)
+        """Where the request was sent; None when unknown or forgotten."""
+        return self._history.decision(request)
+
+    def explain(self, request: RequestId) -> Explanation | None:
+        """Why the request runs where it runs, and whether that was right; None when unknown or forgotten."""
+        return self._history.explain(request)
+
+    def remembered(self) -> tuple[RequestId, ...]:
+        """Whose decisions can be explained, oldest first."""
+        return self._history.names()
+
+    def regrets(self) -> dict[str, RegretSum]:
+        """What better decisions would have saved, by policy, since the start."""
+        return self._history.regrets.by_policy
 
     # --- membership ---
 

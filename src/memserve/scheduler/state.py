@@ -198,6 +198,10 @@ class SchedulerState:
         """All known instances, ordered by id."""
         return tuple(state for _, state in sorted(self._instances.items()))
 
+    def knows(self, place: InstanceState) -> bool:
+        """Whether it lives, in the same incarnation."""
+        return self._instances.get(place.instance) is place
+
     def places(self, leg: Leg) -> Places:
         """Who may take this leg. Empty when nobody can.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -31,7 +32,7 @@ class _Kept:
     decision: Decision
     record: Record | None
     request: RouteRequest | None = None
-    ends: tuple[Mark, ...] = ()
+    ends: Sequence[Mark] = ()
     outcome: Outcome | None = None
 
 
@@ -49,7 +50,7 @@ class History:
         kept = _Kept(decision, record)
         if record is not None:
             kept.request = request
-            kept.ends = tuple([seen.place.line.mark(record.now) for seen in record.prefill.seen])
+            kept.ends = [raw[0].line.mark(record.now) for raw in record.prefill.seen]
         self._kept.pop(decision.request, None)
         self._kept[decision.request] = kept
         if len(self._kept) > self._size:
@@ -61,10 +62,10 @@ class History:
         if kept is None:
             return None
         if kept.record is not None and kept.request is not None:
-            asked, seen = kept.request, kept.record.prefill.seen
+            asked = kept.request
             ends = [
-                end if self._state.knows(one.place) else None
-                for one, end in zip(seen, kept.ends, strict=True)
+                end if self._state.knows(raw[0]) else None
+                for raw, end in zip(kept.record.prefill.seen, kept.ends, strict=True)
             ]
             held = self._state.match(asked.namespace, asked.tokens)
             known = Known(now, ends, held, cached, self._state.wire)

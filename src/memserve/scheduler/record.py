@@ -5,9 +5,7 @@ Most decisions are never asked about, so deciding pays for references and a few 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import chain
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -15,13 +13,17 @@ import numpy as np
 
 from memserve.core.types import InstanceId, Role, StepPrices
 from memserve.scheduler.costs import prefill_work
-from memserve.scheduler.fleet import Indices, stretch_of
+from memserve.scheduler.fleet import stretch_of
 from memserve.scheduler.policies import Choice, Plan, Query, Weighed
 from memserve.scheduler.state import InstanceState, Leg, Places, Work
 from memserve.scheduler.tree import Holdings
 
 MAX_CANDIDATES = 8
 """Candidates recorded per leg: all of a small cluster, of a large one those that explain the choice."""
+_CHEAPEST = 3
+"""Of these so many where seconds were weighed: the chosen one is the first of them."""
+_KEPT_WHOLE = 64
+"""Columns of so many places are kept as they are: cutting them takes longer than they are worth."""
 
 
 class Candidate(msgspec.Struct, frozen=True, gc=False):
@@ -71,18 +73,29 @@ class Seen(NamedTuple):
         )
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class LegRecord:
-    """The places of one leg, ordered by id, with a row of ``weighed`` each if the policy weighed seconds."""
+_Raw = tuple[InstanceState, Role, Work, float, StepPrices]
+"""The fields of ``Seen``: a plain tuple is made in a third of the time."""
+
+
+class LegRecord(NamedTuple):
+    """The places of one leg, in any order, perhaps one twice, with a row of ``weighed`` each, if there is one.
+
+    ``rows`` None: place n has row n.
+    """
 
     leg: Leg
     chosen: InstanceState
-    seen: tuple[Seen, ...]
-    weighed: Weighed | None
+    seen: Sequence[_Raw]
+    weighed: Weighed | None = None
+    rows: list[int] | None = None
+
+    def order(self) -> list[int]:
+        """Positions in ``seen``, each place once, by id."""
+        at = {raw[0].instance: position for position, raw in enumerate(self.seen)}
+        return [at[name] for name in sorted(at)]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Record:
+class Record(NamedTuple):
     """Both legs of a decision about a prompt of ``prompt`` tokens; ``decode`` None: where it prefills."""
 
     prompt: int
@@ -93,23 +106,24 @@ class Record:
 
     def prefill_candidates(self) -> tuple[Candidate, ...]:
         """Where the request could prefill."""
-        return tuple(self._candidate(self.prefill, row) for row in range(len(self.prefill.seen)))
+        return tuple(self._candidate(self.prefill, n) for n in self.prefill.order())
 
     def decode_candidates(self) -> tuple[Candidate, ...]:
         """Where it could decode then; none if it stays where it prefills."""
         leg = self.decode
-        return () if leg is None else tuple(self._candidate(leg, row) for row in range(len(leg.seen)))
+        return () if leg is None else tuple(self._candidate(leg, n) for n in leg.order())
 
-    def _candidate(self, leg: LegRecord, row: int) -> Candidate:
-        seen, decodes = leg.seen[row], leg.leg is Leg.DECODE
+    def _candidate(self, leg: LegRecord, position: int) -> Candidate:
+        seen, decodes = Seen(*leg.seen[position]), leg.leg is Leg.DECODE
+        row = position if leg.rows is None else leg.rows[position]
         place, load = seen.place, seen.load
         matched = self.held.tokens(place.instance)
         wait = prefill = fetch = total = None
+        fetched = self._fetched(leg.weighed, row)
         if leg.weighed is not None:
             fetch, total = float(leg.weighed.fetch[row]), float(leg.weighed.total[row])
         if not decodes:
             wait = max(seen.free_at - self.now, fetch or 0.0)
-            fetched = self._fetched(leg.weighed, row)
             prefill = seen.prefill(self.prompt, max(matched, fetched), seen.prices)
         return Candidate(
             place.instance,
@@ -123,7 +137,7 @@ class Record:
             fetch,
             prefill,
             total,
-            0 if decodes else self._fetched(leg.weighed, row),
+            fetched,
         )
 
     def _fetched(self, weighed: Weighed | None, row: int) -> int:
@@ -148,44 +162,40 @@ def take_record(query: Query, plan: Plan) -> Record:
 
 
 def _keep(leg: Leg, places: Places, held: Holdings, choice: Choice, weighed: Weighed | None) -> LegRecord:
-    chosen, instances = choice.place, places.instances
+    instances = places.instances
     if len(instances) <= MAX_CANDIDATES:
-        return LegRecord(leg, chosen, _look_at(instances), weighed)
+        return LegRecord(leg, choice.place, _look_at(instances), weighed)
     if weighed is None:
-        return LegRecord(leg, chosen, _look_at(_select(places, held, choice)), None)
+        return LegRecord(leg, choice.place, _look_at(_worth_a_look(places, held, choice)))
     rows = _cheapest(weighed)
-    return LegRecord(leg, chosen, _look_at([instances[row] for row in rows.tolist()]), weighed.take(rows))
+    seen = _look_at([instances[row] for row in rows])
+    if len(instances) <= _KEPT_WHOLE:
+        return LegRecord(leg, choice.place, seen, weighed, rows)
+    tier = None if weighed.tier is None else weighed.tier.take(rows)
+    return LegRecord(leg, choice.place, seen, Weighed(0, weighed.fetch.take(rows), weighed.total.take(rows), tier))
 
 
-def _look_at(places: tuple[InstanceState, ...] | list[InstanceState]) -> tuple[Seen, ...]:
-    return tuple([Seen(one, one.role, one.load, one.line.free_at, one.prices) for one in places])
+def _look_at(places: Sequence[InstanceState]) -> list[_Raw]:
+    return [(one, one.role, one.load, one.line.free_at, one.prices) for one in places]
 
 
-def _cheapest(weighed: Weighed) -> Indices:
-    """Rows of the chosen one and the cheapest others, in order of id."""
-    best = weighed.total.argmin()
-    rows = np.argpartition(weighed.total, MAX_CANDIDATES)[:MAX_CANDIDATES]
-    # Of equals the first is chosen, and any may be among the cheapest.
-    if best not in rows:
-        rows[0] = best
-    rows.sort()
+def _cheapest(weighed: Weighed) -> list[int]:
+    """Rows of the chosen place and of the cheapest others."""
+    rest, rows = weighed.total.copy(), [weighed.best]
+    for _ in range(_CHEAPEST - 1):
+        rest[rows[-1]] = np.inf
+        rows.append(int(rest.argmin()))
     return rows
 
 
-def _select(places: Places, held: Holdings, choice: Choice) -> list[InstanceState]:
-    """The chosen one, what the reason speaks of, and a longest holder; ordered by id."""
-    longest = next((place for name in _longest(held) if (place := places.by_id.get(name))), None)
-    selected = [choice.place]
-    for place in (longest, *choice.considered):
-        if place is not None and place not in selected and len(selected) < MAX_CANDIDATES:
-            selected.append(place)
-    return sorted(selected, key=_by_id)
-
-
-def _by_id(place: InstanceState) -> InstanceId:
-    return place.instance
-
-
-def _longest(held: Holdings) -> Iterator[InstanceId]:
-    """Names of holders, longest prefix first."""
-    return chain.from_iterable(tier.instances() for tier in held.tiers)
+def _worth_a_look(places: Places, held: Holdings, choice: Choice) -> list[InstanceState]:
+    """The chosen place, a longest holder, and what the reason speaks of."""
+    found = [choice.place]
+    for tier in held.tiers:
+        mask = tier.mask & places.mask
+        if mask:
+            lowest = (mask & -mask).bit_length() - 1
+            found.append(places.by_id[tier.numbering.names[lowest]])
+            break
+    found += choice.considered[: MAX_CANDIDATES - len(found)]
+    return found

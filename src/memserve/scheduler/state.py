@@ -146,7 +146,8 @@ class InstanceState:
 class Places:
     """The instances that may take one leg of a request now, ordered by id.
 
-    In the same order their ``slots`` in the fleet, whether their role ``decodes``, and nothing else.
+    In the same order their ``slots`` in the fleet, whether their role ``decodes``, and nothing else. ``mask``
+    has the bits of the slots.
     """
 
     leg: Leg
@@ -155,6 +156,7 @@ class Places:
     slots: Slots
     decodes: Flags
     only_decodes: Flags
+    mask: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -410,7 +412,9 @@ def _places(leg: Leg, instances: tuple[InstanceState, ...]) -> Places:
     slots = np.array([state.slot for state in instances], np.intp)
     decodes = np.array([state.role.decodes for state in instances], np.bool_)
     only = np.array([not state.role.prefills for state in instances], np.bool_)
-    return Places(leg, instances, {state.instance: state for state in instances}, slots, decodes, only)
+    by_id = {state.instance: state for state in instances}
+    mask = sum(1 << state.slot for state in instances)
+    return Places(leg, instances, by_id, slots, decodes, only, mask)
 
 
 _ROLES: dict[Leg, tuple[tuple[Role, ...], ...]] = {

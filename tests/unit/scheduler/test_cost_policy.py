@@ -9,7 +9,7 @@ from memserve.core.types import InstanceId, RequestId, StepPrices
 from memserve.scheduler.costs import Wire
 from memserve.scheduler.decision import Decision, decide, decide_recorded
 from memserve.scheduler.policies.cost import LeastCost, Weights
-from memserve.scheduler.record import MAX_CANDIDATES, Candidate
+from memserve.scheduler.record import Candidate
 from memserve.scheduler.state import Share, Work
 
 PRICES = StepPrices(step=0.01, row=0.001, row_context=1e-6, token=1e-3, token_context=1e-6)
@@ -134,7 +134,7 @@ def test_records_the_chosen_and_the_cheapest(priced) -> None:
     for n in range(20):
         occupy(priced, f"c{n:02}", float(20 - n))
     recorded = weigh(priced, LeastCost(Weights(opportunity=0.0)))
-    assert len(recorded) == MAX_CANDIDATES
+    assert [c.instance for c in recorded] == ["c17", "c18", "c19"]
     assert [c.instance for c in recorded if c.chosen] == ["c19"]
     assert min(recorded, key=lambda c: c.total).chosen
 

@@ -72,12 +72,12 @@ class LeastCost:
         tier = int(first.tier[best])
         fetch = None if tier < 0 else self._fetch_of(query, tier)
         prefill = Choice(query.start.instances[best], _explain(first.costs, best, fetch))
-        weighed = Weighed(first.costs.fetch, total, first.tier)
+        weighed = Weighed(best, first.costs.fetch, total, first.tier)
         if second is None or not first.hands_over[best]:
             return Plan(prefill, None, fetch, weighed)
         moved = f"{second.moved[second.best]:.3f} s to move, {second.own[second.best]:.3f} s to decode"
         decode = Choice(query.decode.instances[second.best], moved)
-        return Plan(prefill, decode, fetch, weighed, Weighed(second.moved, second.total))
+        return Plan(prefill, decode, fetch, weighed, Weighed(second.best, second.moved, second.total))
 
     def _weigh_prefill(self, query: Query, held: Floats) -> _Prefill:
         fleet, slots, weights = query.fleet, query.start.slots, self._weights

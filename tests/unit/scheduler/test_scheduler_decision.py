@@ -91,7 +91,7 @@ def test_recorded_candidates_are_bounded(cluster) -> None:
         cluster.apply(f"p{n}", 0, cluster.stored(0, n))
         cluster.report(f"p{n}", tokens_to_prefill=10_000)
     recorded = record_of(cluster, blocks=40).prefill_candidates()
-    assert len(recorded) == MAX_CANDIDATES
+    assert MAX_CANDIDATES - 2 <= len(recorded) <= MAX_CANDIDATES
     assert [c.instance for c in recorded if c.chosen] == ["p00"]
 
 

@@ -8,8 +8,8 @@ in it. Events follow at once, so the trees are as full as they can be, and load 
 comparison of the prompt's tokens. On a busy machine wall times hold other processes' time slices; processor
 times do not.
 
-Second claim: keeping what explains a decision costs at most 5 % of it. A second scheduler that explains nothing
-gets the same calls, now before, now after the first, on the same virtual clock; both must decide alike.
+Second claim: keeping what explains a decision costs at most 5 % of it. A second scheduler that explains
+nothing gets the same calls, now before, now after the first, on the same virtual clock; both must decide alike.
 
     python benchmarks/scheduler_decisions.py --traces FOLDER
 """
@@ -201,7 +201,7 @@ def measure(
         decision, other = (cluster.route(request) for cluster in pair)
         assert decision == other, "explaining must not change a decision"
         matched += decision.matched_prefill
-        applied.append([cluster.follow(decision, prompt, tokens) for cluster in pair][0])
+        applied += [cluster.follow(decision, prompt, tokens) for cluster in pair]
     full.scheduler.state.check()
     nodes = full.scheduler.state.tree.nodes
     started = time.perf_counter()

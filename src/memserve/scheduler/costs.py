@@ -87,7 +87,9 @@ def prefill_costs(
 def prefill_work(prices: StepPrices, step_tokens: int, prompt: int, computed: float) -> float:
     """The ``work`` of :func:`prefill_costs` at one place, to the last bit."""
     token = prices.token + prices.step / step_tokens
-    return token * (prompt - computed) + prices.token_context * (0.5 * (prompt * prompt - computed * computed))
+    return token * (prompt - computed) + prices.token_context * (
+        0.5 * (prompt * prompt - computed * computed)
+    )
 
 
 def decode_costs(fleet: Fleet, slots: Slots, prompt: int, answer: float) -> tuple[Floats, Floats]:

@@ -172,7 +172,9 @@ def _keep(leg: Leg, places: Places, held: Holdings, choice: Choice, weighed: Wei
     if len(instances) <= _KEPT_WHOLE:
         return LegRecord(leg, choice.place, seen, weighed, rows)
     tier = None if weighed.tier is None else weighed.tier.take(rows)
-    return LegRecord(leg, choice.place, seen, Weighed(0, weighed.fetch.take(rows), weighed.total.take(rows), tier))
+    return LegRecord(
+        leg, choice.place, seen, Weighed(0, weighed.fetch.take(rows), weighed.total.take(rows), tier)
+    )
 
 
 def _look_at(places: Sequence[InstanceState]) -> list[_Raw]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import logging
 from collections import OrderedDict
 from collections.abc import AsyncGenerator
@@ -128,9 +127,10 @@ class Dispatcher:
 
     def decisions(self, request: RequestId) -> tuple[Decision, ...]:
         """See :class:`memserve.server.backend.Backend`."""
-        names = (attempt_of(request, attempt) for attempt in itertools.count(1))
-        found = map(self._scheduler.decision, names)
-        return tuple(iter(found.__next__, None))
+        found: list[Decision] = []
+        while (decision := self._scheduler.decision(attempt_of(request, len(found) + 1))) is not None:
+            found.append(decision)
+        return tuple(found)
 
     def why(self, request: RequestId) -> tuple[Explanation, ...]:
         """See :class:`memserve.server.backend.Backend`."""

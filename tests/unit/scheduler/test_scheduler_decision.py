@@ -133,9 +133,7 @@ def run_log(cluster, policy: str) -> list[tuple[str, bytes]]:
     return decisions
 
 
-def route(
-    state: SchedulerState, request: RouteRequest, policy: str, now: float
-) -> tuple[Decision, Record]:
+def route(state: SchedulerState, request: RouteRequest, policy: str, now: float) -> tuple[Decision, Record]:
     decision, record = decide_recorded(request, state, policy_by_name(policy), now)
     state.book(decision.request, decision.prefill_share(), decision.decode_share(), now)
     return decision, record

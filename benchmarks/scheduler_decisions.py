@@ -9,7 +9,7 @@ comparison of the prompt's tokens. On a busy machine wall times hold other proce
 times do not.
 
 Second claim: keeping what explains a decision costs at most 5 % of it. A second scheduler that explains
-nothing gets the same calls, now before, now after the first, on the same virtual clock; both must decide alike.
+nothing gets the same calls, now before, now after the first, on the same clock; both must decide alike.
 
     python benchmarks/scheduler_decisions.py --traces FOLDER
 """

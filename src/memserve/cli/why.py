@@ -29,8 +29,8 @@ def why(
 ) -> None:
     """Explain where a recent request ran: every place it could have gone to, and what that would have cost.
 
-    Below **then** is what was known when it was decided, below **in hindsight** what was known at the first
-    token. **Regret** is how much sooner it would have come from the best of these places.
+    Tokens and seconds are those known at the decision; the last columns, **waited**, **found** and **ttft**,
+    those known at the first token. **Regret** is how much sooner it would have come from the best place.
     """
     import msgspec
     from rich.console import Console
@@ -83,15 +83,15 @@ def _table(*columns: str) -> Table:
 
 def _prefill_table(attempt: Explanation) -> Table:
     """Narrow enough for 80 columns."""
-    table = _table("prefill", "cached", "ahead", "run", "wait", "fetch", "prefill", "total")
+    table = _table("prefill", "cached", "ahead", "wait", "fetch", "prefill", "total")
     later = {} if attempt.outcome is None else {place.instance: place for place in attempt.outcome.places}
     if later:
-        for name in ("waited", "cached", "ttft"):
+        for name in ("waited", "found", "ttft"):
             table.add_column(name, justify="right", style="cyan")
     for one in attempt.prefill_candidates:
         cells = (_seconds(value) for value in (one.wait, one.fetch, one.prefill, one.total))
         hindsight = _hindsight(later.get(one.instance)) if later else ()
-        table.add_row(_name(one), *_load(one), *cells, *hindsight)
+        table.add_row(_name(one), *_load(one)[:2], *cells, *hindsight)
     return table
 
 

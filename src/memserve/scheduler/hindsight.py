@@ -40,9 +40,9 @@ class Hindsight(msgspec.Struct, frozen=True, gc=False):
 class Outcome(msgspec.Struct, frozen=True, gc=False):
     """What happened; seconds. ``cached_tokens`` by the request's ledger, None where that is not known.
 
-    ``error``: of the predicted time to the first token, relative. ``unexplained``: what of the actual time is in
-    no term, at the chosen place, and taken to be the same at the others. ``regret``: how much sooner the first
-    token had come from ``best``; ``regret_total``: the same of what the policy compares.
+    ``error``: of the predicted time to the first token, relative. ``unexplained``: what of the actual time is
+    in no term, at the chosen place, and taken to be the same at the others. ``regret``: how much sooner the
+    first token had come from ``best``; ``regret_total``: the same of what the policy compares.
     """
 
     ttft: float
@@ -59,8 +59,8 @@ class Outcome(msgspec.Struct, frozen=True, gc=False):
 class Known:
     """What the first token's arrival at ``now`` makes known.
 
-    ``ends``: of the lines at the recorded places (``Record.prefill.seen``), None where the place is lost; ``held``: what places hold of the
-    prompt by now; ``cached``: what the chosen one had of it.
+    ``ends``: of the lines at the recorded places (``Record.prefill.seen``), None where the place is lost;
+    ``held``: what places hold of the prompt by now; ``cached``: what the chosen one had of it.
     """
 
     now: float

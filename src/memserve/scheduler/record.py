@@ -78,7 +78,7 @@ _Raw = tuple[InstanceState, Role, Work, float, StepPrices]
 
 
 class LegRecord(NamedTuple):
-    """The places of one leg, in any order, perhaps one twice, with a row of ``weighed`` each, if there is one.
+    """The places of one leg, in any order, perhaps one twice, each with a row of ``weighed`` if that is there.
 
     ``rows`` None: place n has row n.
     """
@@ -172,9 +172,8 @@ def _keep(leg: Leg, places: Places, held: Holdings, choice: Choice, weighed: Wei
     if len(instances) <= _KEPT_WHOLE:
         return LegRecord(leg, choice.place, seen, weighed, rows)
     tier = None if weighed.tier is None else weighed.tier.take(rows)
-    return LegRecord(
-        leg, choice.place, seen, Weighed(0, weighed.fetch.take(rows), weighed.total.take(rows), tier)
-    )
+    kept = Weighed(0, weighed.fetch.take(rows), weighed.total.take(rows), tier)
+    return LegRecord(leg, choice.place, seen, kept)
 
 
 def _look_at(places: Sequence[InstanceState]) -> list[_Raw]:

@@ -1,4 +1,4 @@
-"""Why a request ran where it ran, for clients: the header of every answer, and the ids that one may ask by."""
+"""Why a request ran where it ran, for clients: the header of every answer, and the ids to ask by."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _IDS_KEPT = 1024
 
 
 class WhyBody(msgspec.Struct, frozen=True):
-    """Body of ``GET /v1/cluster/why/{id}``: ``id`` is the answer's; one attempt unless an instance was lost."""
+    """Body of ``GET /v1/cluster/why/{id}``: ``id`` is the answer's; each lost instance adds an attempt."""
 
     id: str
     attempts: tuple[Explanation, ...]

@@ -98,8 +98,9 @@ def _price(decision: Decision, seen: Seen, one: Candidate, end: Mark | None, kno
     at = None if end is None else end.at
     waited = actual if at is None else max(at - decision.decided_at, 0.0)
     held = _held(decision, one, known)
-    fetch = known.wire.seconds(one.fetch_tokens - held)
-    computed = held if one.chosen and known.cached is not None else max(held, one.fetch_tokens)
+    fetched = min(one.fetch_tokens, _fetchable(decision, known))
+    fetch = known.wire.seconds(fetched - held)
+    computed = held if one.chosen and known.cached is not None else max(held, fetched)
     prefill = seen.prefill(prompt, computed, seen.place.prices)
     ttft = max(waited, fetch) + prefill
     if one.chosen:
@@ -126,6 +127,17 @@ def _held(decision: Decision, one: Candidate, known: Known) -> int:
     if one.chosen or one.instance == decision.decode:
         return one.matched_tokens
     return known.held.tokens(one.instance)
+
+
+def _fetchable(decision: Decision, known: Known) -> int:
+    """The longest prefix that anybody had to send. What lies where the request has come by may be its own."""
+    if known.cached is None:
+        return decision.prompt_tokens
+    own = (decision.prefill, decision.decode)
+    for tier in known.held.tiers:
+        if tier.tokens <= known.cached or any(name not in own for name in tier.instances()):
+            return max(tier.tokens, known.cached)
+    return known.cached
 
 
 @dataclass(slots=True)

@@ -46,7 +46,7 @@ class History:
         self.regrets = Regrets()
 
     def add(self, request: RouteRequest, decision: Decision, record: Record | None) -> None:
-        """Remember a decision, before it is booked; one of the same name is replaced, the oldest forgotten."""
+        """Remember a decision, before it is booked; one of the same name is replaced, the oldest is lost."""
         kept = _Kept(decision, record)
         if record is not None:
             kept.request = request

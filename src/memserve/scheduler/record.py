@@ -78,7 +78,7 @@ _Raw = tuple[InstanceState, Role, Work, float, StepPrices]
 
 
 class LegRecord(NamedTuple):
-    """The places of one leg, in any order, perhaps one twice, each with a row of ``weighed`` if that is there.
+    """The places of one leg, in any order, perhaps one twice, each with a row of ``weighed`` if there is one.
 
     ``rows`` None: place n has row n.
     """

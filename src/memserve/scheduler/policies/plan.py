@@ -70,7 +70,7 @@ class Fetch(NamedTuple):
 class Weighed(NamedTuple):
     """The places of a leg as the cost policy saw them, one entry each: seconds, float64[n].
 
-    ``fetch`` to bring KV there, ``total`` with everything that counts, least at ``best``. ``tier`` tells which
+    ``fetch`` to bring KV there, ``total`` with all that counts, least at ``best``. ``tier`` tells which
     of the prefixes held is fetched before prefill, -1 for none; None where a request would only decode.
     """
 

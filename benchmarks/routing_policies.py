@@ -7,12 +7,14 @@
 eight A800-class GPUs at half of their peak (2 x 70e9 FLOP per token, attention 2 x 80 x 8192 FLOP per pair
 of tokens); KV of 320 KiB per token travels at 100 Gb/s. A load of 1 is what the prefill instances would get
 done without any cache. Larger clusters get copies of the trace with other tokens. ``cost-without-fetch``
-never brings a prefix from a peer.
+never brings a prefix from a peer. ``bound`` is no policy: one queue for all in order of arrival, and
+whatever anybody has computed is everywhere at once.
 """
 
 from __future__ import annotations
 
 import argparse
+import heapq
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,6 +40,7 @@ COPY = 100_000_000
 """What the ids of a copy of the trace are apart; id 0 is the system prompt, common to all."""
 PER_COPY = 8
 ALONE = "cost-without-fetch"
+BOUND = "bound"
 
 
 def main() -> None:
@@ -47,7 +50,7 @@ def main() -> None:
     parser.add_argument("--instances", type=int, default=8)
     parser.add_argument("--loads", default="0.75,0.95")
     parser.add_argument("--requests", type=int, default=4000, help="of the trace's beginning")
-    parser.add_argument("--policies", default=",".join((*POLICIES, ALONE)))
+    parser.add_argument("--policies", default=",".join((*POLICIES, ALONE, BOUND)))
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/routing_policies.json")
     options = parser.parse_args()
     trace = mooncake.load(options.traces, options.trace)[: options.requests]
@@ -63,6 +66,8 @@ def main() -> None:
 def measure(trace: list[Request], name: str, instances: int, load: float) -> dict[str, str | float]:
     """One policy under one load."""
     copies = max(1, instances // PER_COPY)
+    if name == BOUND:
+        return bound(trace, instances, load, copies)
     work = copies * sum(seconds_of(request.tokens) for request in trace)
     stretch = work / instances / load / trace[-1].at
     done: list[Outcome] = []
@@ -86,6 +91,31 @@ def measure(trace: list[Request], name: str, instances: int, load: float) -> dic
     }
 
 
+def bound(trace: list[Request], instances: int, load: float, copies: int) -> dict[str, str | float]:
+    """The same figures where nobody ever chooses wrongly, forgets or sends."""
+    stretch = copies * sum(seconds_of(one.tokens) for one in trace) / instances / load / trace[-1].at
+    free_at = [0.0] * instances
+    known: set[tuple[int, int, int]] = set()
+    ttft, hit, total = [], 0, 0
+    for at, copy, request in in_order(trace, copies, stretch):
+        depth = next(
+            (n for n, name in enumerate(request.ids) if (copy, n, name) not in known), len(request.ids)
+        )
+        known.update((copy, n, name) for n, name in enumerate(request.ids))
+        cached = min(depth * mooncake.HASHED, request.tokens - 1)
+        done = max(at, heapq.heappop(free_at)) + seconds_of(request.tokens) - seconds_of(cached) + PRICES.step
+        heapq.heappush(free_at, done)
+        ttft.append(done - at)
+        hit, total = hit + cached, total + request.tokens
+    return {
+        "policy": BOUND,
+        "ttft_mean": float(np.mean(ttft)),
+        "ttft_p50": float(np.median(ttft)),
+        "ttft_p99": float(np.percentile(ttft, 99)),
+        "hit": hit / total,
+    }
+
+
 def policy_of(name: str) -> Policy:
     return LeastCost(fetches=False) if name == ALONE else policy_by_name(name)
 
@@ -95,15 +125,20 @@ def seconds_of(prompt: int) -> float:
     return PRICES.step + PRICES.token * prompt + PRICES.token_context * prompt**2 / 2
 
 
-def requests_of(trace: list[Request], copies: int, stretch: float) -> Iterator[SimRequest]:
-    """The trace, each copy a little later than the one before."""
+def in_order(trace: list[Request], copies: int, stretch: float) -> list[tuple[float, int, Request]]:
+    """When which copy of which request comes."""
     gap = trace[-1].at * stretch / len(trace)
     order = [
         (request.at * stretch + copy * gap / copies, copy, request)
         for copy in range(copies)
         for request in trace
     ]
-    for number, (at, copy, request) in enumerate(sorted(order, key=lambda one: one[:2])):
+    return sorted(order, key=lambda one: one[:2])
+
+
+def requests_of(trace: list[Request], copies: int, stretch: float) -> Iterator[SimRequest]:
+    """The trace, each copy a little later than the one before."""
+    for number, (at, copy, request) in enumerate(in_order(trace, copies, stretch)):
         ids = np.array([name + copy * COPY if name else 0 for name in request.ids], np.uint64)
         prompt = np.ascontiguousarray(mooncake.expand(ids).reshape(-1)[: request.tokens])
         answer = mooncake.expand(np.array([(1 << 50) + number], np.uint64)).reshape(-1)[:256]

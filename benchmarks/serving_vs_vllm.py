@@ -20,15 +20,14 @@ import os
 import shutil
 import signal
 import socket
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import httpx
 
-from bench_command import run_bench
+from bench_command import Row, row_of, run_bench, table_of
 from memserve.bench.target import Target, open_target
 from memserve.engine.models.gguf_file import GGUFFile
 from memserve.engine.models.loader import open_path
@@ -49,23 +48,6 @@ VLLM = "vllm"
 VLLM_KV_BYTES = 1 << 30
 START_SECONDS = 600.0
 STOP_SECONDS = 30.0
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One server under one workload; seconds, ``output_per_second`` in tokens per second."""
-
-    workload: str
-    server: str
-    turns: int
-    failed: int
-    ttft: float
-    ttft_p99: float
-    jct: float
-    jct_p99: float
-    itl_p99: float
-    output_per_second: float
-    cached_share: float
 
 
 def main() -> None:
@@ -97,7 +79,7 @@ async def compare(options: argparse.Namespace) -> None:
                 *("--recorded-answers", "--fixed-length", "--think", "0"),
             )
             rows += [row_of(workload, entry) for entry in report["entries"]]
-            print(table(rows[-len(urls) :]), flush=True)
+            print(table_of(rows[-len(urls) :]), flush=True)
             figures = {name: getattr(options, name) for name in ("sessions", "concurrency", "rounds")}
             write_result("serving_vs_vllm", {**figures, "rows": [asdict(row) for row in rows]}, options.out)
 
@@ -184,41 +166,6 @@ def free_port() -> int:
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         return int(one.getsockname()[1])
-
-
-def row_of(workload: str, entry: Mapping[str, Any]) -> Row:
-    figures = entry["figures"]
-    sources: dict[str, int] = figures["sources"]
-    cached = sum(count for name, count in sources.items() if name not in ("computed", "unknown"))
-    return Row(
-        workload=workload,
-        server=entry["name"],
-        turns=figures["turns"],
-        failed=figures["failed"] + figures["unfinished"] + figures["never_sent"],
-        ttft=figures["ttft"]["mean"],
-        ttft_p99=figures["ttft"]["p99"],
-        jct=figures["jct"]["mean"],
-        jct_p99=figures["jct"]["p99"],
-        itl_p99=figures["itl"]["p99"],
-        output_per_second=figures["output_per_second"],
-        cached_share=cached / max(sum(sources.values()), 1),
-    )
-
-
-def table(rows: list[Row]) -> str:
-    """Markdown."""
-    lines = [
-        "| workload | server | turns (failed) | TTFT mean / p99 s | JCT mean / p99 s "
-        "| ITL p99 ms | tokens/s |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        lines.append(
-            f"| {row.workload} | {row.server} | {row.turns} ({row.failed}) "
-            f"| {row.ttft:.3f} / {row.ttft_p99:.3f} | {row.jct:.2f} / {row.jct_p99:.2f} "
-            f"| {1e3 * row.itl_p99:.0f} | {row.output_per_second:.0f} |"
-        )
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -125,6 +125,7 @@ def _ask(request: RouteRequest, state: SchedulerState, now: float, answer: float
         start=state.places(Leg.START),
         fleet=state.fleet,
         wire=state.wire,
+        cached=state.tree.held_tokens,
         error=state.predictions.typical,
     )
 

@@ -16,7 +16,9 @@ from memserve.scheduler.state import Leg
 def choose(cluster, policy: str, leg: Leg = Leg.PREFILL, *, turn: int = 0, session: str | None = None) -> str:
     request = cluster.request("r", session=session)
     held = cluster.state.match(request.namespace, request.tokens)
-    query = LegQuery(cluster.state.places(leg), held, session, turn, len(request.tokens))
+    query = LegQuery(
+        cluster.state.places(leg), held, session, turn, len(request.tokens), cluster.state.tree.held_tokens
+    )
     return policy_by_name(policy).choose(query).place.instance
 
 

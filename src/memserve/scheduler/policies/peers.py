@@ -37,8 +37,8 @@ class WeightedOverlap(LegPolicy):
 class CacheAware(LegPolicy):
     """The longest prefix if it is long enough, unless requests are spread too unevenly.
 
-    SGLang's router (sgl-router, "cache_aware"): above ``_RATIO`` of the prompt the longest holder, below it
-    a place with little cached, here the least loaded one; least requests when places differ too much.
+    SGLang's router (sgl-router, "cache_aware", its defaults): above ``_RATIO`` of the prompt the longest
+    holder, below it the place with the smallest tree; the fewest requests where places differ too much.
     """
 
     name = "cache-aware"
@@ -59,7 +59,8 @@ class CacheAware(LegPolicy):
         held = query.held.tokens(longest.instance)
         if held > self._RATIO * query.prompt:
             return Choice(longest, f"holds {held} tokens")
-        return LeastLoad().choose(query)
+        smallest = min(instances, key=lambda place: query.cached(place.instance))
+        return Choice(smallest, f"has least cached: {query.cached(smallest.instance)} tokens")
 
 
 class ExploitExplore(LegPolicy):

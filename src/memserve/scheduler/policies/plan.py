@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -14,13 +15,17 @@ from memserve.scheduler.tree import Holdings
 
 @dataclass(frozen=True, slots=True)
 class LegQuery:
-    """The places for one leg, at least one, and what instances hold of the prompt of ``prompt`` tokens."""
+    """The places for one leg, at least one, and what instances hold of the prompt of ``prompt`` tokens.
+
+    ``cached`` tells how many tokens an instance holds in all.
+    """
 
     places: Places
     held: Holdings
     session: str | None
     turn: int
     prompt: int
+    cached: Callable[[InstanceId], int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +33,8 @@ class Query:
     """A request and the state of the cluster, as far as policies look at them.
 
     ``prompt`` in tokens, at least 1; ``answer``: how many tokens are expected. ``decode`` may be empty where
-    ``prefill`` has places that decode themselves. ``start``: see ``Leg.START``. ``error``: the relative
-    error of what was predicted of late.
+    ``prefill`` has places that decode themselves. ``start``: see ``Leg.START``; ``cached``: see
+    ``LegQuery``. ``error``: the relative error of what was predicted of late.
     """
 
     prompt: int
@@ -43,12 +48,13 @@ class Query:
     start: Places
     fleet: Fleet
     wire: Wire
+    cached: Callable[[InstanceId], int]
     error: float = 0.0
 
     def leg(self, leg: Leg) -> LegQuery:
         """The part of it that concerns one leg."""
         places = self.prefill if leg is Leg.PREFILL else self.decode
-        return LegQuery(places, self.held, self.session, self.turn, self.prompt)
+        return LegQuery(places, self.held, self.session, self.turn, self.prompt, self.cached)
 
 
 @dataclass(frozen=True, slots=True)

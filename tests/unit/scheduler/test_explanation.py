@@ -74,9 +74,13 @@ def weighted_overlap(why: Explanation, places: Places, leg: str) -> InstanceId:
 
 def cache_aware(why: Explanation, places: Places, leg: str) -> InstanceId:
     longest = max(places, key=lambda one: one.matched_tokens)
-    if leg == "decode" or longest.matched_tokens <= 0.3 * why.decision.prompt_tokens:
+    if leg == "decode":
         return least_load(why, places, leg)
-    return longest.instance
+    if longest.matched_tokens > 0.3 * why.decision.prompt_tokens:
+        return longest.instance
+    # Sizes of trees are not recorded per place; the reason has that of the chosen one.
+    assert "has least cached: " in why.decision.reason
+    return why.decision.prefill
 
 
 def exploit_explore(why: Explanation, places: Places, leg: str) -> InstanceId:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 
-import numpy as np
-
 from dispatching import PROMPT, D, Outbox, P, Quiet, R, add, chunk, cluster, run, start, until
 from memserve.core.clock import VirtualClock
 from memserve.core.messages import RequestClosed, TokenChunk
@@ -99,7 +97,7 @@ def test_the_scheduler_learns_how_long_answers_are_and_may_become() -> None:
 
 def test_request_ids_are_bounded_and_the_latest_counts() -> None:
     ids = RecentIds()
-    for number in np.arange(2000):
+    for number in range(2000):
         ids.note(f"x{number}", f"cmpl-{number}")
     ids.note("x1999", "cmpl-again")
     assert ids.answer_of("x1999") == "cmpl-again"

@@ -22,8 +22,6 @@ MAX_CANDIDATES = 8
 """Candidates recorded per leg: all of a small cluster, of a large one those that explain the choice."""
 _CHEAPEST = 3
 """Of these so many where seconds were weighed: the chosen one is the first of them."""
-_KEPT_WHOLE = 64
-"""Columns of so many places are kept as they are: cutting them takes longer than they are worth."""
 
 
 class Candidate(msgspec.Struct, frozen=True, gc=False):
@@ -56,13 +54,16 @@ class Candidate(msgspec.Struct, frozen=True, gc=False):
 
 
 class Seen(NamedTuple):
-    """What of a place changes later."""
+    """A place as the decision saw it. The last three are those of ``Weighed``, None and -1 without that."""
 
     place: InstanceState
     role: Role
     load: Work
     free_at: float
     prices: StepPrices
+    fetch: float | None
+    total: float | None
+    tier: int
 
     def prefill(self, prompt: int, computed: int, prices: StepPrices) -> float:
         """Seconds to prefill beside the streams that were seen, of which ``computed`` tokens are there."""
@@ -73,21 +74,16 @@ class Seen(NamedTuple):
         )
 
 
-_Raw = tuple[InstanceState, Role, Work, float, StepPrices]
+_Raw = tuple[InstanceState, Role, Work, float, StepPrices, float | None, float | None, int]
 """The fields of ``Seen``: a plain tuple is made in a third of the time."""
 
 
 class LegRecord(NamedTuple):
-    """The places of one leg, in any order, perhaps one twice, each with a row of ``weighed`` if there is one.
-
-    ``rows`` None: place n has row n.
-    """
+    """The places of one leg, in any order, perhaps one twice."""
 
     leg: Leg
     chosen: InstanceState
     seen: Sequence[_Raw]
-    weighed: Weighed | None = None
-    rows: list[int] | None = None
 
     def order(self) -> list[int]:
         """Positions in ``seen``, each place once, by id."""
@@ -115,15 +111,13 @@ class Record(NamedTuple):
 
     def _candidate(self, leg: LegRecord, position: int) -> Candidate:
         seen, decodes = Seen(*leg.seen[position]), leg.leg is Leg.DECODE
-        row = position if leg.rows is None else leg.rows[position]
         place, load = seen.place, seen.load
-        matched = self.held.tokens(place.instance)
-        wait = prefill = fetch = total = None
-        fetched = self._fetched(leg.weighed, row)
-        if leg.weighed is not None:
-            fetch, total = float(leg.weighed.fetch[row]), float(leg.weighed.total[row])
+        matched, fetched = self.held.tokens(place.instance), 0
+        if seen.tier >= 0:
+            fetched = min(self.held.tiers[seen.tier].tokens, self.prompt - 1)
+        wait = prefill = None
         if not decodes:
-            wait = max(seen.free_at - self.now, fetch or 0.0)
+            wait = max(seen.free_at - self.now, seen.fetch or 0.0)
             prefill = seen.prefill(self.prompt, max(matched, fetched), seen.prices)
         return Candidate(
             place.instance,
@@ -134,16 +128,11 @@ class Record(NamedTuple):
             load.context_tokens,
             place is leg.chosen,
             wait,
-            fetch,
+            seen.fetch,
             prefill,
-            total,
+            seen.total,
             fetched,
         )
-
-    def _fetched(self, weighed: Weighed | None, row: int) -> int:
-        if weighed is None or weighed.tier is None or weighed.tier[row] < 0:
-            return 0
-        return min(self.held.tiers[int(weighed.tier[row])].tokens, self.prompt - 1)
 
 
 def take_record(query: Query, plan: Plan) -> Record:
@@ -162,30 +151,44 @@ def take_record(query: Query, plan: Plan) -> Record:
 
 
 def _keep(leg: Leg, places: Places, held: Holdings, choice: Choice, weighed: Weighed | None) -> LegRecord:
-    instances = places.instances
-    if len(instances) <= MAX_CANDIDATES:
-        return LegRecord(leg, choice.place, _look_at(instances), weighed)
+    instances: Sequence[InstanceState] = places.instances
+    few = len(instances) <= MAX_CANDIDATES
     if weighed is None:
-        return LegRecord(leg, choice.place, _look_at(_worth_a_look(places, held, choice)))
-    rows = _cheapest(weighed)
-    seen = _look_at([instances[row] for row in rows])
-    if len(instances) <= _KEPT_WHOLE:
-        return LegRecord(leg, choice.place, seen, weighed, rows)
-    tier = None if weighed.tier is None else weighed.tier.take(rows)
-    kept = Weighed(0, weighed.fetch.take(rows), weighed.total.take(rows), tier)
-    return LegRecord(leg, choice.place, seen, kept)
-
-
-def _look_at(places: Sequence[InstanceState]) -> list[_Raw]:
-    return [(one, one.role, one.load, one.line.free_at, one.prices) for one in places]
+        looked_at = instances if few else _worth_a_look(places, held, choice)
+        seen = [(x, x.role, x.load, x.line.free_at, x.prices, None, None, -1) for x in looked_at]
+        return LegRecord(leg, choice.place, seen)
+    rows = range(len(instances)) if few else _cheapest(weighed)
+    fetch, total, tier = weighed.fetch.item, weighed.total.item, weighed.tier
+    return LegRecord(
+        leg,
+        choice.place,
+        [
+            (
+                x := instances[row],
+                x.role,
+                x.load,
+                x.line.free_at,
+                x.prices,
+                fetch(row),
+                total(row),
+                -1 if tier is None else tier.item(row),
+            )
+            for row in rows
+        ],
+    )
 
 
 def _cheapest(weighed: Weighed) -> list[int]:
     """Rows of the chosen place and of the cheapest others."""
-    rest, rows = weighed.total.copy(), [weighed.best]
+    total, rows = weighed.total, [weighed.best]
+    values = []
     for _ in range(_CHEAPEST - 1):
-        rest[rows[-1]] = np.inf
-        rows.append(int(rest.argmin()))
+        values.append(total.item(rows[-1]))
+        total[rows[-1]] = np.inf
+        rows.append(int(total.argmin()))
+    # To change it and to change it back is quicker than a copy.
+    for row, value in zip(rows, values, strict=False):
+        total[row] = value
     return rows
 
 

@@ -50,7 +50,7 @@ class History:
         kept = _Kept(decision, record)
         if record is not None:
             kept.request = request
-            kept.ends = [raw[0].line.mark(record.now) for raw in record.prefill.seen]
+            kept.ends = [raw[0].line.mark(record.now) for raw in record.prefill_seen]
         self._kept.pop(decision.request, None)
         self._kept[decision.request] = kept
         if len(self._kept) > self._size:
@@ -65,7 +65,7 @@ class History:
             asked = kept.request
             ends = [
                 end if self._state.knows(raw[0]) else None
-                for raw, end in zip(kept.record.prefill.seen, kept.ends, strict=True)
+                for raw, end in zip(kept.record.prefill_seen, kept.ends, strict=True)
             ]
             held = self._state.match(asked.namespace, asked.tokens)
             known = Known(now, ends, held, cached, self._state.wire)

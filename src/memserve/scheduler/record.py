@@ -13,7 +13,7 @@ import numpy as np
 
 from memserve.core.types import InstanceId, Role, StepPrices
 from memserve.scheduler.costs import prefill_work
-from memserve.scheduler.fleet import stretch_of
+from memserve.scheduler.fleet import Floats, stretch_of
 from memserve.scheduler.policies import Choice, Plan, Query, Weighed
 from memserve.scheduler.state import InstanceState, Leg, Places, Work
 from memserve.scheduler.tree import Holdings
@@ -21,7 +21,8 @@ from memserve.scheduler.tree import Holdings
 MAX_CANDIDATES = 8
 """Candidates recorded per leg: all of a small cluster, of a large one those that explain the choice."""
 _CHEAPEST = 3
-"""Of these so many where seconds were weighed: the chosen one is the first of them."""
+_CHEAPEST_TO_DECODE = 2
+"""Of a large one where seconds were weighed: so many with the chosen one, which is the cheapest."""
 
 
 class Candidate(msgspec.Struct, frozen=True, gc=False):
@@ -78,39 +79,34 @@ _Raw = tuple[InstanceState, Role, Work, float, StepPrices, float | None, float |
 """The fields of ``Seen``: a plain tuple is made in a third of the time."""
 
 
-class LegRecord(NamedTuple):
-    """The places of one leg, in any order, perhaps one twice."""
-
-    leg: Leg
-    chosen: InstanceState
-    seen: Sequence[_Raw]
-
-    def order(self) -> list[int]:
-        """Positions in ``seen``, each place once, by id."""
-        at = {raw[0].instance: position for position, raw in enumerate(self.seen)}
-        return [at[name] for name in sorted(at)]
-
-
 class Record(NamedTuple):
-    """Both legs of a decision about a prompt of ``prompt`` tokens; ``decode`` None: where it prefills."""
+    """The places of a decision about a prompt of ``prompt`` tokens: those taken, and all that were looked at.
+
+    Those looked at are in any order, perhaps one twice. ``decode`` None: where it prefills.
+    """
 
     prompt: int
     now: float
     held: Holdings
-    prefill: LegRecord
-    decode: LegRecord | None
+    prefill: InstanceState
+    prefill_seen: Sequence[_Raw]
+    decode: InstanceState | None = None
+    decode_seen: Sequence[_Raw] = ()
+
+    def prefill_order(self) -> list[int]:
+        """Positions in ``prefill_seen``, each place once, by id."""
+        return _order(self.prefill_seen)
 
     def prefill_candidates(self) -> tuple[Candidate, ...]:
         """Where the request could prefill."""
-        return tuple(self._candidate(self.prefill, n) for n in self.prefill.order())
+        return tuple(self._candidate(self.prefill_seen[at], Leg.PREFILL) for at in self.prefill_order())
 
     def decode_candidates(self) -> tuple[Candidate, ...]:
         """Where it could decode then; none if it stays where it prefills."""
-        leg = self.decode
-        return () if leg is None else tuple(self._candidate(leg, n) for n in leg.order())
+        return tuple(self._candidate(self.decode_seen[at], Leg.DECODE) for at in _order(self.decode_seen))
 
-    def _candidate(self, leg: LegRecord, position: int) -> Candidate:
-        seen, decodes = Seen(*leg.seen[position]), leg.leg is Leg.DECODE
+    def _candidate(self, raw: _Raw, leg: Leg) -> Candidate:
+        seen, decodes = Seen(*raw), leg is Leg.DECODE
         place, load = seen.place, seen.load
         matched, fetched = self.held.tokens(place.instance), 0
         if seen.tier >= 0:
@@ -126,7 +122,7 @@ class Record(NamedTuple):
             load.context_tokens if decodes else load.prefill_tokens,
             load.requests,
             load.context_tokens,
-            place is leg.chosen,
+            place is (self.decode if decodes else self.prefill),
             wait,
             seen.fetch,
             prefill,
@@ -135,58 +131,53 @@ class Record(NamedTuple):
         )
 
 
+def _order(seen: Sequence[_Raw]) -> list[int]:
+    at = {raw[0].instance: position for position, raw in enumerate(seen)}
+    return [at[name] for name in sorted(at)]
+
+
 def take_record(query: Query, plan: Plan) -> Record:
     """Keep what ``plan`` was chosen from, before anything is booked."""
-    first = query.prefill if plan.prefill_weighed is None else query.start
-    decode = None
-    if plan.decode is not None:
-        decode = _keep(Leg.DECODE, query.decode, query.held, plan.decode, plan.decode_weighed)
-    return Record(
-        query.prompt,
-        query.now,
-        query.held,
-        _keep(Leg.PREFILL, first, query.held, plan.prefill, plan.prefill_weighed),
-        decode,
-    )
-
-
-def _keep(leg: Leg, places: Places, held: Holdings, choice: Choice, weighed: Weighed | None) -> LegRecord:
-    instances: Sequence[InstanceState] = places.instances
-    few = len(instances) <= MAX_CANDIDATES
+    held, prefill, decode, weighed = query.held, plan.prefill, plan.decode, plan.prefill_weighed
     if weighed is None:
-        looked_at = instances if few else _worth_a_look(places, held, choice)
-        seen = [(x, x.role, x.load, x.line.free_at, x.prices, None, None, -1) for x in looked_at]
-        return LegRecord(leg, choice.place, seen)
-    rows = range(len(instances)) if few else _cheapest(weighed)
-    fetch, total, tier = weighed.fetch.item, weighed.total.item, weighed.tier
-    return LegRecord(
-        leg,
-        choice.place,
-        [
-            (
-                x := instances[row],
-                x.role,
-                x.load,
-                x.line.free_at,
-                x.prices,
-                fetch(row),
-                total(row),
-                -1 if tier is None else tier.item(row),
-            )
-            for row in rows
-        ],
-    )
+        first = _look_at(query.prefill, held, prefill)
+    else:
+        first = _look_at_weighed(query.start.instances, weighed, _CHEAPEST)
+    if decode is None:
+        return Record(query.prompt, query.now, held, prefill.place, first)
+    if plan.decode_weighed is None:
+        second = _look_at(query.decode, held, decode)
+    else:
+        second = _look_at_weighed(query.decode.instances, plan.decode_weighed, _CHEAPEST_TO_DECODE)
+    return Record(query.prompt, query.now, held, prefill.place, first, decode.place, second)
 
 
-def _cheapest(weighed: Weighed) -> list[int]:
-    """Rows of the chosen place and of the cheapest others."""
-    total, rows = weighed.total, [weighed.best]
-    values = []
-    for _ in range(_CHEAPEST - 1):
+def _look_at(places: Places, held: Holdings, choice: Choice) -> Sequence[_Raw]:
+    instances: Sequence[InstanceState] = places.instances
+    if len(instances) > MAX_CANDIDATES:
+        instances = _worth_a_look(places, held, choice)
+    return [(x, x.role, x.load, x.line.free_at, x.prices, None, None, -1) for x in instances]
+
+
+def _look_at_weighed(instances: Sequence[InstanceState], weighed: Weighed, cheapest: int) -> Sequence[_Raw]:
+    few = len(instances) <= MAX_CANDIDATES
+    rows = range(len(instances)) if few else _cheapest(weighed.total, weighed.best, cheapest)
+    fetch, total, tier = weighed.fetch, weighed.total, weighed.tier
+    seen: list[_Raw] = []
+    for row in rows:
+        x, fetched = instances[row], -1 if tier is None else tier.item(row)
+        seen.append((x, x.role, x.load, x.line.free_at, x.prices, fetch.item(row), total.item(row), fetched))
+    return seen
+
+
+def _cheapest(total: Floats, best: int, count: int) -> list[int]:
+    """Rows of the chosen place and of the cheapest others. Changes ``total`` and changes it back."""
+    rows, values = [best], []
+    while len(rows) < count:
         values.append(total.item(rows[-1]))
         total[rows[-1]] = np.inf
         rows.append(int(total.argmin()))
-    # To change it and to change it back is quicker than a copy.
+    # A copy would take longer than this.
     for row, value in zip(rows, values, strict=False):
         total[row] = value
     return rows

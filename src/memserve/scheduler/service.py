@@ -5,12 +5,12 @@ Synchronous calls from one thread; sends nothing itself.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-
 from memserve.core.clock import Clock
 from memserve.core.messages import Heartbeat, Member, PoolEvents, Ready, Snapshot
 from memserve.core.types import InstanceId, Namespace, RequestId, Tokens
-from memserve.scheduler.decision import Decision, RouteRequest, decide
+from memserve.scheduler.decision import Decision, RouteRequest, decide, decide_recorded
+from memserve.scheduler.hindsight import RegretSum
+from memserve.scheduler.history import Explanation, History
 from memserve.scheduler.policies import Policy
 from memserve.scheduler.prompt_trees import TreeOptions
 from memserve.scheduler.state import Admission, EventOutcome, SchedulerState
@@ -23,7 +23,10 @@ EASING_BEATS = 8
 
 
 class GlobalScheduler:
-    """Places requests on instances. ``history`` is the number of decisions remembered."""
+    """Places requests on instances. ``history`` is the number of decisions remembered.
+
+    ``explains``: with the places that each was chosen from, so that it can be judged afterwards.
+    """
 
     def __init__(
         self,
@@ -32,14 +35,15 @@ class GlobalScheduler:
         *,
         history: int = 1024,
         block_tokens: int = 16,
+        explains: bool = True,
         trees: TreeOptions | None = None,
     ) -> None:
         self.state = SchedulerState(block_tokens, trees)
         self._policy = policy
         self._clock = clock
-        self._history = history
+        self._explains = explains
+        self._history = History(self.state, history)
         self._answer = _ANSWER_TOKENS
-        self._decisions: OrderedDict[RequestId, Decision] = OrderedDict()
         self._easing: dict[InstanceId, int] = {}
         self._seen: set[InstanceId] = set()
 
@@ -47,17 +51,15 @@ class GlobalScheduler:
 
     def route(self, request: RouteRequest) -> Decision:
         """Decide, book the load and remember why. Raises ``NoInstance``."""
-        now = self._clock.now()
+        now, record = self._clock.now(), None
         self.state.tree.advance(now)
-        decision = decide(request, self.state, self._policy, now, self._answer)
-        self.state.book(
-            decision.request, decision.prefill_share(), decision.decode_share(), decision.decided_at
-        )
+        if self._explains:
+            decision, record = decide_recorded(request, self.state, self._policy, now, self._answer)
+        else:
+            decision = decide(request, self.state, self._policy, now, self._answer)
+        self._history.add(request, decision, record)
+        self.state.book(decision.request, decision.prefill_share(), decision.decode_share(), now)
         self.state.promise(decision.request, decision.prefill, request.namespace, request.tokens, now)
-        self._decisions.pop(decision.request, None)
-        self._decisions[decision.request] = decision
-        if len(self._decisions) > self._history:
-            self._decisions.popitem(last=False)
         return decision
 
     def first_token(self, request: RequestId, cached: int | None = None) -> None:
@@ -65,7 +67,8 @@ class GlobalScheduler:
 
         ``cached`` tokens of its prompt need not have been computed, by the ledger.
         """
-        now, decision = self._clock.now(), self._decisions.get(request)
+        now = self._clock.now()
+        decision = self._history.settle(request, cached, now)
         if decision is not None:
             self.state.predictions.learn(decision.predicted_ttft, now - decision.decided_at)
             if cached is not None:
@@ -80,6 +83,7 @@ class GlobalScheduler:
 
     def finish(self, request: RequestId) -> None:
         """The request ended, however: nothing of it is load any more. May be repeated."""
+        self._history.end(request)
         self.state.unbook(request, self._clock.now())
 
     @property
@@ -89,7 +93,7 @@ class GlobalScheduler:
 
     def learn_answer(self, request: RequestId, namespace: Namespace, tokens: Tokens) -> None:
         """``tokens``: what was computed for a request that has ended, all but the answer's last token."""
-        decision = self._decisions.get(request)
+        decision = self._history.decision(request)
         if decision is None:
             return
         options = self.state.tree.options
@@ -105,8 +109,20 @@ class GlobalScheduler:
         return self.state.is_booked(instance)
 
     def decision(self, request: RequestId) -> Decision | None:
-        """Why the request runs where it runs; None when unknown or forgotten."""
-        return self._decisions.get(request)
+        """Where the request was sent; None when unknown or forgotten."""
+        return self._history.decision(request)
+
+    def explain(self, request: RequestId) -> Explanation | None:
+        """Why the request runs where it runs, and whether that was right; None when unknown or forgotten."""
+        return self._history.explain(request)
+
+    def remembered(self) -> tuple[RequestId, ...]:
+        """Whose decisions can be explained, oldest first."""
+        return self._history.names()
+
+    def regrets(self) -> dict[str, RegretSum]:
+        """What better decisions would have saved, by policy, since the start."""
+        return self._history.regrets.by_policy
 
     # --- membership ---
 

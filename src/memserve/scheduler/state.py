@@ -149,7 +149,8 @@ class InstanceState:
 class Places:
     """The instances that may take one leg of a request now, ordered by id.
 
-    In the same order their ``slots`` in the fleet, whether their role ``decodes``, and nothing else.
+    In the same order their ``slots`` in the fleet, whether their role ``decodes``, and nothing else. ``mask``
+    has the bits of the slots.
     """
 
     leg: Leg
@@ -158,6 +159,7 @@ class Places:
     slots: Slots
     decodes: Flags
     only_decodes: Flags
+    mask: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,6 +204,10 @@ class SchedulerState:
     def instances(self) -> tuple[InstanceState, ...]:
         """All known instances, ordered by id."""
         return tuple(state for _, state in sorted(self._instances.items()))
+
+    def knows(self, place: InstanceState) -> bool:
+        """Whether it lives, in the same incarnation."""
+        return self._instances.get(place.instance) is place
 
     def places(self, leg: Leg) -> Places:
         """Who may take this leg. Empty when nobody can.
@@ -430,7 +436,9 @@ def _places(leg: Leg, instances: tuple[InstanceState, ...]) -> Places:
     slots = np.array([state.slot for state in instances], np.intp)
     decodes = np.array([state.role.decodes for state in instances], np.bool_)
     only = np.array([not state.role.prefills for state in instances], np.bool_)
-    return Places(leg, instances, {state.instance: state for state in instances}, slots, decodes, only)
+    by_id = {state.instance: state for state in instances}
+    mask = sum(1 << state.slot for state in instances)
+    return Places(leg, instances, by_id, slots, decodes, only, mask)
 
 
 _ROLES: dict[Leg, tuple[tuple[Role, ...], ...]] = {

@@ -73,7 +73,9 @@ class Placement:
         request, attempt = stream.request, stream.next_attempt
         namespace, tokens = Namespace(self._model, salt=request.salt), stream.tokens()
         sampling = stream.sampling()
-        decision = self._scheduler.route(RouteRequest(attempt, namespace, tokens, request.session))
+        decision = self._scheduler.route(
+            RouteRequest(attempt, namespace, tokens, request.session, sampling.max_tokens)
+        )
         self._note(request.request, "scheduler.decide", decision.reason)
         stream.begin(decision)
         self._attempts[attempt] = stream

@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 
 from memserve.core.types import InstanceId
 from memserve.scheduler.costs import Wire
-from memserve.scheduler.fleet import Fleet
+from memserve.scheduler.fleet import Fleet, Floats, Indices
 from memserve.scheduler.holdings import Holdings
 from memserve.scheduler.state import InstanceState, Leg, Places
 
@@ -76,28 +76,31 @@ class Fetch(NamedTuple):
 
 
 class Weighed(NamedTuple):
-    """A place as the cost policy saw it, in seconds.
+    """The places of a leg as the cost policy saw them, one entry each: seconds, float64[n].
 
-    ``wait`` until the prompt's turn; ``fetch`` to bring KV from elsewhere, a part of the wait where it
-    prefills; ``prefill``; ``total`` with the answer and with what others lose.
+    ``fetch`` to bring KV there, ``total`` with all that counts, least at ``best``. ``tier`` tells which
+    of the prefixes held is fetched before prefill, -1 for none; None where a request would only decode.
     """
 
-    place: InstanceState
-    wait: float
-    fetch: float
-    prefill: float
-    total: float
+    best: int
+    fetch: Floats
+    total: Floats
+    tier: Indices | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """``decode`` None: where it prefills. Places that were ``weighed`` explain a choice by cost."""
+    """``decode`` None: where it prefills. Places that were weighed explain a choice by cost.
+
+    Those to prefill are ``Query.start``, those to decode ``Query.decode``. ``note`` says what is unusual.
+    """
 
     prefill: Choice
     decode: Choice | None
     fetch: Fetch | None = None
-    prefill_weighed: tuple[Weighed, ...] = ()
-    decode_weighed: tuple[Weighed, ...] = ()
+    prefill_weighed: Weighed | None = None
+    decode_weighed: Weighed | None = None
+    note: str = ""
 
 
 class Policy(Protocol):

@@ -9,7 +9,16 @@ from typing import Literal, Protocol
 import msgspec
 
 from memserve.core.messages import TierName, Trace
-from memserve.core.types import FinishReason, Ledger, RequestId, Role, SamplingParams, TokenLogprob, Tokens
+from memserve.core.types import (
+    FinishReason,
+    Ledger,
+    RequestId,
+    Role,
+    SamplingParams,
+    StepPrices,
+    TokenLogprob,
+    Tokens,
+)
 from memserve.scheduler.decision import Decision
 from memserve.scheduler.history import Explanation
 
@@ -79,7 +88,10 @@ class Counter(msgspec.Struct, frozen=True):
 
 
 class InstanceView(msgspec.Struct, frozen=True):
-    """One instance for people. ``blocks_*`` count KV blocks, ``waiting`` and ``running`` requests."""
+    """One instance for people. ``blocks_*`` count KV blocks, ``waiting`` and ``running`` requests.
+
+    ``prices``: what its steps have cost of late, None while nothing is known.
+    """
 
     instance: str
     role: str
@@ -96,6 +108,7 @@ class InstanceView(msgspec.Struct, frozen=True):
     running: int = 0
     tokens_to_prefill: int = 0
     counters: tuple[Counter, ...] = ()
+    prices: StepPrices | None = None
 
 
 class TierSize(msgspec.Struct, frozen=True):
@@ -140,7 +153,10 @@ class RegretView(msgspec.Struct, frozen=True):
 
 
 class ClusterView(msgspec.Struct, frozen=True):
-    """The cluster at one moment. Units: tokens for ``block_tokens``, bytes for ``block_bytes``."""
+    """The cluster at one moment. Units: tokens for ``block_tokens``, bytes for ``block_bytes``.
+
+    Since the server's start: ``losses`` of each instance, and ``failovers``, requests that went on elsewhere.
+    """
 
     model: str
     policy: str
@@ -150,6 +166,8 @@ class ClusterView(msgspec.Struct, frozen=True):
     instances: tuple[InstanceView, ...] = ()
     trees: tuple[TreeView, ...] = ()
     regrets: tuple[RegretView, ...] = ()
+    losses: tuple[Counter, ...] = ()
+    failovers: int = 0
 
 
 class Backend(Protocol):

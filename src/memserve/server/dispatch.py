@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import AsyncGenerator
 
 from memserve.cluster.manager import ClusterManager
@@ -74,6 +74,8 @@ class Dispatcher:
         self._closing = False
         self._streams: dict[RequestId, Stream] = {}
         self._draining: set[InstanceId] = set()
+        self.losses: Counter[InstanceId] = Counter()
+        """How often each instance was lost."""
         self._placement = Placement(
             scheduler,
             model,
@@ -142,6 +144,11 @@ class Dispatcher:
         """The rooms that a traced request has passed, in order of time; empty when unknown."""
         return tuple(sorted(self._traces.get(request, ()), key=lambda trace: trace.at))
 
+    @property
+    def failovers(self) -> int:
+        """How often a request has gone on elsewhere."""
+        return self._placement.moves
+
     def close(self) -> None:
         """End every request with an error that says why, and take no more."""
         self._closing = True
@@ -175,6 +182,7 @@ class Dispatcher:
         self._dismiss_idle()
 
     def on_lost(self, instance: InstanceId, reason: str) -> None:
+        self.losses[instance] += 1
         self._scheduler.member_lost(instance)
         self._draining.discard(instance)
         self._placement.lose(instance, reason)

@@ -7,6 +7,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from memserve.core.clock import Clock
 from memserve.core.types import FinishReason, Ledger
 from memserve.server.backend import ClusterView
+from memserve.server.failure_metrics import FailureMetrics
 from memserve.server.routing_metrics import RoutingMetrics
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -58,6 +59,7 @@ class Metrics:
         )
         self._cluster = _ClusterGauges(registry)
         self._routing = RoutingMetrics(registry)
+        self._failures = FailureMetrics(registry)
 
     def begin_request(self) -> float:
         """Count an HTTP request in and return its time of arrival, s."""
@@ -74,6 +76,7 @@ class Metrics:
         """Set the gauges of instances and trees; instances that are gone disappear."""
         self._cluster.show(view)
         self._routing.show(view.regrets)
+        self._failures.show(view)
 
     def render(self) -> bytes:
         """Everything in Prometheus' text format."""

@@ -106,6 +106,8 @@ class ClusterOverview:
             ),
             self._trees(),
             self._regrets(),
+            tuple(Counter(name, count) for name, count in sorted(self._dispatcher.losses.items())),
+            self._dispatcher.failovers,
         )
 
     async def resize(self, instance: str, tier: TierName, memory: int) -> TierSize:
@@ -193,4 +195,5 @@ def _describe(view: MemberView, link: Link | None, stats: Stats | None) -> Insta
         load.running,
         load.tokens_to_prefill,
         tuple(Counter(name, value) for name, value in sorted(stats.counters.items())),
+        load.prices,
     )

@@ -58,6 +58,8 @@ class Placement:
         self._restarting = restarting
         self._note = note
         self._attempts: dict[RequestId, Stream] = {}
+        self.moves = 0
+        """How often a stream has gone on elsewhere."""
         self._arrival = asyncio.Event()
 
     def find(self, attempt: RequestId) -> Stream | None:
@@ -100,11 +102,14 @@ class Placement:
             self._note(stream.request.request, "server.failover", why.reason)
             log.warning("request %s is moved: %s", stream.request.request, why.reason)
             try:
-                return await self._begin_when_possible(stream)
+                await self._begin_when_possible(stream)
             except PeerLost as error:
                 why = Interrupted(str(error), lost=False)
             except NoInstance as error:
                 raise NoInstance(f"{why.reason}; {error}") from error
+            else:
+                self.moves += 1
+                return
         raise PeerLost(f"{why.reason}; that was attempt {MAX_ATTEMPTS} without a token; try again later")
 
     def arrived(self) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import msgspec
 from msgspec import UNSET, UnsetType
+from msgspec.structs import asdict
 
 from memserve.core.messages import Trace
 from memserve.core.types import Ledger
@@ -30,7 +31,7 @@ class InstanceBlocks(msgspec.Struct, frozen=True):
 
 
 class InstanceBody(msgspec.Struct, frozen=True):
-    """One instance in ``GET /v1/cluster``."""
+    """One instance in ``GET /v1/cluster``; ``prices`` in seconds, as in ``StepPrices``."""
 
     instance: str
     role: str
@@ -43,6 +44,7 @@ class InstanceBody(msgspec.Struct, frozen=True):
     running: int
     tokens_to_prefill: int
     counters: dict[str, float]
+    prices: dict[str, float] | None = None
 
 
 class ClusterBody(msgspec.Struct, frozen=True):
@@ -147,4 +149,5 @@ def _instance_body(one: InstanceView) -> InstanceBody:
         one.running,
         one.tokens_to_prefill,
         {counter.name: counter.value for counter in one.counters},
+        None if one.prices is None else asdict(one.prices),
     )

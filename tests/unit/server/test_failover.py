@@ -61,8 +61,10 @@ def test_what_cannot_go_on_is_moved_with_what_was_answered(
             dispatcher.on_message(D, chunk(2, finish=FinishReason.STOP))
             assert tokens_of(await task) == [10, 11]
             assert outbox.cancelled() == []
+            assert (dispatcher.losses[lost], dispatcher.failovers) == (1, 0)
             return
         await until(lambda: len(outbox.submitted()) == 2)
+        assert (dispatcher.losses[lost], dispatcher.failovers) == (1, 1)
         assert outbox.cancelled() == [(D if lost == P else P, FinishReason.CANCELLED)]
         name, submit = outbox.submitted()[1]
         kept = [10, 11][: len(before)] if before[:1] == [0] else []

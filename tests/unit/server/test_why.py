@@ -10,7 +10,7 @@ from memserve.core.messages import RequestClosed, TokenChunk
 from memserve.core.types import FinishReason, InstanceId, Ledger, RequestId, SamplingParams
 from memserve.scheduler.policies import policy_by_name
 from memserve.scheduler.service import GlobalScheduler
-from memserve.server.backend import ClusterView, GenerationRequest, RegretView
+from memserve.server.backend import ClusterView, Counter, GenerationRequest, RegretView
 from memserve.server.dispatch import Dispatcher
 from memserve.server.metrics import Metrics
 from memserve.server.why import RecentIds, route_header
@@ -120,6 +120,15 @@ def test_regret_and_errors_are_metrics() -> None:
         'memserve_ttft_prediction_error{policy="cost",quantile="0.9"} 0.2',
     ):
         assert line in lines
+
+
+def test_losses_are_metrics() -> None:
+    metrics = Metrics(VirtualClock())
+    view = ClusterView("m", "cost", "pd-basic", 16, 4096, losses=(Counter("decode-0", 2),), failovers=5)
+    metrics.show_cluster(view)
+    lines = metrics.render().decode().splitlines()
+    assert 'memserve_instance_losses_total{instance="decode-0"} 2.0' in lines
+    assert "memserve_failovers_total 5.0" in lines
 
 
 def test_the_first_chunk_settles_the_decision() -> None:

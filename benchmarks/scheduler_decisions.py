@@ -8,12 +8,16 @@ in it. Events follow at once, so the trees are as full as they can be, and load 
 comparison of the prompt's tokens. On a busy machine wall times hold other processes' time slices; processor
 times do not.
 
-    python benchmarks/scheduler_decisions.py --trace mooncake_conversation.jsonl
+Second claim: keeping what explains a decision costs at most 5 % of it. A second scheduler that explains
+nothing gets the same calls, now before, now after the first, on the same clock; both must decide alike.
+
+    python benchmarks/scheduler_decisions.py --traces FOLDER
 """
 
 from __future__ import annotations
 
 import argparse
+import heapq
 import json
 import statistics
 import time
@@ -24,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 
-from memserve.core.clock import MonotonicClock
+from memserve.core.clock import VirtualClock
 from memserve.core.config import POLICIES
 from memserve.core.messages import Member, PoolEvent, PoolEvents, Ready, Removed, Stored
 from memserve.core.types import InstanceId, Namespace, RequestId, Role, Tokens, as_tokens, pack_tokens
@@ -35,7 +39,10 @@ from recording import write_result
 
 HASH_BLOCK = 512
 MATCH_EVERY = 8
-"""Each so many prompts the match alone is timed instead of the route, which it would warm the caches for."""
+"""Each so many prompts the match alone is timed; the two routes that follow find the caches equally warm."""
+PREFILL_SECONDS = 25.0
+"""So often a request comes per place that prefills, on the schedulers' clock: about what one takes there."""
+CONVERSATION = "mooncake_conversation.jsonl"
 VOCABULARY = 128_000
 SPACE = Namespace("trace")
 
@@ -113,10 +120,16 @@ def expand(prompt: Prompt) -> Tokens:
 class Cluster:
     """A scheduler whose instances answer at once with the pool events of what they were given."""
 
-    def __init__(self, instances: int, policy: str, capacity: int) -> None:
-        self.scheduler = GlobalScheduler(policy_by_name(policy), MonotonicClock())
+    def __init__(
+        self, instances: int, policy: str, capacity: int, clock: VirtualClock, *, explains: bool
+    ) -> None:
+        self.scheduler = GlobalScheduler(policy_by_name(policy), clock, explains=explains)
+        self.routes: list[float] = []
+        self.works: list[float] = []
+        self.firsts: list[float] = []
         self.caches: dict[InstanceId, Cache] = {}
-        self.outstanding: deque[RequestId] = deque()
+        self.prefilling: list[tuple[float, RequestId]] = []
+        self.decoding: deque[RequestId] = deque()
         self.places = instances
         for n in range(instances):
             role = Role.PREFILL if n < instances // 2 else Role.DECODE
@@ -136,17 +149,18 @@ class Cluster:
             self.scheduler.member_ready(member, ready)
             self.caches[name] = Cache(capacity)
 
-    def route(self, request: RouteRequest) -> tuple[Decision, float, float]:
-        """The decision, and what it took in seconds of wall and of processor time."""
+    def route(self, request: RouteRequest) -> Decision:
+        """The decision; what it took is kept, in seconds of wall and of processor time."""
         started, worked = time.perf_counter(), time.thread_time()
         decision = self.scheduler.route(request)
-        return decision, time.perf_counter() - started, time.thread_time() - worked
+        self.works.append(time.thread_time() - worked)
+        self.routes.append(time.perf_counter() - started)
+        return decision
 
     def follow(self, decision: Decision, prompt: Prompt, tokens: Tokens) -> float:
         """Let both places store the prompt and old requests end; returns seconds spent applying events."""
         spent = 0.0
-        for name in (decision.prefill, decision.decode):
-            assert name is not None
+        for name in filter(None, (decision.prefill, decision.decode)):
             events = self.caches[name].add(prompt, tokens)
             batch = PoolEvents(name, 1, self.caches[name].seq, tuple(events))
             self.caches[name].seq += len(events)
@@ -154,48 +168,63 @@ class Cluster:
             lost = self.scheduler.on_pool_events(batch)
             spent += time.perf_counter() - started
             assert not lost
-        self.outstanding.append(decision.request)
-        if len(self.outstanding) > self.places:
-            self.scheduler.first_token(self.outstanding[len(self.outstanding) // 2])
-            self.scheduler.finish(self.outstanding.popleft())
+        heapq.heappush(self.prefilling, (decision.decided_at + decision.predicted_ttft, decision.request))
         return spent
+
+    def catch_up(self, now: float) -> None:
+        """First tokens come when they were foreseen; as many requests decode as there are places."""
+        while self.prefilling and self.prefilling[0][0] <= now:
+            _, request = heapq.heappop(self.prefilling)
+            worked = time.thread_time()
+            self.scheduler.first_token(request)
+            self.firsts.append(time.thread_time() - worked)
+            self.decoding.append(request)
+        while len(self.decoding) > self.places:
+            self.scheduler.finish(self.decoding.popleft())
 
 
 def measure(
     prompts: list[Prompt], instances: int, policy: str, capacity: int
 ) -> dict[str, float | int | str]:
-    cluster = Cluster(instances, policy, capacity)
-    routes, works, matches, applied, matched = [], [], [], [], 0
+    clock = VirtualClock()
+    full = Cluster(instances, policy, capacity, clock, explains=True)
+    bare = Cluster(instances, policy, capacity, clock, explains=False)
+    matches, applied, matched = [], [], 0
     for n, (prompt, tokens) in enumerate(expanded(prompts)):
+        clock.advance(PREFILL_SECONDS / (instances / 2))
+        for cluster in (full, bare):
+            cluster.catch_up(clock.now())
         request = RouteRequest(RequestId(str(n)), SPACE, tokens, session=str(prompt.ids[1:2]))
-        tree = cluster.scheduler.state.tree(Role.PREFILL)
-        alone = n % MATCH_EVERY == 0
-        if alone:
-            started = time.perf_counter()
-            tree.match(SPACE, tokens)
-            matches.append(time.perf_counter() - started)
-        decision, wall, cpu = cluster.route(request)
-        if not alone:
-            routes.append(wall)
-            works.append(cpu)
+        if n % MATCH_EVERY == 0:
+            matches.append(time_match(full, tokens))
+        pair = (full, bare) if n % 2 else (bare, full)
+        decision, other = (cluster.route(request) for cluster in pair)
+        assert decision == other, "explaining must not change a decision"
         matched += decision.matched_prefill
-        applied.append(cluster.follow(decision, prompt, tokens))
-    cluster.scheduler.state.check()
-    nodes = sum(cluster.scheduler.tree_sizes().values())
+        applied += [cluster.follow(decision, prompt, tokens) for cluster in pair]
+    full.scheduler.state.check()
+    nodes = full.scheduler.state.tree.nodes
     started = time.perf_counter()
-    cluster.scheduler.member_lost(decision.prefill)
+    full.scheduler.member_lost(decision.prefill)
     dropped = time.perf_counter() - started
+    works = full.works
     return {
         "instances": instances,
         "policy": policy,
-        "decisions": len(routes),
-        "decisions_per_second": round(len(routes) / sum(routes)),
+        "decisions": len(works),
+        "decisions_per_second": round(len(full.routes) / sum(full.routes)),
         "decisions_per_cpu_second": round(len(works) / sum(works)),
         "route_cpu_p50_us": percentile(works, 50),
         "route_cpu_p99_us": percentile(works, 99),
-        "route_p50_us": percentile(routes, 50),
-        "route_p99_us": percentile(routes, 99),
-        "route_max_us": percentile(routes, 100),
+        "route_p50_us": percentile(full.routes, 50),
+        "route_p99_us": percentile(full.routes, 99),
+        "route_max_us": percentile(full.routes, 100),
+        "unexplained_cpu_p50_us": percentile(bare.works, 50),
+        "unexplained_cpu_p99_us": percentile(bare.works, 99),
+        "explaining_ratio_of_medians": round(statistics.median(works) / statistics.median(bare.works), 3),
+        "explaining_ratio_of_sums": round(sum(works) / sum(bare.works), 3),
+        "look_back_cpu_p50_us": percentile(full.firsts, 50),
+        "unexplained_first_token_cpu_p50_us": percentile(bare.firsts, 50),
         "match_p50_us": percentile(matches, 50),
         "match_p99_us": percentile(matches, 99),
         "events_p50_us": percentile(applied, 50),
@@ -204,6 +233,12 @@ def measure(
         "drop_instance_ms": round(dropped * 1e3, 2),
         "matched_ratio": round(matched / sum(prompt.length for prompt in prompts), 3),
     }
+
+
+def time_match(cluster: Cluster, tokens: Tokens) -> float:
+    started = time.perf_counter()
+    cluster.scheduler.state.match(SPACE, tokens)
+    return time.perf_counter() - started
 
 
 def expanded(prompts: list[Prompt]) -> Iterator[tuple[Prompt, Tokens]]:
@@ -228,14 +263,14 @@ def percentile(seconds: list[float], rank: float) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--trace", type=Path, help="Mooncake-format JSON lines; generated prompts without it")
+    parser.add_argument("--traces", type=Path, help=f"folder with {CONVERSATION}; generated prompts without")
     parser.add_argument("--requests", type=int, default=4000)
     parser.add_argument("--instances", type=int, nargs="+", default=[2, 64, 1024])
-    parser.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES))
+    parser.add_argument("--policies", nargs="+", choices=POLICIES, default=["prompt-tree", "cost"])
     parser.add_argument("--capacity", type=int, default=3_000_000, help="tokens that one instance holds")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
-    trace: Path | None = arguments.trace
+    trace: Path | None = arguments.traces and arguments.traces / CONVERSATION
     prompts = read_trace(trace, arguments.requests) if trace else generate_prompts(arguments.requests)
     rows = []
     for policy in arguments.policies:

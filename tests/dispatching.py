@@ -13,6 +13,7 @@ from memserve.core.errors import PeerLost
 from memserve.core.messages import Cancel, GetSnapshot, Member, Message, Ready, Snapshot, Submit, TokenChunk
 from memserve.core.types import FinishReason, InstanceId, Ledger, RequestId, Role, SamplingParams
 from memserve.scheduler.policies import policy_by_name
+from memserve.scheduler.prompt_trees import TreeOptions
 from memserve.scheduler.service import GlobalScheduler
 from memserve.server.backend import Generated, GenerationRequest
 from memserve.server.dispatch import Dispatcher
@@ -65,9 +66,9 @@ class Quiet:
     def stopped(self) -> None: ...
 
 
-def cluster(max_waiting: int = 8) -> tuple[Dispatcher, Outbox]:
+def cluster(max_waiting: int = 8, trees: TreeOptions | None = None) -> tuple[Dispatcher, Outbox]:
     clock = VirtualClock()
-    scheduler = GlobalScheduler(policy_by_name("prompt-tree"), clock)
+    scheduler = GlobalScheduler(policy_by_name("prompt-tree"), clock, trees=trees)
     dispatcher = Dispatcher(scheduler, clock, Quiet(), model="m", max_waiting=max_waiting)
     outbox = Outbox()
     dispatcher.manager = outbox  # type: ignore[assignment]
@@ -83,8 +84,9 @@ def add(dispatcher: Dispatcher, name: InstanceId, incarnation: int = 1) -> None:
     dispatcher.on_ready(Member(name, incarnation, role, f"@{name}"), ready)
 
 
-def request(name: str = "r") -> GenerationRequest:
-    return GenerationRequest(RequestId(name), PROMPT, SamplingParams(max_tokens=9))
+def request(name: str = "r", start: int = 0) -> GenerationRequest:
+    """Its prompt counts up from ``start``."""
+    return GenerationRequest(RequestId(name), PROMPT + start, SamplingParams(max_tokens=9))
 
 
 def chunk(offset: int, *tokens: int, finish: FinishReason | None = None) -> TokenChunk:
@@ -99,8 +101,8 @@ def run(scenario: Coroutine[None, None, None]) -> None:
     asyncio.run(bounded())
 
 
-async def collect(dispatcher: Dispatcher, name: str = "r") -> list[Generated]:
-    return [piece async for piece in dispatcher.generate(request(name))]
+async def collect(dispatcher: Dispatcher, name: str = "r", start: int = 0) -> list[Generated]:
+    return [piece async for piece in dispatcher.generate(request(name, start))]
 
 
 async def start(dispatcher: Dispatcher, outbox: Outbox) -> asyncio.Task[list[Generated]]:

@@ -111,8 +111,8 @@ def test_answers_flow_back_to_whoever_prefills_now(swapped: tuple[Served, list[i
     first = [3000 + 11 * at for at in range(100)]
     complete(served, first, 60)
     served.wait_idle()
-    decision = served.get(f"/v1/decisions/{complete(served, first[:40], 1)['id']}")
-    assert decision["prefill"] == "decode-0"
+    [attempt] = served.get(f"/v1/cluster/why/{complete(served, first[:40], 1)['id']}")["attempts"]
+    assert attempt["decision"]["prefill"] == "decode-0"
     received = served.instances()["decode-0"]["counters"]["pool_received"]
     assert received >= 1
     complete(served, [number + 1 for number in first], 60)

@@ -38,13 +38,18 @@ class Labels:
 
 
 def as_array(prefix: Prefix, spare: int = 0) -> np.ndarray:
-    return np.array([token for block in prefix for token in block] + [5] * spare, np.int32)
+    tokens = np.array([token for block in prefix for token in block] + [5] * spare, np.int32)
+    # Whoever borrows it may not write to it.
+    tokens.flags.writeable = False
+    return tokens
 
 
 class RadixMachine(RuleBasedStateMachine):
+    borrows = False
+
     def __init__(self) -> None:
         super().__init__()
-        self.tree: RadixTree[Labels] = RadixTree(PAGE)
+        self.tree: RadixTree[Labels] = RadixTree(PAGE, borrows=self.borrows)
         self.model: dict[Prefix, int] = {}
         self.fresh = itertools.count()
 
@@ -111,3 +116,11 @@ class RadixMachine(RuleBasedStateMachine):
 
 TestRadix = RadixMachine.TestCase
 TestRadix.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+
+
+class BorrowingRadixMachine(RadixMachine):
+    borrows = True
+
+
+TestBorrowingRadix = BorrowingRadixMachine.TestCase
+TestBorrowingRadix.settings = TestRadix.settings

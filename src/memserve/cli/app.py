@@ -17,6 +17,7 @@ from memserve.cli.role import role
 from memserve.cli.serve import serve
 from memserve.cli.serve_options import HELP
 from memserve.cli.status import status
+from memserve.cli.why import why
 
 app = typer.Typer(
     name="memserve",
@@ -31,6 +32,7 @@ app = typer.Typer(
 app.command(help=HELP)(serve)
 app.command()(chat)
 app.command()(status)
+app.command()(why)
 app.command()(resize)
 app.command()(role)
 app.command(help=BENCH_HELP)(bench)

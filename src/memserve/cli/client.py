@@ -14,6 +14,7 @@ import msgspec
 from memserve.core.errors import MemServeError
 from memserve.server.schemas import ModelList
 from memserve.server.views import ClusterBody, HealthBody, MemoryAnswer, MemoryBody, RoleAnswer, RoleBody
+from memserve.server.why import WhyBody
 
 S = TypeVar("S", bound=msgspec.Struct)
 
@@ -100,6 +101,10 @@ class ServerClient:
     def cluster(self) -> ClusterBody:
         """What ``/v1/cluster`` says."""
         return self._get("/v1/cluster", ClusterBody)
+
+    def why(self, request_id: str) -> WhyBody:
+        """What ``/v1/cluster/why/ID`` says."""
+        return self._get(f"/v1/cluster/why/{quote(request_id, safe='')}", WhyBody)
 
     def health(self) -> HealthBody:
         """What ``/health`` says, also when that is bad."""

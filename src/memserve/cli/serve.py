@@ -12,7 +12,14 @@ import typer
 from memserve.cli import serve_options as options
 from memserve.cli.failure import BAD_USAGE, CANNOT, fail
 from memserve.cli.sizes import parse_size
-from memserve.core.config import ActivationsOption, Config, check_config, override_config, parse_config
+from memserve.core.config import (
+    ActivationsOption,
+    Config,
+    TreeSource,
+    check_config,
+    override_config,
+    parse_config,
+)
 from memserve.core.errors import ConfigError, MemServeError, ModelError
 
 DEFAULT_DISK = 4 << 30
@@ -37,6 +44,7 @@ class ServeOptions:
     colocated: int | None = None
     phases: str | None = None
     policy: str | None = None
+    trees: TreeSource | None = None
     kv_memory: str | None = None
     kv_cache_dtype: str | None = None
     host_memory: str | None = None
@@ -67,6 +75,7 @@ def serve(
     colocated: options.Colocated = None,
     phases: options.Phases = None,
     policy: options.Policy = None,
+    trees: options.Trees = None,
     kv_memory: options.KvMemory = None,
     kv_cache_dtype: options.KvCacheDtype = None,
     host_memory: options.HostMemory = None,
@@ -87,7 +96,7 @@ def serve(
         model=model, served_name=served_name, context=context, runner=runner, weights=weights,
         weights_cache=weights_cache, activations=activations, speculative_method=speculative_method,
         num_speculative_tokens=num_speculative_tokens, prefill=prefill, decode=decode, colocated=colocated,
-        phases=phases, policy=policy, kv_memory=kv_memory, kv_cache_dtype=kv_cache_dtype,
+        phases=phases, policy=policy, trees=trees, kv_memory=kv_memory, kv_cache_dtype=kv_cache_dtype,
         host_memory=host_memory, disk=disk, disk_memory=disk_memory, restart_lost=restart_lost,
         threads=threads, pin=pin, target_tpot=target_tpot, host=host, port=port,
         request_timeout=request_timeout,
@@ -126,6 +135,7 @@ def build_config(said: ServeOptions, file: Path | None) -> Config:
         target_tpot=said.target_tpot,
     )
     config = override_config(config, "cluster", restart_lost=said.restart_lost, **_counts(said))
+    config = override_config(config, "scheduler", trees=said.trees)
     config = override_config(
         config,
         "server",

@@ -108,6 +108,14 @@ Policy = Annotated[
         rich_help_panel=_INSTANCES,
     ),
 ]
+Trees = Annotated[
+    config.TreeSource | None,
+    typer.Option(
+        help="How the router knows who holds which prefix: **events** of the pools (default), or **ttl**, "
+        "its own decisions, forgotten after scheduler.ttl_seconds.",
+        rich_help_panel=_INSTANCES,
+    ),
+]
 KvMemory = Annotated[
     str | None,
     typer.Option(

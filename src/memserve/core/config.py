@@ -47,6 +47,13 @@ class ActivationsOption(enum.StrEnum):
 DEFAULT_ACTIVATIONS = ActivationsOption.AUTO
 
 
+class TreeSource(enum.StrEnum):
+    """From what the scheduler knows who holds which prefix."""
+
+    EVENTS = "events"
+    TTL = "ttl"
+
+
 class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     pass
 
@@ -153,6 +160,23 @@ class ServerConfig(_Section, frozen=True):
     api_key: str | None = None
 
 
+class SchedulerConfig(_Section, frozen=True):
+    """What the scheduler believes about who holds which prefix.
+
+    ``trees``: ``events``, pools tell what they hold; ``ttl``, the scheduler's own decisions and the answers
+    to them tell, and what was not used for ``ttl_seconds`` is forgotten.
+    ``speculative``: a prompt that was sent to an instance counts as coming there until its pool tells of
+    it, for at most ``speculative_seconds``.
+    ``tree_memory``: bytes of what is believed, about; what was used longest ago is forgotten first.
+    """
+
+    trees: TreeSource = TreeSource.EVENTS
+    ttl_seconds: float = 300.0
+    speculative: bool = True
+    speculative_seconds: float = 60.0
+    tree_memory: int = 1 << 30
+
+
 class Config(_Section, frozen=True):
     """Everything ``memserve serve`` can be told."""
 
@@ -160,6 +184,7 @@ class Config(_Section, frozen=True):
     pool: PoolConfig = PoolConfig()
     engine: EngineConfig = EngineConfig()
     cluster: ClusterConfig = ClusterConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
     server: ServerConfig = ServerConfig()
 
 
@@ -212,6 +237,7 @@ def check_config(config: Config) -> Config:
     some = cluster.instances > 0
     _require(some, "cluster", "0 instances", "at least one colocated, or one prefill and one decode")
     _check_pool(pool)
+    _check_scheduler(config.scheduler)
     _require(0 <= server.port <= 65535, "server.port", server.port, "0 (any free port) to 65535")
     _require(server.max_body >= 1024, "server.max_body", server.max_body, "at least 1024 bytes")
     _require(server.max_waiting >= 1, "server.max_waiting", server.max_waiting, "at least 1")
@@ -266,6 +292,14 @@ def _check_pool(pool: PoolConfig) -> None:
         pool.disk_memory,
         "0, or a size together with pool.disk_path",
     )
+
+
+def _check_scheduler(scheduler: SchedulerConfig) -> None:
+    for name in ("ttl_seconds", "speculative_seconds"):
+        seconds = getattr(scheduler, name)
+        _require(seconds > 0, f"scheduler.{name}", seconds, "a positive number of seconds")
+    memory = scheduler.tree_memory
+    _require(memory >= 1 << 20, "scheduler.tree_memory", memory, "at least 1 MiB")
 
 
 def _check_engine(engine: EngineConfig) -> None:

@@ -45,13 +45,14 @@ class Node(Generic[P]):
 
     __slots__ = ("_room", "attached", "children", "key", "parent", "payload")
 
-    def __init__(self, key: Tokens, parent: Node[P] | None, payload: P) -> None:
+    def __init__(self, key: Tokens, parent: Node[P] | None, payload: P, *, borrowed: bool = False) -> None:
         self.key = key
         self.parent = parent
         self.payload = payload
         self.children: dict[bytes, Node[P]] = {}
         self.attached = True
-        self._room = key
+        # What is borrowed has no room to grow in: it may not be written to.
+        self._room = key[:0] if borrowed else key
 
     def _append_tokens(self, tokens: Tokens) -> None:
         # Spare room makes a growing session cost what is new, not what there was.
@@ -67,12 +68,15 @@ class Node(Generic[P]):
         # A copy, so that no longer array is kept alive by this edge.
         self.key = self._room = tokens.copy()
 
+    def _borrow_tokens(self, tokens: Tokens) -> None:
+        self.key, self._room = tokens, tokens[:0]
+
     def _shorten(self, size: int) -> None:
         # Evicting block by block must not copy the whole edge each time.
         if 2 * size < len(self._room):
             self._set_tokens(self.key[:size])
         else:
-            self.key = self._room[:size]
+            self.key = self.key[:size]
 
 
 class Path(NamedTuple, Generic[P]):
@@ -87,11 +91,16 @@ class Path(NamedTuple, Generic[P]):
 
 
 class RadixTree(Generic[P]):
-    """Paths of token blocks. ``blocks`` counts the blocks of all edges, ``size`` the nodes."""
+    """Paths of token blocks. ``blocks`` counts the blocks of all edges, ``size`` the nodes.
 
-    def __init__(self, block_tokens: int) -> None:
+    A tree that ``borrows`` refers to the arrays it is given: nobody may change them, and they live as long
+    as any edge that refers to them. That saves copies where edges live no longer than the arrays anyway.
+    """
+
+    def __init__(self, block_tokens: int, *, borrows: bool = False) -> None:
         assert block_tokens > 0, f"a block of {block_tokens} tokens makes no sense"
         self.block_tokens = block_tokens
+        self._borrows = borrows
         self.blocks = 0
         self.size = 0
         self._top: dict[bytes, Node[P]] = {}
@@ -160,7 +169,7 @@ class RadixTree(Generic[P]):
             parent.payload.append(path.tail, payload)
             parent._append_tokens(added)
             return parent
-        leaf = Node(added.copy(), parent, payload)
+        leaf = self._new_node(added, parent, payload)
         self._children(parent)[self._edge_name(leaf)] = leaf
         self.size += 1
         return leaf
@@ -172,10 +181,13 @@ class RadixTree(Generic[P]):
         """
         assert 0 < at < self.blocks_of(node), f"no place to split {self.blocks_of(node)} blocks at {at}"
         cut = at * self.block_tokens
-        upper = Node(node.key[:cut].copy(), node.parent, node.payload)
+        upper = self._new_node(node.key[:cut], node.parent, node.payload)
         self._children(node.parent)[self._edge_name(upper)] = upper
         node.payload = node.payload.split(at)
-        node._set_tokens(node.key[cut:])
+        if self._borrows:
+            node._borrow_tokens(node.key[cut:])
+        else:
+            node._set_tokens(node.key[cut:])
         node.parent = upper
         upper.children[self._edge_name(node)] = node
         self.size += 1
@@ -238,11 +250,19 @@ class RadixTree(Generic[P]):
 
     # --- inside ---
 
+    def _new_node(self, tokens: Tokens, parent: Node[P] | None, payload: P) -> Node[P]:
+        return Node(tokens if self._borrows else tokens.copy(), parent, payload, borrowed=self._borrows)
+
     def _children(self, parent: Node[P] | None) -> dict[bytes, Node[P]]:
         return self._top if parent is None else parent.children
 
     def _edge_name(self, node: Node[P]) -> bytes:
         return node.key[: self.block_tokens].tobytes()
+
+
+def common_tokens(one: Tokens, other: Tokens, block_tokens: int) -> int:
+    """Tokens that both paths (contiguous int32[n]) begin with, in whole blocks."""
+    return common_prefix(one, other) // block_tokens * block_tokens
 
 
 def _walk_down(top: dict[bytes, Node[P]]) -> Iterator[Node[P]]:

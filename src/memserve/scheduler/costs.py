@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from memserve.core.types import StepPrices
 from memserve.scheduler.fleet import Flags, Fleet, Floats, Slots
-from memserve.scheduler.tree import Holdings
+from memserve.scheduler.holdings import Holdings
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +82,14 @@ def prefill_costs(
     line = np.maximum(fleet.free_at[slots] - now, 0.0)
     fetching = np.broadcast_to(np.asarray(fetch, np.float64), line.shape)
     return PrefillCosts(np.maximum(line, fetching), fetching, work, work * fleet.stretch[slots])
+
+
+def prefill_work(prices: StepPrices, step_tokens: int, prompt: int, computed: float) -> float:
+    """The ``work`` of :func:`prefill_costs` at one place, to the last bit."""
+    token = prices.token + prices.step / step_tokens
+    return token * (prompt - computed) + prices.token_context * (
+        0.5 * (prompt * prompt - computed * computed)
+    )
 
 
 def decode_costs(fleet: Fleet, slots: Slots, prompt: int, answer: float) -> tuple[Floats, Floats]:

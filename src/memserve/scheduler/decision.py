@@ -5,22 +5,16 @@ Deterministic: the same state and request give the same decision, so a log repla
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
 
 import msgspec
-import numpy as np
 
 from memserve.core.errors import NoInstance
-from memserve.core.types import InstanceId, Namespace, RequestId, Role, Tokens
-from memserve.scheduler.costs import prefill_costs
-from memserve.scheduler.policies import Choice, Plan, Policy, Query, Weighed
-from memserve.scheduler.state import InstanceState, Leg, Places, SchedulerState, Share, Work
-from memserve.scheduler.tree import Holdings
-
-MAX_CANDIDATES = 8
-"""Candidates recorded per leg: all of a small cluster, of a large one those that explain the choice."""
+from memserve.core.types import InstanceId, Namespace, RequestId, Tokens
+from memserve.scheduler.costs import prefill_work
+from memserve.scheduler.policies import Plan, Policy, Query
+from memserve.scheduler.record import Record, take_record
+from memserve.scheduler.state import InstanceState, Leg, SchedulerState, Share, Work
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -34,33 +28,14 @@ class RouteRequest:
     max_tokens: int = 0
 
 
-class Candidate(msgspec.Struct, frozen=True, gc=False):
-    """A place as it looked at the time of the decision.
-
-    ``queued_tokens`` are ahead of the request: prompt tokens to compute where it would prefill, tokens
-    of context to read in each step where it would decode. The rest is known where the policy weighs
-    costs, in seconds: see :class:`memserve.scheduler.policies.Weighed`.
-    """
-
-    instance: InstanceId
-    role: Role
-    matched_tokens: int
-    queued_tokens: int
-    running: int
-    chosen: bool
-    wait: float | None = None
-    fetch: float | None = None
-    prefill: float | None = None
-    total: float | None = None
-
-
 class Decision(msgspec.Struct, frozen=True, gc=False):
-    """Where a request runs and why. ``decode`` None: where it prefills. Candidates are ordered by id.
+    """Where a request runs and why. ``decode`` None: where it prefills.
 
     ``matched_prefill`` and ``matched_decode`` are the tokens of the prompt believed to be held there;
     ``decided_at`` is in the scheduler's clock, seconds. ``predicted_ttft``: seconds from then to the first
     token, of which ``predicted_prefill`` to compute it. With ``fetch_from``, that instance sends the first
-    ``fetch_tokens`` tokens of the prompt to where it is prefilled.
+    ``fetch_tokens`` tokens of the prompt to where it is prefilled. Of ``matched_prefill`` the last
+    ``promised_prefill`` are not there yet: requests before this one compute them.
     """
 
     request: RequestId
@@ -68,8 +43,6 @@ class Decision(msgspec.Struct, frozen=True, gc=False):
     decode: InstanceId | None
     policy: str
     prompt_tokens: int
-    prefill_candidates: tuple[Candidate, ...]
-    decode_candidates: tuple[Candidate, ...]
     matched_prefill: int
     matched_decode: int
     decided_at: float
@@ -78,10 +51,16 @@ class Decision(msgspec.Struct, frozen=True, gc=False):
     predicted_prefill: float = 0.0
     fetch_from: InstanceId | None = None
     fetch_tokens: int = 0
+    promised_prefill: int = 0
+
+    @property
+    def believed(self) -> int:
+        """Tokens of the prompt that need not be computed, as far as was known."""
+        return max(self.matched_prefill, self.fetch_tokens)
 
     def prefill_share(self) -> Share:
         """Load to book where it prefills. The last prompt token is always computed."""
-        to_compute = max(1, self.prompt_tokens - max(self.matched_prefill, self.fetch_tokens))
+        to_compute = max(1, self.prompt_tokens - self.believed)
         work = Work(prefill_tokens=to_compute, requests=0 if self.decode is None else 1)
         return Share(self.prefill, work, self.predicted_prefill)
 
@@ -99,7 +78,19 @@ def decide(
     ``answer``: tokens that answers have on average.
     """
     query = _ask(request, state, now, answer)
+    return _conclude(request, policy, query, policy.plan(query))
+
+
+def decide_recorded(
+    request: RouteRequest, state: SchedulerState, policy: Policy, now: float, answer: float = 128.0
+) -> tuple[Decision, Record]:
+    """The same, with what was known of the places it was chosen from."""
+    query = _ask(request, state, now, answer)
     plan = policy.plan(query)
+    return _conclude(request, policy, query, plan), take_record(query, plan)
+
+
+def _conclude(request: RouteRequest, policy: Policy, query: Query, plan: Plan) -> Decision:
     prefill, decode, held = plan.prefill.place, plan.decode, query.held
     matched = held.tokens(prefill.instance)
     fetched = plan.fetch.tokens if plan.fetch else 0
@@ -110,18 +101,15 @@ def decide(
         decode=decode.place.instance if decode else None,
         policy=policy.name,
         prompt_tokens=query.prompt,
-        prefill_candidates=_record_candidates(query.prefill, held, plan.prefill, plan.prefill_weighed),
-        decode_candidates=(
-            _record_candidates(query.decode, held, decode, plan.decode_weighed) if decode else ()
-        ),
         matched_prefill=matched,
         matched_decode=held.tokens(decode.place.instance) if decode else matched,
-        decided_at=now,
+        decided_at=query.now,
         reason=_explain(plan),
         predicted_ttft=ttft,
         predicted_prefill=work,
         fetch_from=plan.fetch.source if plan.fetch else None,
         fetch_tokens=fetched,
+        promised_prefill=max(0, matched - query.there.tokens(prefill.instance)),
     )
 
 
@@ -133,13 +121,15 @@ def _ask(request: RouteRequest, state: SchedulerState, now: float, answer: float
             f"no {missing.value} or colocated instance takes requests now; "
             f"start one, or try again when it is ready"
         )
+    there = state.match(request.namespace, request.tokens)
     return Query(
         prompt=len(request.tokens),
         answer=min(answer, request.max_tokens) if request.max_tokens else answer,
         session=request.session,
         turn=state.turn,
         now=now,
-        held=state.match(request.namespace, request.tokens),
+        there=there,
+        held=there.expected(),
         prefill=prefill,
         decode=decode,
         start=state.places(Leg.START),
@@ -152,59 +142,16 @@ def _ask(request: RouteRequest, state: SchedulerState, now: float, answer: float
 
 def _predict(query: Query, place: InstanceState, computed: int, fetch: float) -> tuple[float, float]:
     """Seconds to the first token, and of prefill among them."""
-    there = np.array([min(computed, query.prompt - 1)], np.float64)
-    slots = np.array([place.slot], np.intp)
-    costs = prefill_costs(query.fleet, slots, query.prompt, there, fetch, query.now)
-    return float(costs.ttft[0]), float(costs.prefill[0])
-
-
-def _record_candidates(
-    places: Places, held: Holdings, choice: Choice, weighed: tuple[Weighed, ...]
-) -> tuple[Candidate, ...]:
-    if weighed:
-        return tuple(_candidate(places.leg, one.place, held, choice, one) for one in weighed)
-    recorded = sorted(_select(places, held, choice), key=_by_id)
-    return tuple(_candidate(places.leg, place, held, choice, None) for place in recorded)
-
-
-def _candidate(
-    leg: Leg, place: InstanceState, held: Holdings, choice: Choice, weighed: Weighed | None
-) -> Candidate:
-    load = place.load
-    return Candidate(
-        place.instance,
-        place.role,
-        held.tokens(place.instance),
-        load.context_tokens if leg is Leg.DECODE else load.prefill_tokens,
-        load.requests,
-        place is choice.place,
-        *(weighed[1:] if weighed else ()),
-    )
-
-
-def _select(places: Places, held: Holdings, choice: Choice) -> list[InstanceState]:
-    """All places when they are few; else the chosen one, what the reason speaks of, and a longest holder."""
-    if len(places.instances) <= MAX_CANDIDATES:
-        return list(places.instances)
-    longest = next((place for name in _longest(held) if (place := places.by_id.get(name))), None)
-    selected = [choice.place]
-    for place in (longest, *choice.considered):
-        if place is not None and place not in selected and len(selected) < MAX_CANDIDATES:
-            selected.append(place)
-    return selected
-
-
-def _by_id(place: InstanceState) -> InstanceId:
-    return place.instance
-
-
-def _longest(held: Holdings) -> Iterator[InstanceId]:
-    """Names of holders, longest prefix first."""
-    return chain.from_iterable(tier.instances() for tier in held.tiers)
+    fleet, slot = query.fleet, place.slot
+    work = prefill_work(place.prices, place.step_tokens, query.prompt, min(computed, query.prompt - 1))
+    prefill = work * float(fleet.stretch[slot])
+    return max(float(fleet.free_at[slot]) - query.now, 0.0, fetch) + prefill, prefill
 
 
 def _explain(plan: Plan) -> str:
     first = f"prefill on {plan.prefill.place.instance}: {plan.prefill.reason}"
+    if plan.note:
+        first = f"{plan.note}: {first}"
     if plan.decode is None:
         return f"{first}; decode there too"
     return f"{first}; decode on {plan.decode.place.instance}: {plan.decode.reason}"

@@ -5,13 +5,14 @@ Synchronous calls from one thread; sends nothing itself.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-
 from memserve.core.clock import Clock
 from memserve.core.messages import Heartbeat, Member, PoolEvents, Ready, Snapshot
-from memserve.core.types import InstanceId, RequestId
-from memserve.scheduler.decision import Decision, RouteRequest, decide
+from memserve.core.types import InstanceId, Namespace, RequestId, Tokens
+from memserve.scheduler.decision import Decision, RouteRequest, decide, decide_recorded
+from memserve.scheduler.hindsight import RegretSum
+from memserve.scheduler.history import Explanation, History
 from memserve.scheduler.policies import Policy
+from memserve.scheduler.prompt_trees import TreeOptions
 from memserve.scheduler.state import Admission, EventOutcome, SchedulerState
 
 _ANSWER_TOKENS = 128.0
@@ -22,15 +23,27 @@ EASING_BEATS = 8
 
 
 class GlobalScheduler:
-    """Places requests on instances. ``history`` is the number of decisions remembered."""
+    """Places requests on instances. ``history`` is the number of decisions remembered.
 
-    def __init__(self, policy: Policy, clock: Clock, *, history: int = 1024, block_tokens: int = 16) -> None:
-        self.state = SchedulerState(block_tokens)
+    ``explains``: with the places that each was chosen from, so that it can be judged afterwards.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        clock: Clock,
+        *,
+        history: int = 1024,
+        block_tokens: int = 16,
+        explains: bool = True,
+        trees: TreeOptions | None = None,
+    ) -> None:
+        self.state = SchedulerState(block_tokens, trees)
         self._policy = policy
         self._clock = clock
-        self._history = history
+        self._explains = explains
+        self._history = History(self.state, history)
         self._answer = _ANSWER_TOKENS
-        self._decisions: OrderedDict[RequestId, Decision] = OrderedDict()
         self._easing: dict[InstanceId, int] = {}
         self._seen: set[InstanceId] = set()
 
@@ -38,21 +51,30 @@ class GlobalScheduler:
 
     def route(self, request: RouteRequest) -> Decision:
         """Decide, book the load and remember why. Raises ``NoInstance``."""
-        decision = decide(request, self.state, self._policy, self._clock.now(), self._answer)
-        self.state.book(
-            decision.request, decision.prefill_share(), decision.decode_share(), decision.decided_at
-        )
-        self._decisions.pop(decision.request, None)
-        self._decisions[decision.request] = decision
-        if len(self._decisions) > self._history:
-            self._decisions.popitem(last=False)
+        now, record = self._clock.now(), None
+        self.state.tree.advance(now)
+        if self._explains:
+            decision, record = decide_recorded(request, self.state, self._policy, now, self._answer)
+        else:
+            decision = decide(request, self.state, self._policy, now, self._answer)
+        self._history.add(request, decision, record)
+        self.state.book(decision.request, decision.prefill_share(), decision.decode_share(), now)
+        self.state.promise(decision.request, decision.prefill, request.namespace, request.tokens, now)
         return decision
 
-    def first_token(self, request: RequestId) -> None:
-        """The request's prefill is done: its load at the prefill place ends."""
-        now, decision = self._clock.now(), self._decisions.get(request)
+    def first_token(self, request: RequestId, cached: int | None = None) -> None:
+        """The request's prefill is done: its load at the prefill place ends.
+
+        ``cached`` tokens of its prompt need not have been computed, by the ledger.
+        """
+        now = self._clock.now()
+        decision = self._history.settle(request, cached, now)
         if decision is not None:
             self.state.predictions.learn(decision.predicted_ttft, now - decision.decided_at)
+            if cached is not None:
+                self.state.accuracy.learn(
+                    decision.prompt_tokens, decision.believed, decision.promised_prefill, cached
+                )
         self.state.finish_prefill(request, now)
 
     def answered(self, tokens: int) -> None:
@@ -61,15 +83,46 @@ class GlobalScheduler:
 
     def finish(self, request: RequestId) -> None:
         """The request ended, however: nothing of it is load any more. May be repeated."""
+        self._history.end(request)
         self.state.unbook(request, self._clock.now())
+
+    @property
+    def learns_answers(self) -> bool:
+        """Whether :meth:`learn_answer` has any use."""
+        return not self.state.tree.by_events
+
+    def learn_answer(self, request: RequestId, namespace: Namespace, tokens: Tokens) -> None:
+        """``tokens``: what was computed for a request that has ended, all but the answer's last token."""
+        decision = self._history.decision(request)
+        if decision is None:
+            return
+        options = self.state.tree.options
+        places = []
+        if options.answers_kept:
+            places.append(decision.decode or decision.prefill)
+        if options.answers_return and decision.decode is not None:
+            places.append(decision.prefill)
+        self.state.learn_answer(places, namespace, tokens, self._clock.now())
 
     def has_work(self, instance: InstanceId) -> bool:
         """Whether anything that was routed to it is still booked there."""
         return self.state.is_booked(instance)
 
     def decision(self, request: RequestId) -> Decision | None:
-        """Why the request runs where it runs; None when unknown or forgotten."""
-        return self._decisions.get(request)
+        """Where the request was sent; None when unknown or forgotten."""
+        return self._history.decision(request)
+
+    def explain(self, request: RequestId) -> Explanation | None:
+        """Why the request runs where it runs, and whether that was right; None when unknown or forgotten."""
+        return self._history.explain(request)
+
+    def remembered(self) -> tuple[RequestId, ...]:
+        """Whose decisions can be explained, oldest first."""
+        return self._history.names()
+
+    def regrets(self) -> dict[str, RegretSum]:
+        """What better decisions would have saved, by policy, since the start."""
+        return self._history.regrets.by_policy
 
     # --- membership ---
 

@@ -6,6 +6,7 @@ Changes only through its methods, one per kind of news, so that a log of calls r
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -22,11 +23,13 @@ from memserve.core.types import (
     Tokens,
     unpack_tokens,
 )
+from memserve.scheduler.accuracy import TreeAccuracy
 from memserve.scheduler.costs import Wire
 from memserve.scheduler.fleet import Flags, Fleet, Slots, stretch_of
+from memserve.scheduler.holdings import Holdings
 from memserve.scheduler.line import PrefillLine
 from memserve.scheduler.predictions import Predictions
-from memserve.scheduler.tree import GlobalPromptTree, Holdings
+from memserve.scheduler.prompt_trees import PromptTrees, TreeOptions
 
 MAX_EARLY_BATCHES = 64
 """Event batches kept per instance while its snapshot is awaited."""
@@ -146,7 +149,8 @@ class InstanceState:
 class Places:
     """The instances that may take one leg of a request now, ordered by id.
 
-    In the same order their ``slots`` in the fleet, whether their role ``decodes``, and nothing else.
+    In the same order their ``slots`` in the fleet, whether their role ``decodes``, and nothing else. ``mask``
+    has the bits of the slots.
     """
 
     leg: Leg
@@ -155,6 +159,7 @@ class Places:
     slots: Slots
     decodes: Flags
     only_decodes: Flags
+    mask: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,15 +180,17 @@ class _Feed:
 
 
 class SchedulerState:
-    """Instances, load and the global prompt tree. ``turn`` counts the bookings ever made."""
+    """Instances, load and the global prompt trees. ``turn`` counts the bookings ever made."""
 
-    def __init__(self, block_tokens: int = 16) -> None:
+    def __init__(self, block_tokens: int = 16, trees: TreeOptions | None = None) -> None:
         self.block_tokens = block_tokens
         self.turn = 0
         self._instances: dict[InstanceId, InstanceState] = {}
         self._feeds: dict[InstanceId, _Feed] = {}
-        self.tree = GlobalPromptTree(block_tokens)
-        """Who holds what; change it through events only."""
+        self.tree = PromptTrees(block_tokens, trees or TreeOptions())
+        """Who holds what; change it through this object's methods only."""
+        self.accuracy = TreeAccuracy()
+        """How true that was."""
         self.fleet = Fleet()
         """The instances as columns; read only."""
         self.predictions = Predictions()
@@ -198,6 +205,10 @@ class SchedulerState:
         """All known instances, ordered by id."""
         return tuple(state for _, state in sorted(self._instances.items()))
 
+    def knows(self, place: InstanceState) -> bool:
+        """Whether it lives, in the same incarnation."""
+        return self._instances.get(place.instance) is place
+
     def places(self, leg: Leg) -> Places:
         """Who may take this leg. Empty when nobody can.
 
@@ -207,7 +218,7 @@ class SchedulerState:
         return self._places[leg]
 
     def match(self, namespace: Namespace, tokens: Tokens) -> Holdings:
-        """What instances hold of ``tokens`` (contiguous int32[n])."""
+        """What instances hold of ``tokens`` (contiguous int32[n]), and what they will."""
         return self.tree.match(namespace, tokens)
 
     # --- membership ---
@@ -277,15 +288,32 @@ class SchedulerState:
 
     # --- what pools hold ---
 
+    def promise(
+        self, request: RequestId, instance: InstanceId, namespace: Namespace, tokens: Tokens, now: float
+    ) -> None:
+        """A booked request is sent to ``instance``, whose pool will hold its prompt: until it is unbooked."""
+        if instance in self._instances:
+            self.tree.promise(request, instance, namespace, tokens, now)
+
+    def learn_answer(
+        self, places: Iterable[InstanceId], namespace: Namespace, tokens: Tokens, now: float
+    ) -> None:
+        """``places`` keep ``tokens``, prompt and answer: of interest where pools do not tell."""
+        for instance in places:
+            if instance in self._instances:
+                self.tree.used(instance, namespace, tokens, now)
+
     def apply_events(self, batch: PoolEvents) -> EventOutcome:
         """Apply a batch of pool events, which number from 0 in each incarnation.
 
         Events known already are skipped. After a gap nothing is applied until a snapshot came; batches
-        that come meanwhile are kept for it.
+        that come meanwhile are kept for it. Where trees do not go by events, nothing ever is.
         """
         state = self._instances.get(batch.instance)
         if state is None or state.incarnation != batch.incarnation:
             return EventOutcome.STALE_INCARNATION
+        if not self.tree.by_events:
+            return EventOutcome.APPLIED
         feed = self._feeds[batch.instance]
         if batch.seq > feed.next_seq:
             if len(feed.early) == MAX_EARLY_BATCHES:
@@ -343,6 +371,7 @@ class SchedulerState:
         booked = self._bookings.get(request, [])
         if len(booked) < 2:
             return
+        self.tree.prefilled(request, now)
         self._unbook(request, *booked.pop(0), now)
         state, work = booked[0]
         booked[0] = (state, work.plus(_STREAM))
@@ -351,6 +380,7 @@ class SchedulerState:
 
     def unbook(self, request: RequestId, now: float = 0.0) -> None:
         """The request ended, however. Unknown requests are ignored."""
+        self.tree.ended(request)
         for state, work in self._bookings.pop(request, []):
             self._unbook(request, state, work, now)
 
@@ -406,7 +436,9 @@ def _places(leg: Leg, instances: tuple[InstanceState, ...]) -> Places:
     slots = np.array([state.slot for state in instances], np.intp)
     decodes = np.array([state.role.decodes for state in instances], np.bool_)
     only = np.array([not state.role.prefills for state in instances], np.bool_)
-    return Places(leg, instances, {state.instance: state for state in instances}, slots, decodes, only)
+    by_id = {state.instance: state for state in instances}
+    mask = sum(1 << state.slot for state in instances)
+    return Places(leg, instances, by_id, slots, decodes, only, mask)
 
 
 _ROLES: dict[Leg, tuple[tuple[Role, ...], ...]] = {

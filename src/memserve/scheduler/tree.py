@@ -1,84 +1,20 @@
 """The global prompt tree: which instances hold which prefix, as far as their pools have told.
 
-Knows names of instances, tokens and nothing else: no load, no role, no time.
+Knows names of instances, tokens and nothing else: no load, no role, no time but the order of events.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import compress
-from typing import NamedTuple
+from collections import OrderedDict
 
 from memserve.core.radix import Node, Path, RadixTree
 from memserve.core.types import InstanceId, Namespace, Tokens
 from memserve.scheduler.holders import Holders
+from memserve.scheduler.holdings import Holdings, Numbers, Tier
 
-_NOBODY = InstanceId("")
-_BIT_OF_DIGIT = bytes.maketrans(b"01", b"\x00\x01")
-
-
-@dataclass(frozen=True, slots=True)
-class _Numbering:
-    """Bit number of each instance; replaced, never changed, so that old ``Holdings`` stay true."""
-
-    names: tuple[InstanceId, ...]
-    numbers: dict[InstanceId, int]
-
-    def with_name(self, instance: InstanceId) -> _Numbering:
-        """Give ``instance`` the first free number."""
-        names = list(self.names)
-        free = names.index(_NOBODY) if _NOBODY in names else len(names)
-        names[free : free + 1] = [instance]
-        return _numbered(names)
-
-    def without_name(self, instance: InstanceId) -> _Numbering:
-        return _numbered([_NOBODY if name == instance else name for name in self.names])
-
-
-def _numbered(names: list[InstanceId]) -> _Numbering:
-    return _Numbering(tuple(names), {name: n for n, name in enumerate(names) if name != _NOBODY})
-
-
-class Tier(NamedTuple):
-    """The instances in ``mask`` hold exactly ``tokens`` tokens of the prompt."""
-
-    tokens: int
-    mask: int
-    numbering: _Numbering
-
-    def instances(self) -> Iterator[InstanceId]:
-        """Their names, in no meaningful order."""
-        return compress(self.numbering.names, self._digits())
-
-    def numbered(self) -> Iterator[tuple[int, InstanceId]]:
-        """Their numbers and names."""
-        return compress(enumerate(self.numbering.names), self._digits())
-
-    def _digits(self) -> bytes:
-        return bin(self.mask)[:1:-1].encode().translate(_BIT_OF_DIGIT)
-
-
-@dataclass(frozen=True, slots=True)
-class Holdings:
-    """Tokens of one prompt that each instance holds; those that hold nothing do not occur.
-
-    Kept as a few ``tiers``, longest first, because thousands of instances may share a short prefix.
-    """
-
-    tiers: tuple[Tier, ...] = ()
-
-    def tokens(self, instance: InstanceId) -> int:
-        """What ``instance`` holds, 0 if nothing."""
-        if not self.tiers:
-            return 0
-        number = self.tiers[0].numbering.numbers.get(instance)
-        bit = 0 if number is None else 1 << number
-        return next((tier.tokens for tier in self.tiers if tier.mask & bit), 0)
-
-    def by_instance(self) -> dict[InstanceId, int]:
-        """The same as a plain dictionary."""
-        return {name: tier.tokens for tier in self.tiers for name in tier.instances()}
+NODE_BYTES = 700
+"""What an edge takes beside its tokens, about: objects, dictionary entries, a mask."""
+_TOKEN_BYTES = 4
 
 
 class GlobalPromptTree:
@@ -86,12 +22,29 @@ class GlobalPromptTree:
 
     Only whole blocks of ``block_tokens`` count; a rest is ignored, as the pools ignore it. What an
     instance holds is prefix-closed. Branches that nobody holds any more are pruned at once.
+
+    With ``memory`` it takes about so many bytes at most: the branches that were matched or stored longest
+    ago are forgotten, from their ends. Events that concern them later are understood all the same.
+    ``borrows``: see ``RadixTree``.
     """
 
-    def __init__(self, block_tokens: int) -> None:
+    def __init__(
+        self,
+        block_tokens: int,
+        numbers: Numbers | None = None,
+        *,
+        memory: int | None = None,
+        borrows: bool = False,
+    ) -> None:
+        self.memory = 0
+        """Bytes taken, about."""
         self._block_tokens = block_tokens
+        self._limit = memory
+        self._borrows = borrows
         self._trees: dict[Namespace, RadixTree[Holders]] = {}
-        self._numbering = _numbered([])
+        self._leaves: OrderedDict[Node[Holders], Namespace] = OrderedDict()
+        """All leaves, those that were used longest ago first."""
+        self._numbers = numbers or Numbers()
         self._held_blocks: dict[InstanceId, int] = {}
 
     @property
@@ -104,70 +57,81 @@ class GlobalPromptTree:
         return self._held_blocks.get(instance, 0) * self._block_tokens
 
     def match(self, namespace: Namespace, tokens: Tokens) -> Holdings:
-        """Who holds how much of ``tokens`` (contiguous int32[n])."""
+        """Who holds how much of ``tokens`` (contiguous int32[n]). What is asked for counts as used."""
         tree = self._trees.get(namespace)
         if tree is None:
             return Holdings()
         path = tree.walk(tokens)
         if not path.nodes:
             return Holdings()
+        self._use(path.nodes[-1])
         return Holdings(_longest_first(self._collect_tiers(tree, path)))
-
-    def enlist(self, instance: InstanceId) -> int:
-        """The number of ``instance``, its own until it is dropped. Small: free numbers are given again."""
-        self._bit_for(instance)
-        return self._numbering.numbers[instance]
 
     def store(self, instance: InstanceId, namespace: Namespace, tokens: Tokens) -> None:
         """``instance`` holds all whole blocks of ``tokens`` (contiguous int32[n]) from now on."""
         blocks = len(tokens) // self._block_tokens
         if not blocks:
             return
-        tree = self._trees.setdefault(namespace, RadixTree(self._block_tokens))
-        bit = self._bit_for(instance)
+        tree = self._trees.get(namespace)
+        if tree is None:
+            tree = self._trees[namespace] = RadixTree(self._block_tokens, borrows=self._borrows)
+        bit = 1 << self._numbers.enlist(instance)
         path = tree.walk(tokens)
         held = _credit(tree, path, bit)
-        if path.blocks < blocks:
-            tree.extend(path, tokens, Holders(bit))
         self._held_blocks[instance] = self._held_blocks.get(instance, 0) + blocks - held
+        if path.blocks == blocks:
+            self._use(path.nodes[-1])
+            return
+        before = self._weigh(tree)
+        leaf = tree.extend(path, tokens, Holders(bit))
+        self.memory += self._weigh(tree) - before
+        if leaf.parent is not None:
+            self._leaves.pop(leaf.parent, None)
+        self._leaves[leaf] = namespace
+        self._use(leaf)
+        self._keep_within_limit()
 
     def remove(self, instance: InstanceId, namespace: Namespace, tokens: Tokens, keep: int) -> None:
         """Of the path ``tokens`` (contiguous int32[n]) ``instance`` holds only the first ``keep`` tokens.
 
         Everything it held below is gone with that, also on branches that leave the path later.
         """
-        number = self._numbering.numbers.get(instance)
+        number = self._numbers.number(instance)
         tree = self._trees.get(namespace)
         if number is None or tree is None:
             return
         kept = keep // self._block_tokens
         path = tree.walk(tokens[: (kept + 1) * self._block_tokens])
         if path.blocks > kept:
-            freed = _release(tree, path.nodes[-1], 1 << number, path.tail - 1)
-            self._held_blocks[instance] -= freed
+            freed = self._release(namespace, tree, path.nodes[-1], 1 << number, path.tail - 1)
+            self._held_blocks[instance] = self._held_blocks.get(instance, 0) - freed
         self._forget_if_empty(namespace)
 
     def drop_instance(self, instance: InstanceId) -> None:
-        """Forget ``instance`` and everything it holds."""
+        """Forget ``instance`` and everything it holds, before its number becomes another's."""
         self.forget(instance)
         self._held_blocks.pop(instance, None)
-        self._numbering = self._numbering.without_name(instance)
 
     def forget(self, instance: InstanceId) -> None:
-        """``instance`` holds nothing: one pass over the tree's edges. It keeps its number."""
-        number = self._numbering.numbers.get(instance)
-        if number is None:
+        """``instance`` holds nothing: one pass over the tree's edges."""
+        number = self._numbers.number(instance)
+        if number is None or not self._held_blocks.get(instance):
             return
         for namespace, tree in list(self._trees.items()):
             tops = [node for node in tree.nodes() if node.parent is None]
             for node in tops:
-                _release(tree, node, 1 << number, 0)
+                self._release(namespace, tree, node, 1 << number, 0)
             self._forget_if_empty(namespace)
         self._held_blocks[instance] = 0
 
     def check(self) -> None:
         """Raise ``AssertionError`` if masks, tree and counts contradict each other. Costs a full pass."""
         held = dict.fromkeys(self._held_blocks, 0)
+        leaves = {leaf: name for name, tree in self._trees.items() for leaf in tree.leaves()}
+        assert leaves == dict(self._leaves), "the order of use has other leaves than the trees"
+        memory = sum(map(self._weigh, self._trees.values()))
+        assert memory == self.memory, f"takes {self.memory} bytes, should be {memory}"
+        assert self._limit is None or memory <= self._limit, f"{memory} bytes are more than {self._limit}"
         for tree in self._trees.values():
             tree.check()
             assert tree.size, "an empty namespace was kept"
@@ -186,21 +150,13 @@ class GlobalPromptTree:
             assert mask, "an end that belongs to nobody"
             assert seen & mask == 0, "an instance occurs twice on an edge"
             seen |= mask
-        for name in Tier(0, seen, self._numbering).instances():
-            number = self._numbering.numbers.get(name)
+        for name in Tier(0, seen, self._numbers.now).instances():
+            number = self._numbers.number(name)
             assert number is not None, "a bit that belongs to no instance"
             held[name] += holders.depth(1 << number, size)
 
-    def _bit_for(self, instance: InstanceId) -> int:
-        number = self._numbering.numbers.get(instance)
-        if number is None:
-            self._numbering = self._numbering.with_name(instance)
-            number = self._numbering.numbers.get(instance)
-            assert number is not None
-        return 1 << number
-
     def _collect_tiers(self, tree: RadixTree[Holders], path: Path[Holders]) -> list[Tier]:
-        page, numbering = self._block_tokens, self._numbering
+        page, numbering = self._block_tokens, self._numbers.now
         tiers: list[Tier] = []
         above, at = path.nodes[0].payload.mask, 0
         last = path.nodes[-1]
@@ -223,6 +179,66 @@ class GlobalPromptTree:
     def _forget_if_empty(self, namespace: Namespace) -> None:
         if not self._trees[namespace].size:
             del self._trees[namespace]
+
+    # --- memory ---
+
+    def _use(self, node: Node[Holders]) -> None:
+        if not node.children:
+            self._leaves.move_to_end(node)
+
+    def _weigh(self, tree: RadixTree[Holders]) -> int:
+        return tree.blocks * self._block_tokens * _TOKEN_BYTES + tree.size * NODE_BYTES
+
+    def _keep_within_limit(self) -> None:
+        while self._limit is not None and self.memory > self._limit:
+            leaf, namespace = next(iter(self._leaves.items()))
+            self._drop_leaf(namespace, leaf)
+
+    def _drop_leaf(self, namespace: Namespace, leaf: Node[Holders]) -> None:
+        tree, holders = self._trees[namespace], leaf.payload
+        for depth, mask in ((tree.blocks_of(leaf), holders.full), *holders.ends.items()):
+            for name in Tier(0, mask, self._numbers.now).instances():
+                self._held_blocks[name] -= depth
+        self._cut(namespace, tree, leaf, 0)
+        self._forget_if_empty(namespace)
+
+    def _cut(self, namespace: Namespace, tree: RadixTree[Holders], node: Node[Holders], keep: int) -> None:
+        """Keep the first ``keep`` blocks of an edge and nothing below."""
+        before, end = self._weigh(tree), node if keep else node.parent
+        for dropped in tree.truncate(node, keep):
+            self._leaves.pop(dropped, None)
+        self.memory += self._weigh(tree) - before
+        if end is not None and not end.children:
+            self._leaves[end] = namespace
+
+    def _release(
+        self, namespace: Namespace, tree: RadixTree[Holders], node: Node[Holders], bit: int, keep: int
+    ) -> int:
+        """Leave ``bit`` only the first ``keep`` blocks of ``node``'s edge and nothing below it.
+
+        Prunes what nobody holds any more. Returns the number of blocks given up.
+        """
+        freed = 0
+        waiting, unheld = [(node, keep)], []
+        while waiting:
+            lower, left = waiting.pop()
+            size = tree.blocks_of(lower)
+            before = lower.payload.depth(bit, size)
+            if before <= left:
+                continue
+            lower.payload.set_depth(bit, left, size)
+            freed += before - left
+            if before == size:
+                below = lower.children.values()
+                waiting.extend(
+                    (child, 0) for child in below if child.payload.full & bit or child.payload.ends
+                )
+            if not lower.payload.full:
+                unheld.append(lower)
+        for lower in unheld:
+            if lower.attached:
+                self._cut(namespace, tree, lower, lower.payload.longest(tree.blocks_of(lower)))
+        return freed
 
 
 def _longest_first(tiers: list[Tier]) -> tuple[Tier, ...]:
@@ -250,36 +266,3 @@ def _credit(tree: RadixTree[Holders], path: Path[Holders], bit: int) -> int:
         if before < matched:
             node.payload.set_depth(bit, matched, size)
     return held
-
-
-def _longest_held(tree: RadixTree[Holders], node: Node[Holders], bit: int) -> int:
-    """Blocks of ``node``'s edge that ``bit`` holds, if it holds nothing below; else 0."""
-    if any(child.payload.mask & bit for child in node.children.values()):
-        return 0
-    return node.payload.depth(bit, tree.blocks_of(node))
-
-
-def _release(tree: RadixTree[Holders], node: Node[Holders], bit: int, keep: int) -> int:
-    """Leave ``bit`` only the first ``keep`` blocks of ``node``'s edge and nothing below it.
-
-    Prunes what nobody holds any more. Returns the number of blocks given up.
-    """
-    freed = 0
-    waiting, unheld = [(node, keep)], []
-    while waiting:
-        lower, left = waiting.pop()
-        size = tree.blocks_of(lower)
-        before = lower.payload.depth(bit, size)
-        if before <= left:
-            continue
-        lower.payload.set_depth(bit, left, size)
-        freed += before - left
-        if before == size:
-            below = lower.children.values()
-            waiting.extend((child, 0) for child in below if child.payload.full & bit or child.payload.ends)
-        if not lower.payload.full:
-            unheld.append(lower)
-    for lower in unheld:
-        if lower.attached:
-            tree.truncate(lower, lower.payload.longest(tree.blocks_of(lower)))
-    return freed

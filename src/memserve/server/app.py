@@ -34,6 +34,7 @@ from memserve.server.views import (
     RoleBody,
     TraceBody,
 )
+from memserve.server.why import WhyBody
 
 _REFERENCE = "#/components/schemas/{name}"
 
@@ -84,6 +85,7 @@ def _add_routes(app: FastAPI, door: Door) -> None:
         ("/v1/models", operations.list_models, ModelList),
         ("/v1/models/{model:path}", operations.show_model, ModelCard),
         ("/v1/cluster", operations.show_cluster, ClusterBody),
+        ("/v1/cluster/why/{request_id:path}", operations.explain, WhyBody),
         ("/v1/traces/{request_id}", operations.show_trace, TraceBody),
         ("/health", operations.show_health, HealthBody),
     ):
@@ -96,7 +98,6 @@ def _add_routes(app: FastAPI, door: Door) -> None:
         app.add_api_route(
             f"/v1/cluster/{{instance}}/{what}", change, methods=["PUT"], openapi_extra=described
         )
-    app.add_api_route("/v1/decisions/{request_id}", operations.show_decision, methods=["GET"])
     app.add_api_route("/metrics", operations.show_metrics, methods=["GET"])
 
 

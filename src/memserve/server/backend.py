@@ -10,6 +10,8 @@ import msgspec
 
 from memserve.core.messages import TierName, Trace
 from memserve.core.types import FinishReason, Ledger, RequestId, Role, SamplingParams, TokenLogprob, Tokens
+from memserve.scheduler.decision import Decision
+from memserve.scheduler.history import Explanation
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -106,11 +108,35 @@ class TierSize(msgspec.Struct, frozen=True):
 
 
 class TreeView(msgspec.Struct, frozen=True):
-    """Size of one kind's global prompt tree; ``tokens`` held by its instances, summed."""
+    """A global prompt tree; ``tokens`` held by its instances, summed; ``memory`` in bytes, about.
+
+    The others count tokens of prompts that were answered: those that were believed to be cached where a
+    request went, of these the ones that only were to come and the ones that were not found, and those that
+    were found and not believed.
+    """
 
     role: str
     nodes: int
     tokens: int
+    source: str = "events"
+    memory: int = 0
+    believed_tokens: int = 0
+    promised_tokens: int = 0
+    stale_tokens: int = 0
+    missed_tokens: int = 0
+
+
+class RegretView(msgspec.Struct, frozen=True):
+    """How a policy's decisions turned out: see ``scheduler.hindsight.RegretSum``; errors are relative."""
+
+    policy: str
+    decisions: int
+    others: int
+    regret: float
+    totals: int
+    regret_total: float
+    error_p50: float
+    error_p90: float
 
 
 class ClusterView(msgspec.Struct, frozen=True):
@@ -123,6 +149,7 @@ class ClusterView(msgspec.Struct, frozen=True):
     block_bytes: int
     instances: tuple[InstanceView, ...] = ()
     trees: tuple[TreeView, ...] = ()
+    regrets: tuple[RegretView, ...] = ()
 
 
 class Backend(Protocol):
@@ -167,8 +194,12 @@ class Backend(Protocol):
         """
         ...
 
-    def decision(self, request: RequestId) -> object | None:
-        """The recorded scheduling decision, as anything ``msgspec`` can encode; None when not known."""
+    def decisions(self, request: RequestId) -> tuple[Decision, ...]:
+        """Where the request was sent, one decision per attempt; empty when not known."""
+        ...
+
+    def why(self, request: RequestId) -> tuple[Explanation, ...]:
+        """The same with reasons and with what became of them; also for the name of one attempt."""
         ...
 
     def trace(self, request: RequestId) -> tuple[Trace, ...]:

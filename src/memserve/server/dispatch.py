@@ -41,11 +41,12 @@ from memserve.core.messages import (
 )
 from memserve.core.types import FinishReason, InstanceId, RequestId
 from memserve.scheduler.decision import Decision
+from memserve.scheduler.history import Explanation
 from memserve.scheduler.service import GlobalScheduler
 from memserve.server.backend import Generated, GenerationRequest
 from memserve.server.placement import Placement
 from memserve.server.progress import StartScreen
-from memserve.server.stream import Interrupted, Stream, request_of
+from memserve.server.stream import Interrupted, Stream, attempt_of, request_of
 
 log = logging.getLogger(__name__)
 
@@ -110,6 +111,7 @@ class Dispatcher:
         finally:
             if stream.ended:
                 self._placement.forget(stream)
+                self._scheduler.answered(stream.answered)
             else:
                 self._placement.leave(stream, FinishReason.CANCELLED)
             del self._streams[request.request]
@@ -123,9 +125,18 @@ class Dispatcher:
             self._placement.leave(stream, FinishReason.STOP)
             self._trace(request, "server.finish", "stop string")
 
-    def decision(self, request: RequestId) -> Decision | None:
+    def decisions(self, request: RequestId) -> tuple[Decision, ...]:
         """See :class:`memserve.server.backend.Backend`."""
-        return self._scheduler.decision(request)
+        found: list[Decision] = []
+        while (decision := self._scheduler.decision(attempt_of(request, len(found) + 1))) is not None:
+            found.append(decision)
+        return tuple(found)
+
+    def why(self, request: RequestId) -> tuple[Explanation, ...]:
+        """See :class:`memserve.server.backend.Backend`."""
+        wanted = request_of(request)
+        names = [name for name in self._scheduler.remembered() if request_of(name) == wanted]
+        return tuple(each for each in map(self._scheduler.explain, names) if each is not None)
 
     def trace(self, request: RequestId) -> tuple[Trace, ...]:
         """The rooms that a traced request has passed, in order of time; empty when unknown."""
@@ -229,7 +240,8 @@ class Dispatcher:
         stream = self._placement.find(chunk.request)
         if stream is not None:
             if chunk.offset == 0:
-                self._scheduler.first_token(chunk.request)
+                cached = chunk.ledger.cached if chunk.ledger is not None else None
+                self._scheduler.first_token(chunk.request, cached)
             stream.accept(chunk)
 
     def _apply_events(self, events: PoolEvents) -> None:

@@ -7,7 +7,7 @@ import secrets
 import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 from starlette.requests import Request
@@ -21,10 +21,11 @@ from memserve.engine.models.tokenizer import IncrementalDecoder, Tokenizer
 from memserve.server.backend import Backend, GenerationRequest
 from memserve.server.generation import Choice, Generation
 from memserve.server.metrics import Meter, Metrics
-from memserve.server.middleware import arrival_of
+from memserve.server.middleware import arrival_of, request_id_of
 from memserve.server.responses import EventStream, WholeAnswer
 from memserve.server.schemas import AskedBase
 from memserve.server.validation import MAX_CHOICES, Limits, Wishes
+from memserve.server.why import RecentIds, route_header
 
 SESSION_HEADER = "x-session-id"
 TRACE_HEADER = "x-memserve-trace"
@@ -45,6 +46,7 @@ class Door:
     config: ServerConfig
     limits: Limits
     metrics: Metrics
+    ids: RecentIds = field(default_factory=RecentIds)
 
     async def encode(self, text: str, *, bos: bool) -> Tokens:
         """Tokens of a prompt; special tokens may be written out in it."""
@@ -67,6 +69,7 @@ class Door:
                 index = number * wishes.n + copy
                 wanted = self._request_for(request, asked, prompt, index)
                 choices.append(Choice(index, copy == 0, wanted))
+        self.ids.note(request_id_of(request), asked.id)
         endpoint = request.scope["route"].path
         return Generation(
             tuple(choices),
@@ -99,9 +102,13 @@ class Door:
     ) -> Response:
         """Answer whole or as a stream, as the request wishes."""
         headers = ignored_header(asked.ignored)
+
+        def route() -> dict[str, str]:
+            return route_header(self.backend.decisions(RequestId(asked.id)))
+
         if asked.wishes.stream:
-            return EventStream(events(), self.config.request_timeout, headers)
-        return WholeAnswer(answer, self.config.request_timeout, headers)
+            return EventStream(events(), self.config.request_timeout, headers, route)
+        return WholeAnswer(answer, self.config.request_timeout, headers, route)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

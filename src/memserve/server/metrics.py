@@ -7,6 +7,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from memserve.core.clock import Clock
 from memserve.core.types import FinishReason, Ledger
 from memserve.server.backend import ClusterView
+from memserve.server.routing_metrics import RoutingMetrics
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _FIRST_TOKEN = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -56,6 +57,7 @@ class Metrics:
             "memserve_choices_finished", "Answers by finish reason", ("reason",), registry=registry
         )
         self._cluster = _ClusterGauges(registry)
+        self._routing = RoutingMetrics(registry)
 
     def begin_request(self) -> float:
         """Count an HTTP request in and return its time of arrival, s."""
@@ -71,6 +73,7 @@ class Metrics:
     def show_cluster(self, view: ClusterView) -> None:
         """Set the gauges of instances and trees; instances that are gone disappear."""
         self._cluster.show(view)
+        self._routing.show(view.regrets)
 
     def render(self) -> bytes:
         """Everything in Prometheus' text format."""
@@ -138,9 +141,20 @@ class _ClusterGauges:
         self._tokens = Gauge(
             "memserve_tree_tokens", "Tokens in a global prompt tree", ("role",), registry=registry
         )
+        self._memory = Gauge(
+            "memserve_tree_memory_bytes", "Size of a global prompt tree", ("role",), registry=registry
+        )
+        self._beliefs = Gauge(
+            "memserve_tree_prompt_tokens",
+            "Tokens of answered prompts by what their decisions believed",
+            ("role", "source", "belief"),
+            registry=registry,
+        )
 
     def show(self, view: ClusterView) -> None:
-        for gauge in (self._up, self._blocks, self._requests, self._counters, self._nodes, self._tokens):
+        for gauge in (self._up, self._blocks, self._requests, self._counters):
+            gauge.clear()
+        for gauge in (self._nodes, self._tokens, self._memory, self._beliefs):
             gauge.clear()
         for one in view.instances:
             self._up.labels(one.instance, one.role, one.isa).set(one.state == "ready")
@@ -153,3 +167,7 @@ class _ClusterGauges:
         for tree in view.trees:
             self._nodes.labels(tree.role).set(tree.nodes)
             self._tokens.labels(tree.role).set(tree.tokens)
+            self._memory.labels(tree.role).set(tree.memory)
+            for belief in ("believed", "promised", "stale", "missed"):
+                figure = getattr(tree, f"{belief}_tokens")
+                self._beliefs.labels(tree.role, tree.source, belief).set(figure)

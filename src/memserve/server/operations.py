@@ -26,6 +26,7 @@ from memserve.server.views import (
     health_body,
     trace_body,
 )
+from memserve.server.why import WhyBody
 
 log = logging.getLogger(__name__)
 
@@ -75,12 +76,13 @@ class OperationEndpoints:
         before = await self._door.backend.set_role(instance, role)
         return json_response(RoleAnswer(instance, role, before))
 
-    async def show_decision(self, request_id: str) -> Response:
-        """Why a request ran where it ran. ``request_id`` is the answer's ``id``."""
-        decision = self._door.backend.decision(RequestId(request_id))
-        if decision is None:
+    async def explain(self, request_id: str) -> Response:
+        """Why a request ran where it ran. ``request_id``: the answer's ``id``, or its ``x-request-id``."""
+        answer = self._door.ids.answer_of(request_id)
+        attempts = self._door.backend.why(RequestId(answer))
+        if not attempts:
             raise _not_kept("decision", request_id, "only those of recent requests are")
-        return json_response(decision)
+        return json_response(WhyBody(answer, attempts))
 
     async def show_trace(self, request_id: str) -> Response:
         """The rooms that a request passed, if it was sent with ``x-memserve-trace: 1``."""

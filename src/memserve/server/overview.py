@@ -14,6 +14,7 @@ from memserve.core.errors import ConfigError, InvalidRequest, PeerLost
 from memserve.core.messages import GetStats, PoolResized, ResizePool, Stats, TierName, Trace
 from memserve.core.types import InstanceId, RequestId, Role
 from memserve.scheduler.decision import Decision
+from memserve.scheduler.history import Explanation
 from memserve.scheduler.service import GlobalScheduler
 from memserve.server.backend import (
     ClusterView,
@@ -23,6 +24,7 @@ from memserve.server.backend import (
     Health,
     InstanceView,
     LostInstance,
+    RegretView,
     StateCount,
     TierSize,
     TreeView,
@@ -60,8 +62,11 @@ class ClusterOverview:
     def stop(self, request: RequestId) -> None:
         self._dispatcher.stop(request)
 
-    def decision(self, request: RequestId) -> Decision | None:
-        return self._dispatcher.decision(request)
+    def decisions(self, request: RequestId) -> tuple[Decision, ...]:
+        return self._dispatcher.decisions(request)
+
+    def why(self, request: RequestId) -> tuple[Explanation, ...]:
+        return self._dispatcher.why(request)
 
     def trace(self, request: RequestId) -> tuple[Trace, ...]:
         return self._dispatcher.trace(request)
@@ -100,6 +105,7 @@ class ClusterOverview:
                 for view, stats in zip(views.values(), figures, strict=True)
             ),
             self._trees(),
+            self._regrets(),
         )
 
     async def resize(self, instance: str, tier: TierName, memory: int) -> TierSize:
@@ -118,7 +124,32 @@ class ClusterOverview:
     def _trees(self) -> tuple[TreeView, ...]:
         state = self._scheduler.state
         held = sum(state.tree.held_tokens(instance.instance) for instance in state.instances())
-        return (TreeView("global", state.tree.nodes, held),) if held else ()
+        if not held and not state.accuracy.requests:
+            return ()
+        accuracy = state.accuracy
+        return (
+            TreeView(
+                "global",
+                state.tree.nodes,
+                held,
+                str(state.tree.options.source),
+                state.tree.memory,
+                accuracy.believed,
+                accuracy.promised,
+                accuracy.stale,
+                accuracy.missed,
+            ),
+        )
+
+    def _regrets(self) -> tuple[RegretView, ...]:
+        errors = self._scheduler.state.predictions
+        p50, p90 = errors.quantile(0.5), errors.quantile(0.9)
+        return tuple(
+            RegretView(
+                policy, each.decisions, each.others, each.regret, each.totals, each.regret_total, p50, p90
+            )
+            for policy, each in self._scheduler.regrets().items()
+        )
 
     async def _ask(self, instance: InstanceId) -> Stats | None:
         link = self._manager.link(instance)

@@ -73,7 +73,9 @@ class Placement:
         request, attempt = stream.request, stream.next_attempt
         namespace, tokens = Namespace(self._model, salt=request.salt), stream.tokens()
         sampling = stream.sampling()
-        decision = self._scheduler.route(RouteRequest(attempt, namespace, tokens, request.session))
+        decision = self._scheduler.route(
+            RouteRequest(attempt, namespace, tokens, request.session, sampling.max_tokens)
+        )
         self._note(request.request, "scheduler.decide", decision.reason)
         stream.begin(decision)
         self._attempts[attempt] = stream
@@ -139,6 +141,9 @@ class Placement:
     def forget(self, stream: Stream) -> None:
         """The stream has ended by itself."""
         self._attempts.pop(stream.attempt, None)
+        if self._scheduler.learns_answers:
+            namespace = Namespace(self._model, salt=stream.request.salt)
+            self._scheduler.learn_answer(stream.attempt, namespace, stream.tokens()[:-1])
 
     # --- inside ---
 

@@ -17,6 +17,7 @@ from memserve.server.errors import RequestTimedOut, describe_error, internal_err
 
 log = logging.getLogger(__name__)
 
+LateHeaders = Callable[[], Mapping[str, str]]
 DONE = b"data: [DONE]\n\n"
 
 
@@ -31,10 +32,14 @@ def json_response(payload: object, status: int = 200, headers: Mapping[str, str]
 
 
 class _Working(Response):
-    """A response that is still to be worked for, within ``seconds``, as long as the client listens."""
+    """A response that is still to be worked for, within ``seconds``, as long as the client listens.
 
-    def __init__(self, seconds: float, headers: Mapping[str, str]) -> None:
+    ``late`` headers are asked for when the status line is sent.
+    """
+
+    def __init__(self, seconds: float, headers: Mapping[str, str], late: LateHeaders) -> None:
         super().__init__(headers=headers)
+        self._late = late
         # The base class has promised an empty body.
         del self.headers["content-length"]
         self._seconds = seconds
@@ -62,14 +67,19 @@ class WholeAnswer(_Working):
     """Awaits ``answer`` and sends it as JSON. Errors of ``answer`` go to the exception handlers."""
 
     def __init__(
-        self, answer: Callable[[], Awaitable[msgspec.Struct]], seconds: float, headers: Mapping[str, str]
+        self,
+        answer: Callable[[], Awaitable[msgspec.Struct]],
+        seconds: float,
+        headers: Mapping[str, str],
+        late: LateHeaders = dict,
     ) -> None:
-        super().__init__(seconds, headers)
+        super().__init__(seconds, headers, late)
         self._answer = answer
 
     async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
         response = json_response(await self._answer())
         response.headers.update(self.headers)
+        response.headers.update(self._late())
         await response(scope, receive, send)
 
 
@@ -81,9 +91,13 @@ class EventStream(_Working):
     """
 
     def __init__(
-        self, events: AsyncGenerator[bytes, None], seconds: float, headers: Mapping[str, str]
+        self,
+        events: AsyncGenerator[bytes, None],
+        seconds: float,
+        headers: Mapping[str, str],
+        late: LateHeaders = dict,
     ) -> None:
-        super().__init__(seconds, headers)
+        super().__init__(seconds, headers, late)
         self.headers["content-type"] = "text/event-stream; charset=utf-8"
         self.headers["cache-control"] = "no-cache"
         self.headers["x-accel-buffering"] = "no"
@@ -107,6 +121,7 @@ class EventStream(_Working):
         async with aclosing(self._events) as events:
             first = await anext(events)
             self._started = True
+            self.headers.update(self._late())
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             await _send_part(send, first)
             async for event in events:

@@ -33,8 +33,10 @@ from memserve.engine.models.chat_template import ChatTemplate
 from memserve.engine.models.loader import ModelSource, open_path
 from memserve.engine.models.resolve import resolve_model
 from memserve.engine.models.tokenizer import Tokenizer
+from memserve.engine.phases import PHASES
 from memserve.engine.settings import InstanceSettings
 from memserve.scheduler.policies import policy_by_name
+from memserve.scheduler.prompt_trees import TreeOptions
 from memserve.scheduler.service import GlobalScheduler
 from memserve.server.dispatch import Dispatcher
 from memserve.server.overview import ClusterOverview
@@ -102,6 +104,21 @@ def require_memory(pool: PoolConfig, instances: int) -> None:
         )
 
 
+def tree_options(config: Config) -> TreeOptions:
+    """What the scheduler may believe, given what instances keep."""
+    told, phases = config.scheduler, PHASES[config.engine.phases]
+    return TreeOptions(
+        told.trees,
+        told.ttl_seconds,
+        told.speculative,
+        told.speculative_seconds,
+        told.tree_memory,
+        prompts_kept=phases.insert_after_prefill,
+        answers_kept=phases.insert_after_decode,
+        answers_return=phases.backflow,
+    )
+
+
 async def _serve(config: Config, screen: StartScreen, spare: list[Popen[bytes]] | None) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -136,7 +153,8 @@ class _Cluster:
         self._name = secrets.token_hex(6)
         self._address = f"@memserve-{self._name}-control"
         clock = MonotonicClock()
-        self._scheduler = GlobalScheduler(policy_by_name(config.server.policy), clock)
+        policy = policy_by_name(config.server.policy)
+        self._scheduler = GlobalScheduler(policy, clock, trees=tree_options(config))
         self._dispatcher = Dispatcher(
             self._scheduler,
             clock,

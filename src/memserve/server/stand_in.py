@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from memserve.core.errors import InvalidRequest, MemServeError
 from memserve.core.messages import TierName, Trace
 from memserve.core.types import FinishReason, InstanceId, Ledger, RequestId, Role, TokenLogprob, Tokens
+from memserve.scheduler.decision import Decision
+from memserve.scheduler.history import Explanation
 from memserve.server.backend import (
     ClusterView,
     Generated,
@@ -87,7 +89,15 @@ class StandInBackend:
             block_tokens=BLOCK_TOKENS,
             block_bytes=BLOCK_TOKENS,
             instances=(InstanceView("stand-in-0", self.role, "ready", 1, 0, running=len(self.running)),),
-            trees=(TreeView("colocated", len(self._prompts), sum(len(p) for _, p in self._prompts)),),
+            trees=(
+                TreeView(
+                    "colocated",
+                    len(self._prompts),
+                    sum(len(p) for _, p in self._prompts),
+                    memory=4096,
+                    stale_tokens=16,
+                ),
+            ),
         )
 
     async def resize(self, instance: str, tier: TierName, memory: int) -> TierSize:
@@ -100,9 +110,11 @@ class StandInBackend:
         before, self.role = self.role, role
         return before
 
-    def decision(self, request: RequestId) -> object | None:
-        known = any(earlier.request == request for earlier in self.requests)
-        return {"request": request, "prefill": "stand-in-0", "reason": "there is no other"} if known else None
+    def decisions(self, request: RequestId) -> tuple[Decision, ...]:
+        return tuple(_decision(earlier) for earlier in self.requests if earlier.request == request)
+
+    def why(self, request: RequestId) -> tuple[Explanation, ...]:
+        return tuple(Explanation(each, (), (), None) for each in self.decisions(request))
 
     def trace(self, request: RequestId) -> tuple[Trace, ...]:
         traced = any(earlier.request == request and earlier.trace for earlier in self.requests)
@@ -138,6 +150,12 @@ class StandInBackend:
         cached = min(longest, len(prompt) - 1) // BLOCK_TOKENS * BLOCK_TOKENS
         self._prompts.append((salt, prompt))
         return Ledger(computed=len(prompt) - cached, local=cached)
+
+
+def _decision(request: GenerationRequest) -> Decision:
+    here = InstanceId("stand-in-0")
+    reason = f"prefill on {here}: there is no other; decode there too"
+    return Decision(request.request, here, None, "round-robin", len(request.tokens), 0, 0, 0.0, reason)
 
 
 def _require_known(instance: str) -> None:

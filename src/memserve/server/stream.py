@@ -26,6 +26,11 @@ def request_of(attempt: RequestId) -> RequestId:
     return RequestId(attempt.partition(_SEPARATOR)[0])
 
 
+def attempt_of(request: RequestId, attempt: int) -> RequestId:
+    """The name of a request's attempt, which count from 1."""
+    return request if attempt <= 1 else RequestId(f"{request}{_SEPARATOR}{attempt - 1}")
+
+
 @dataclass(frozen=True, slots=True)
 class Interrupted:
     """The request cannot be finished where it runs. ``lost``: an instance is gone, and all know that."""
@@ -55,12 +60,17 @@ class Stream:
     @property
     def attempt(self) -> RequestId:
         """The name of the present attempt; no message of another one is meant for this stream."""
-        return self._name(self.attempts)
+        return attempt_of(self.request.request, self.attempts)
 
     @property
     def next_attempt(self) -> RequestId:
         """The name of the attempt after it."""
-        return self._name(self.attempts + 1)
+        return attempt_of(self.request.request, self.attempts + 1)
+
+    @property
+    def answered(self) -> int:
+        """Tokens that have come, of all attempts."""
+        return len(self._answered)
 
     def tokens(self) -> Tokens:
         """The next attempt's prompt: the request's own and what has been answered. int32[n]."""
@@ -128,7 +138,3 @@ class Stream:
             return True
         decoding = self.decision.decode is not None and len(self._answered) - self._base > 1
         return instance == self.decision.prefill and not decoding
-
-    def _name(self, attempt: int) -> RequestId:
-        name = self.request.request
-        return name if attempt <= 1 else RequestId(f"{name}{_SEPARATOR}{attempt - 1}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import heapq
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +19,7 @@ from memserve.core.messages import LoadReport, PoolEvents
 from memserve.core.types import InstanceId, Ledger, Namespace, RequestId, Role, StepPrices, Tokens
 from memserve.mempool import EvictionPolicy, KVLayout, MemPool
 from memserve.mempool.address import Addresses, Origin
+from memserve.sim.following import Lead, Prefill, Work, lead_of
 
 LAYOUT = KVLayout("simulated", layers=1, kv_heads=1, head_dim=1)
 """The smallest block there is: memory is reserved, never touched."""
@@ -25,6 +27,8 @@ _FLOOR_TOKENS = 16
 _NEVER = float("inf")
 _DONE = 1e-9
 """Seconds or tokens that count as nothing left."""
+_DONE_TOKENS = 1e-3
+"""A token of which only this is left is computed: seconds were converted to tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +44,8 @@ class Speed:
 class Job:
     """A request inside an instance. ``prompt``: int32[n]; ``answer``: int32[m], what will be said.
 
-    ``left``: seconds of prefill that remain, alone in its steps. It ``waits`` for KV that is on its way.
+    ``left``: seconds of prefill that remain, alone in its steps. It ``waits`` for KV that is on its way, and
+    ``follows`` another until that one has ``follows_until`` seconds left: then a common prefix is computed.
     """
 
     request: RequestId
@@ -52,6 +57,8 @@ class Job:
     left: float = 0.0
     cached: int = 0
     addrs: Addresses | None = None
+    follows: Job | None = None
+    follows_until: float = 0.0
 
     @property
     def context(self) -> float:
@@ -81,6 +88,7 @@ class SimEngine:
         self.speed = speed
         self.pool = MemPool(LAYOUT, blocks, instance=instance, incarnation=1, clock=clock, eviction=eviction)
         self.pool.take_events()
+        self._work = Work(speed.prices, speed.step_tokens)
         self._now = clock.now()
         self._waiting: list[Job] = []
         self._prefilling: list[Job] = []
@@ -121,6 +129,7 @@ class SimEngine:
         if active:
             rate = part / step / len(active)
             times += [self._now + job.left / rate for job in active]
+            times += [self._now + left / rate for left in self._leads_left(active)]
         if self._streams:
             times.append(self._now + (self._streams[0][0] - self._served) * step)
         return min(times)
@@ -207,7 +216,7 @@ class SimEngine:
     def _admit(self) -> None:
         """Begin to prefill whom there are blocks for, in order of arrival."""
         for job in list(self._waiting):
-            if job.waits:
+            if job.waits or self._follows(job):
                 continue
             try:
                 job.addrs, job.cached = self._hold(job.namespace, job.prompt, None)
@@ -217,11 +226,36 @@ class SimEngine:
             job.left = self._seconds(job)
             self._prefilling.append(job)
 
+    def _follows(self, job: Job) -> bool:
+        """Whether somebody here computes so much of its prompt that it waits; else it uses what is done."""
+        lead = self._lead_of(job)
+        if lead is None:
+            return False
+        job.follows = None
+        leader = self._prefilling[lead.leader]
+        if lead.worth_waiting(len(job.prompt)):
+            job.follows, job.follows_until = leader, self._work.left(len(leader.prompt), lead.tokens)
+            return True
+        done = int(lead.computed + _DONE_TOKENS) // LAYOUT.block_tokens * LAYOUT.block_tokens
+        if done > leader.cached:
+            self._publish(leader, leader.prompt[:done])
+        return False
+
+    def _lead_of(self, job: Job) -> Lead | None:
+        running = (
+            Prefill(one.namespace, one.prompt, self._work.computed(len(one.prompt), one.left))
+            for one in self._prefilling
+        )
+        return lead_of(job.namespace, job.prompt, running, LAYOUT.block_tokens)
+
+    def _leads_left(self, active: list[Job]) -> Iterator[float]:
+        """Seconds of prefill until what others wait for is computed."""
+        for job in self._waiting:
+            if job.follows in active:
+                yield max(0.0, job.follows.left - job.follows_until)
+
     def _seconds(self, job: Job) -> float:
-        prices, prompt = self.speed.prices, len(job.prompt)
-        computed = min(job.cached, prompt - 1)
-        token = prices.token + prices.step / self.speed.step_tokens
-        return token * (prompt - computed) + prices.token_context * (prompt**2 - computed**2) / 2
+        return self._work.left(len(job.prompt), min(job.cached, len(job.prompt) - 1))
 
     def _hold(self, namespace: Namespace, tokens: Tokens, origin: Origin | None) -> tuple[Addresses, int]:
         """Blocks for ``tokens``, cached ones first; with ``origin`` their KV is there already."""

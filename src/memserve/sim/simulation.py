@@ -14,9 +14,11 @@ from memserve.core.errors import OutOfBlocks
 from memserve.core.messages import Heartbeat, Member, Ready
 from memserve.core.types import InstanceId, Namespace, RequestId, Role, Tokens
 from memserve.mempool.address import Origin
+from memserve.scheduler.accuracy import TreeAccuracy
 from memserve.scheduler.costs import Wire
 from memserve.scheduler.decision import Decision, RouteRequest
 from memserve.scheduler.policies import Policy
+from memserve.scheduler.prompt_trees import TreeOptions
 from memserve.scheduler.service import GlobalScheduler
 from memserve.sim.engine import LAYOUT, Job, SimEngine, Speed
 
@@ -81,10 +83,16 @@ class Site:
 class Simulation:
     """One run. ``on_done`` hears of every request that ended."""
 
-    def __init__(self, site: Site, policy: Policy, on_done: Callable[[Outcome], None]) -> None:
+    def __init__(
+        self,
+        site: Site,
+        policy: Policy,
+        on_done: Callable[[Outcome], None],
+        trees: TreeOptions | None = None,
+    ) -> None:
         self._clock = VirtualClock()
         self._wire = site.wire
-        self._scheduler = GlobalScheduler(policy, self._clock, history=1 << 16)
+        self._scheduler = GlobalScheduler(policy, self._clock, history=1 << 16, trees=trees)
         self._on_done = on_done
         self._order = itertools.count()
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
@@ -116,6 +124,11 @@ class Simulation:
         for engine in self._engines.values():
             engine.pool.check([])
             engine.pool.close()
+
+    @property
+    def accuracy(self) -> TreeAccuracy:
+        """How true the scheduler's prompt trees were."""
+        return self._scheduler.state.accuracy
 
     @property
     def busy(self) -> dict[InstanceId, float]:
@@ -171,7 +184,7 @@ class Simulation:
         outcome = self._outcomes[job.request]
         outcome.first_token = self._clock.now()
         outcome.cached_tokens = min(job.cached, len(job.prompt) - 1)
-        self._scheduler.first_token(job.request)
+        self._scheduler.first_token(job.request, outcome.cached_tokens)
         if job.decode_on is None:
             return
         target = self._engines[job.decode_on]
@@ -200,6 +213,7 @@ class Simulation:
         self._open -= 1
         self._scheduler.finish(job.request)
         self._scheduler.answered(len(job.answer))
+        self._scheduler.learn_answer(job.request, SPACE, job.said)
         if job.decode_on is not None:
             source = self._engines[outcome.decision.prefill]
             said, seconds = job.said, self._wire.seconds(len(job.answer))

@@ -18,6 +18,7 @@ from memserve.cli.app import app
 from memserve.cli.screen import BarScreen, LineScreen, curl_for, open_screen
 from memserve.cli.serve import ServeOptions, build_config
 from memserve.cli.sizes import parse_size, show_size
+from memserve.core.config import TreeSource
 from memserve.core.errors import ConfigError
 
 
@@ -47,6 +48,7 @@ def test_options_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) ->
     file.write_text('[server]\nport = 9000\nhost = "0.0.0.0"\n[pool]\nmemory = 8388608\n')
     config = build_config(ServeOptions(port=9001, kv_memory="2GiB", threads=1, weights="int8"), file)
     assert (config.server.port, config.server.host) == (9001, "0.0.0.0")
+    assert build_config(ServeOptions(trees=TreeSource.TTL), file).scheduler.trees is TreeSource.TTL
     assert (config.pool.memory, config.engine.threads, config.engine.weights) == (2 << 30, 1, "int8")
 
 

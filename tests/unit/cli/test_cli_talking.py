@@ -77,6 +77,7 @@ def test_a_failed_turn_is_not_remembered(server: Any) -> None:
 COMMANDS = [
     ["chat"],
     ["status"],
+    ["why", "cmpl-1"],
     ["resize", "stand-in-0", "--kv-memory", "1GiB"],
     ["role", "stand-in-0", "decode"],
 ]

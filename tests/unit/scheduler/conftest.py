@@ -81,8 +81,11 @@ class Cluster:
     def set_wire(self, **fields: float) -> None:
         self.state.wire = replace(self.state.wire, **fields)
 
+    def heartbeat(self, name: str, incarnation: int = 1, **load: int | StepPrices) -> Heartbeat:
+        return Heartbeat(InstanceId(name), incarnation, LoadReport(**load))
+
     def report(self, name: str, incarnation: int = 1, **load: int | StepPrices) -> None:
-        self.state.apply_load(Heartbeat(InstanceId(name), incarnation, LoadReport(**load)))
+        self.state.apply_load(self.heartbeat(name, incarnation, **load))
 
     def request(self, name: str, start: int = 0, blocks: int = 4, session: str | None = None) -> RouteRequest:
         return RouteRequest(RequestId(name), SPACE, self.tokens(start, blocks), session)

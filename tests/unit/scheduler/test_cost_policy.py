@@ -7,8 +7,9 @@ import pytest
 from memserve.core.errors import NoInstance
 from memserve.core.types import InstanceId, RequestId, StepPrices
 from memserve.scheduler.costs import Wire
-from memserve.scheduler.decision import Decision, decide
-from memserve.scheduler.policies.cost import RECORDED, LeastCost, Weights
+from memserve.scheduler.decision import Decision, decide, decide_recorded
+from memserve.scheduler.policies.cost import LeastCost, Weights
+from memserve.scheduler.record import Candidate
 from memserve.scheduler.state import Share, Work
 
 PRICES = StepPrices(step=0.01, row=0.001, row_context=1e-6, token=1e-3, token_context=1e-6)
@@ -31,6 +32,12 @@ def place(cluster, policy: LeastCost | None = None, blocks: int = 40, now: float
     return decide(cluster.request("r", blocks=blocks), cluster.state, policy or LeastCost(), now)
 
 
+def weigh(cluster, policy: LeastCost | None = None) -> tuple[Candidate, ...]:
+    """The places to prefill as they are recorded."""
+    _, record = decide_recorded(cluster.request("r", blocks=40), cluster.state, policy or LeastCost(), 0.0)
+    return record.prefill_candidates()
+
+
 def occupy(cluster, name: str, seconds: float) -> None:
     """Put ``seconds`` of prefill into the line of ``name``."""
     share = Share(InstanceId(name), Work(prefill_tokens=1), seconds)
@@ -46,7 +53,7 @@ def test_equal_places_go_by_id(priced) -> None:
 def test_prefix_wins_until_the_line_costs_more_than_it_saves(priced) -> None:
     priced.add_priced("c0", "c1")
     priced.apply("c1", 0, priced.stored(0, 20))
-    saved = place(priced).prefill_candidates
+    saved = weigh(priced)
     gain = saved[0].total - saved[1].total
     assert place(priced).prefill == "c1"
     occupy(priced, "c1", gain - 0.01)
@@ -126,8 +133,8 @@ def test_records_the_chosen_and_the_cheapest(priced) -> None:
     priced.add_priced(*(f"c{n:02}" for n in range(20)))
     for n in range(20):
         occupy(priced, f"c{n:02}", float(20 - n))
-    recorded = place(priced, LeastCost(Weights(opportunity=0.0))).prefill_candidates
-    assert len(recorded) == RECORDED
+    recorded = weigh(priced, LeastCost(Weights(opportunity=0.0)))
+    assert [c.instance for c in recorded] == ["c17", "c18", "c19"]
     assert [c.instance for c in recorded if c.chosen] == ["c19"]
     assert min(recorded, key=lambda c: c.total).chosen
 

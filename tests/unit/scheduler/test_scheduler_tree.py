@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from memserve.core.types import InstanceId, Namespace, as_tokens
-from memserve.scheduler.tree import GlobalPromptTree
+from memserve.scheduler.tree import NODE_BYTES, GlobalPromptTree
 
 SPACE = Namespace("model")
 A, B, MANY = InstanceId("a"), InstanceId("b"), [InstanceId(f"i{n:03}") for n in range(200)]
@@ -102,3 +102,57 @@ def test_check_sees_a_holder_without_the_edge_above(tree: GlobalPromptTree) -> N
     upper.payload.full = 0
     with pytest.raises(AssertionError):
         tree.check()
+
+
+# --- with a limit ---
+
+THREE_BRANCHES = 3 * (NODE_BYTES + 3 * 16 * 4)
+
+
+def branch(start: int, blocks: int = 3):
+    return path(*range(start, start + blocks))
+
+
+def test_the_branch_that_was_used_longest_ago_is_forgotten_first() -> None:
+    tree = GlobalPromptTree(16, memory=THREE_BRANCHES)
+    for start in (100, 200, 300):
+        tree.store(A, SPACE, branch(start))
+    tree.match(SPACE, branch(100))
+    tree.store(A, SPACE, branch(200, 2))
+    tree.store(B, SPACE, branch(400))
+    assert [bool(tree.match(SPACE, branch(start)).tiers) for start in (100, 200, 300, 400)] == [
+        True,
+        True,
+        False,
+        True,
+    ]
+    assert tree.held_tokens(A) == 6 * 16
+    tree.check()
+
+
+def test_what_many_begin_with_outlives_their_branches() -> None:
+    tree = GlobalPromptTree(16, memory=THREE_BRANCHES)
+    for tail in range(100, 900, 100):
+        tree.store(A, SPACE, path(1, 2, tail))
+        tree.check()
+    assert tree.match(SPACE, path(1, 2, 3)).tokens(A) == 32
+    assert tree.match(SPACE, path(1, 2, 800)).tokens(A) == 48
+
+
+def test_news_of_what_was_forgotten_are_understood() -> None:
+    tree = GlobalPromptTree(16, memory=THREE_BRANCHES)
+    for start in (100, 200, 300, 400):
+        tree.store(A, SPACE, branch(start))
+    tree.remove(A, SPACE, branch(100), keep=32)
+    assert tree.match(SPACE, branch(100)).tiers == ()
+    tree.store(A, SPACE, branch(100, 2))
+    tree.remove(A, SPACE, branch(100), keep=32)
+    assert tree.match(SPACE, branch(100)).tokens(A) == 32
+    tree.check()
+
+
+def test_what_never_fits_is_never_kept() -> None:
+    tree = GlobalPromptTree(16, memory=NODE_BYTES)
+    tree.store(A, SPACE, branch(0))
+    assert (tree.nodes, tree.memory, tree.held_tokens(A)) == (0, 0, 0)
+    tree.check()

@@ -7,9 +7,11 @@ import asyncio
 import pytest
 
 from dispatching import PROMPT, D, P, R, chunk, cluster, collect, request, run, start, until
+from memserve.core.config import TreeSource
 from memserve.core.errors import InvalidRequest, NoInstance, Overloaded, RequestFailed
 from memserve.core.messages import PoolEvents, RequestClosed, RequestError, Snapshot, Stored
-from memserve.core.types import FinishReason, Ledger, Namespace, pack_tokens
+from memserve.core.types import FinishReason, Ledger, Namespace, as_tokens, pack_tokens
+from memserve.scheduler.prompt_trees import TreeOptions
 from memserve.scheduler.state import Work
 
 
@@ -135,5 +137,36 @@ def test_a_gap_in_the_events_asks_for_one_snapshot() -> None:
         tree = dispatcher._scheduler.state.tree
         await until(lambda: tree.held_tokens(P) == 64)
         dispatcher._scheduler.state.check()
+
+    run(scenario())
+
+
+def test_the_ledger_tells_how_true_the_tree_was() -> None:
+    async def scenario() -> None:
+        dispatcher, outbox = cluster()
+        stored = Stored(Namespace("m"), pack_tokens(PROMPT[:32]))
+        dispatcher.on_message(P, PoolEvents(P, 1, 0, (stored,)))
+        task = await start(dispatcher, outbox)
+        dispatcher.on_message(P, chunk(0, 10))
+        dispatcher.on_message(D, chunk(1, 11, finish=FinishReason.LENGTH))
+        await task
+        accuracy = dispatcher._scheduler.state.accuracy
+        assert (accuracy.requests, accuracy.believed, accuracy.stale) == (1, 32, 32)
+
+    run(scenario())
+
+
+def test_without_events_an_answer_is_believed_where_it_was_decoded_and_where_it_came_back_to() -> None:
+    async def scenario() -> None:
+        dispatcher, outbox = cluster(trees=TreeOptions(TreeSource.TTL))
+        dispatcher.on_message(P, PoolEvents(P, 1, 7, (Stored(Namespace("m"), pack_tokens(PROMPT + 500)),)))
+        assert dispatcher._snapshots == {}
+        task = await start(dispatcher, outbox)
+        dispatcher.on_message(P, chunk(0, *range(64, 81)))
+        dispatcher.on_message(D, chunk(17, 99, finish=FinishReason.LENGTH))
+        await task
+        held = dispatcher._scheduler.state.match(Namespace("m"), as_tokens(range(96)))
+        assert held.by_instance() == {P: 80, D: 80}
+        assert dispatcher._scheduler.state.match(Namespace("m"), PROMPT + 500).by_instance() == {}
 
     run(scenario())

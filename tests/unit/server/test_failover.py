@@ -280,7 +280,7 @@ def test_one_that_has_come_back_takes_only_what_no_other_can_for_a_while() -> No
             dispatcher.on_suspected(P)
             dispatcher.on_recovered(P)
             dispatcher.on_heartbeat(Heartbeat(P, 2, LoadReport()))
-        second = asyncio.create_task(collect(dispatcher, "second"))
+        second = asyncio.create_task(collect(dispatcher, "second", start=1000))
         await until(lambda: len(outbox.submitted()) == 2)
         assert outbox.submitted()[1][0] == P
         for task in (first, second):

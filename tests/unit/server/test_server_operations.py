@@ -105,9 +105,26 @@ async def test_role_that_cannot_be(
 
 async def test_decision_of_an_answer(client: httpx.AsyncClient) -> None:
     answer = (await client.post(CHAT, json=HELLO)).json()
-    decision = (await client.get(f"/v1/decisions/{answer['id']}")).json()
-    assert decision["prefill"] == "stand-in-0"
-    assert (await client.get("/v1/decisions/other")).status_code == 404
+    body = (await client.get(f"/v1/cluster/why/{answer['id']}")).json()
+    assert body["id"] == answer["id"]
+    assert [attempt["decision"]["prefill"] for attempt in body["attempts"]] == ["stand-in-0"]
+    missing = await client.get("/v1/cluster/why/other")
+    assert (missing.status_code, missing.json()["error"]["param"]) == (404, "request_id")
+
+
+async def test_decision_by_the_id_that_the_client_gave(client: httpx.AsyncClient) -> None:
+    answers = [await client.post(CHAT, json=HELLO, headers={"x-request-id": "mine/1"}) for _ in range(2)]
+    body = (await client.get("/v1/cluster/why/mine/1")).json()
+    assert body["id"] == answers[1].json()["id"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_every_answer_names_its_route(client: httpx.AsyncClient, stream: bool) -> None:
+    answer = await client.post(CHAT, json=HELLO | {"stream": stream})
+    route = answer.headers["x-memserve-route"]
+    assert route == "prefill=stand-in-0; decode=stand-in-0; policy=round-robin; matched=0"
+    refused = await client.post(CHAT, json={})
+    assert "x-memserve-route" not in refused.headers
 
 
 async def test_trace_of_an_answer(client: httpx.AsyncClient) -> None:
@@ -150,6 +167,8 @@ async def test_metrics_count_requests_tokens_and_instances(client: httpx.AsyncCl
         'memserve_choices_finished_total{reason="length"} 1.0',
         'memserve_instance_up{instance="stand-in-0",isa="",role="colocated"} 1.0',
         'memserve_tree_nodes{role="colocated"} 1.0',
+        'memserve_tree_memory_bytes{role="colocated"} 4096.0',
+        'memserve_tree_prompt_tokens{belief="stale",role="colocated",source="events"} 16.0',
         "memserve_requests_in_flight 1.0",
     ):
         assert line in text.splitlines()

@@ -27,7 +27,8 @@ class RoundRobin(LegPolicy):
 
     def choose(self, query: LegQuery) -> Choice:
         instances = query.places.instances
-        return Choice(instances[query.turn % len(instances)], f"turn {query.turn}")
+        number = query.turn % len(instances)
+        return Choice(instances[number], f"turn {query.turn}, number {number} of {len(instances)}")
 
 
 class LeastLoad(LegPolicy):

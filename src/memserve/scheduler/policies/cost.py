@@ -7,7 +7,7 @@ compute it, or fetch a longer prefix from a peer where that is quicker (the pape
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -22,8 +22,6 @@ from memserve.scheduler.fleet import Flags, Floats, Indices, Slots
 from memserve.scheduler.policies.classic import PromptTree
 from memserve.scheduler.policies.plan import Choice, Fetch, Plan, Query, Weighed
 
-RECORDED = 8
-"""Places that are recorded per leg: all of a small cluster, of a large one the cheapest."""
 _FETCHED_TIERS = 3
 """Prefixes of so many lengths are looked at for fetching, longest first."""
 _WORST_ERROR = 1.0
@@ -63,7 +61,8 @@ class LeastCost:
 
     def plan(self, query: Query) -> Plan:
         if query.error > _WORST_ERROR:
-            return self._fallback.plan(query)
+            note = f"predictions are off by {query.error:.0%}, so as {self._fallback.name}"
+            return replace(self._fallback.plan(query), note=note)
         held = tokens_by_slot(query.held, query.fleet.rows, query.prompt - 1)
         first = self._weigh_prefill(query, held)
         second = self._weigh_decode(query, held) if query.decode.instances else None
@@ -73,12 +72,12 @@ class LeastCost:
         tier = int(first.tier[best])
         fetch = None if tier < 0 else self._fetch_of(query, tier)
         prefill = Choice(query.start.instances[best], _explain(first.costs, best, fetch))
-        weighed = _record(query, first, total, best)
+        weighed = Weighed(best, first.costs.fetch, total, first.tier)
         if second is None or not first.hands_over[best]:
             return Plan(prefill, None, fetch, weighed)
         moved = f"{second.moved[second.best]:.3f} s to move, {second.own[second.best]:.3f} s to decode"
         decode = Choice(query.decode.instances[second.best], moved)
-        return Plan(prefill, decode, fetch, weighed, _record_decode(query, second))
+        return Plan(prefill, decode, fetch, weighed, Weighed(second.best, second.moved, second.total))
 
     def _weigh_prefill(self, query: Query, held: Floats) -> _Prefill:
         fleet, slots, weights = query.fleet, query.start.slots, self._weights
@@ -99,7 +98,7 @@ class LeastCost:
         self, query: Query, held: Floats, costs: PrefillCosts, tier: Indices
     ) -> tuple[PrefillCosts, Indices]:
         wire = query.wire
-        for number, longer in enumerate(query.held.tiers[:_FETCHED_TIERS]):
+        for number, longer in enumerate(query.there.tiers[:_FETCHED_TIERS]):
             there = float(min(longer.tokens, query.prompt - 1))
             seconds = wire.latency + wire.token * (there - held)
             computed = np.maximum(held, there)
@@ -122,7 +121,7 @@ class LeastCost:
 
     def _fetch_of(self, query: Query, number: int) -> Fetch:
         """From the holder that will be done with its own prompts first."""
-        tier = query.held.tiers[number]
+        tier = query.there.tiers[number]
         holders = sorted((query.fleet.free_at[slot], name) for slot, name in tier.numbered())
         return Fetch(holders[0][1], min(tier.tokens, query.prompt - 1))
 
@@ -151,41 +150,6 @@ class _Decode(NamedTuple):
     others: Floats
     total: Floats
     best: int
-
-
-def _record(query: Query, first: _Prefill, total: Floats, best: int) -> tuple[Weighed, ...]:
-    costs = first.costs
-    return tuple(
-        Weighed(
-            query.start.instances[n],
-            float(costs.wait[n]),
-            float(costs.fetch[n]),
-            float(costs.prefill[n]),
-            float(total[n]),
-        )
-        for n in _lowest(total, best)
-    )
-
-
-def _record_decode(query: Query, second: _Decode) -> tuple[Weighed, ...]:
-    return tuple(
-        Weighed(
-            query.decode.instances[n],
-            0.0,
-            float(second.moved[n]),
-            0.0,
-            float(second.total[n]),
-        )
-        for n in _lowest(second.total, second.best)
-    )
-
-
-def _lowest(total: Floats, best: int) -> list[int]:
-    """The chosen one and the cheapest others, in order of id."""
-    if len(total) <= RECORDED:
-        return list(range(len(total)))
-    cheapest = np.argpartition(total, RECORDED)[:RECORDED].tolist()
-    return sorted({*cheapest[:-1], best} if best not in cheapest else cheapest)
 
 
 def _explain(costs: PrefillCosts, best: int, fetch: Fetch | None) -> str:

@@ -8,14 +8,14 @@ from typing import NamedTuple, Protocol
 
 from memserve.core.types import InstanceId
 from memserve.scheduler.costs import Wire
-from memserve.scheduler.fleet import Fleet
+from memserve.scheduler.fleet import Fleet, Floats, Indices
+from memserve.scheduler.holdings import Holdings
 from memserve.scheduler.state import InstanceState, Leg, Places
-from memserve.scheduler.tree import Holdings
 
 
 @dataclass(frozen=True, slots=True)
 class LegQuery:
-    """The places for one leg, at least one, and what instances hold of the prompt of ``prompt`` tokens.
+    """The places for one leg, at least one, and what they will hold of the prompt of ``prompt`` tokens.
 
     ``cached`` tells how many tokens an instance holds in all.
     """
@@ -32,9 +32,10 @@ class LegQuery:
 class Query:
     """A request and the state of the cluster, as far as policies look at them.
 
-    ``prompt`` in tokens, at least 1; ``answer``: how many tokens are expected. ``decode`` may be empty where
-    ``prefill`` has places that decode themselves. ``start``: see ``Leg.START``; ``cached``: see
-    ``LegQuery``. ``error``: the relative error of what was predicted of late.
+    ``prompt`` in tokens, at least 1; ``answer``: how many tokens are expected. ``there`` is what instances
+    hold of it, ``held`` what they will when its turn comes. ``decode`` may be empty where ``prefill`` has
+    places that decode themselves. ``start``: see ``Leg.START``; ``cached``: see ``LegQuery``. ``error``: the
+    relative error of what was predicted of late.
     """
 
     prompt: int
@@ -42,6 +43,7 @@ class Query:
     session: str | None
     turn: int
     now: float
+    there: Holdings
     held: Holdings
     prefill: Places
     decode: Places
@@ -74,28 +76,31 @@ class Fetch(NamedTuple):
 
 
 class Weighed(NamedTuple):
-    """A place as the cost policy saw it, in seconds.
+    """The places of a leg as the cost policy saw them, one entry each: seconds, float64[n].
 
-    ``wait`` until the prompt's turn; ``fetch`` to bring KV from elsewhere, a part of the wait where it
-    prefills; ``prefill``; ``total`` with the answer and with what others lose.
+    ``fetch`` to bring KV there, ``total`` with all that counts, least at ``best``. ``tier`` tells which
+    of the prefixes held is fetched before prefill, -1 for none; None where a request would only decode.
     """
 
-    place: InstanceState
-    wait: float
-    fetch: float
-    prefill: float
-    total: float
+    best: int
+    fetch: Floats
+    total: Floats
+    tier: Indices | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """``decode`` None: where it prefills. Places that were ``weighed`` explain a choice by cost."""
+    """``decode`` None: where it prefills. Places that were weighed explain a choice by cost.
+
+    Those to prefill are ``Query.start``, those to decode ``Query.decode``. ``note`` says what is unusual.
+    """
 
     prefill: Choice
     decode: Choice | None
     fetch: Fetch | None = None
-    prefill_weighed: tuple[Weighed, ...] = ()
-    decode_weighed: tuple[Weighed, ...] = ()
+    prefill_weighed: Weighed | None = None
+    decode_weighed: Weighed | None = None
+    note: str = ""
 
 
 class Policy(Protocol):

@@ -16,7 +16,7 @@ Indices = NDArray[np.intp]
 Slots = Indices
 """Row numbers: intp[n]."""
 
-_FLOOR_TOKENS = 16
+FLOOR_TOKENS = 16
 """An engine computes at least so many prompt tokens per step, however slow its streams are."""
 
 
@@ -94,5 +94,5 @@ def stretch_of(prices: StepPrices, step_tokens: int, target: float, streams: flo
     decoding = prices.decode_step(streams, context)
     part = step_tokens * prices.token
     if target > 0:
-        part = min(part, max(_FLOOR_TOKENS * prices.token, target - decoding))
+        part = min(part, max(FLOOR_TOKENS * prices.token, target - decoding))
     return (decoding - prices.step + part) / part

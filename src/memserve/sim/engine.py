@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import heapq
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from memserve.core.clock import VirtualClock
 from memserve.core.errors import OutOfBlocks
@@ -25,6 +27,7 @@ LAYOUT = KVLayout("simulated", layers=1, kv_heads=1, head_dim=1)
 """The smallest block there is: memory is reserved, never touched."""
 _FLOOR_TOKENS = 16
 _NEVER = float("inf")
+_NO_ORIGINS = np.zeros(0, np.uint8)
 _DONE = 1e-9
 """Seconds or tokens that count as nothing left."""
 _DONE_TOKENS = 1e-3
@@ -46,6 +49,8 @@ class Job:
 
     ``left``: seconds of prefill that remain, alone in its steps. It ``waits`` for KV that is on its way, and
     ``follows`` another until that one has ``follows_until`` seconds left: then a common prefix is computed.
+    ``origins``: uint8[blocks], who computed what was found cached. ``ends``: when its answer does, in steps
+    of the engine that streams it.
     """
 
     request: RequestId
@@ -56,9 +61,12 @@ class Job:
     waits: bool = False
     left: float = 0.0
     cached: int = 0
+    origins: NDArray[np.uint8] = field(default_factory=lambda: _NO_ORIGINS)
     addrs: Addresses | None = None
     follows: Job | None = None
     follows_until: float = 0.0
+    prefilled: bool = False
+    ends: float | None = None
 
     @property
     def context(self) -> float:
@@ -82,11 +90,15 @@ class SimEngine:
         blocks: int,
         clock: VirtualClock,
         eviction: EvictionPolicy | None = None,
+        incarnation: int = 1,
     ) -> None:
         self.instance = instance
         self.role = role
         self.speed = speed
-        self.pool = MemPool(LAYOUT, blocks, instance=instance, incarnation=1, clock=clock, eviction=eviction)
+        self.incarnation = incarnation
+        self.pool = MemPool(
+            LAYOUT, blocks, instance=instance, incarnation=incarnation, clock=clock, eviction=eviction
+        )
         self.pool.take_events()
         self._work = Work(speed.prices, speed.step_tokens)
         self._now = clock.now()
@@ -108,7 +120,7 @@ class SimEngine:
 
     def adopt(self, job: Job) -> None:
         """A request that was prefilled elsewhere; its KV has arrived. Raises ``OutOfBlocks``."""
-        job.addrs = self._hold(job.namespace, job.prompt, Origin.PEER)[0]
+        job.addrs, _ = self._hold(job.namespace, job.prompt, Origin.PEER)
         self._stream(job)
 
     def receive(self, namespace: Namespace, tokens: Tokens, origin: Origin) -> None:
@@ -149,6 +161,7 @@ class SimEngine:
         prefilled = [job for job in active if job.left <= _DONE]
         for job in prefilled:
             self._prefilling.remove(job)
+            job.prefilled = True
             self._publish(job, job.prompt)
         ended = self._end_streams()
         for job in ended:
@@ -159,6 +172,19 @@ class SimEngine:
         self._admit()
         return prefilled, ended
 
+    def cancel(self, job: Job) -> None:
+        """End a job early, wherever it is; what it has published stays cached."""
+        if job in self._waiting:
+            self._waiting.remove(job)
+        elif job in self._prefilling:
+            self._prefilling.remove(job)
+        elif job.ends is not None:
+            self._streams = [stream for stream in self._streams if stream[2] is not job]
+            heapq.heapify(self._streams)
+            self._context -= job.context
+        self.release(job)
+        self._admit()
+
     def release(self, job: Job) -> None:
         """The job has left: its blocks are historical or free."""
         if job.addrs is not None:
@@ -166,6 +192,13 @@ class SimEngine:
             job.addrs = None
 
     # --- observation ---
+
+    def said(self, job: Job) -> int:
+        """Tokens of the job's answer that are out; the first comes with the prefill's end."""
+        if job.ends is None:
+            return int(job.prefilled)
+        left = math.ceil(job.ends - self._served - _DONE)
+        return len(job.answer) - max(left, 0)
 
     def held(self, namespace: Namespace, tokens: Tokens) -> int:
         """How many of ``tokens`` are cached here."""
@@ -219,11 +252,14 @@ class SimEngine:
             if job.waits or self._follows(job):
                 continue
             try:
-                job.addrs, job.cached = self._hold(job.namespace, job.prompt, None)
+                job.addrs, found = self._hold(job.namespace, job.prompt, None)
             except OutOfBlocks:
                 return
             self._waiting.remove(job)
-            job.left = self._seconds(job)
+            # The last token is always computed: its logits are needed.
+            job.origins = found[: (len(job.prompt) - 1) // LAYOUT.block_tokens]
+            job.cached = len(job.origins) * LAYOUT.block_tokens
+            job.left = self._work.left(len(job.prompt), job.cached)
             self._prefilling.append(job)
 
     def _follows(self, job: Job) -> bool:
@@ -254,19 +290,21 @@ class SimEngine:
             if job.follows in active:
                 yield max(0.0, job.follows.left - job.follows_until)
 
-    def _seconds(self, job: Job) -> float:
-        return self._work.left(len(job.prompt), min(job.cached, len(job.prompt) - 1))
+    def _hold(
+        self, namespace: Namespace, tokens: Tokens, origin: Origin | None
+    ) -> tuple[Addresses, NDArray[np.uint8]]:
+        """Blocks for ``tokens``, cached ones first, and who computed those: uint8[cached blocks].
 
-    def _hold(self, namespace: Namespace, tokens: Tokens, origin: Origin | None) -> tuple[Addresses, int]:
-        """Blocks for ``tokens``, cached ones first; with ``origin`` their KV is there already."""
+        With ``origin`` the KV of all is there already. Raises ``OutOfBlocks``.
+        """
         with self.pool.match(tokens, namespace) as lease:
-            cached = lease.tokens
+            found = lease.origins
             missing = self.pool.layout.blocks_for(len(tokens)) - len(lease.addrs)
             fresh = self.pool.alloc_mem(missing)
             addrs = lease.detach().concat(fresh)
         if origin is not None:
             self.pool.insert(tokens, addrs, namespace, origin)
-        return addrs, cached
+        return addrs, found
 
     def _publish(self, job: Job, tokens: Tokens) -> None:
         assert job.addrs is not None
@@ -281,7 +319,8 @@ class SimEngine:
             job.addrs = job.addrs.concat(self.pool.alloc_mem(whole - len(job.addrs)))
         self._joined += 1
         self._context += job.context
-        heapq.heappush(self._streams, (self._served + max(len(job.answer) - 1, 0), self._joined, job))
+        job.ends = self._served + len(job.answer) - 1
+        heapq.heappush(self._streams, (job.ends, self._joined, job))
 
     def _end_streams(self) -> list[Job]:
         ended = []
@@ -295,5 +334,6 @@ class SimEngine:
 
 def ledger_of(job: Job) -> Ledger:
     """Where the prompt's KV came from."""
-    cached = min(job.cached, len(job.prompt) - 1)
-    return Ledger(computed=len(job.prompt) - cached, local=cached)
+    counts = np.bincount(job.origins, minlength=len(Origin)) * LAYOUT.block_tokens
+    local, peer, backflow = counts.tolist()
+    return Ledger(len(job.prompt) - job.cached, local=local, peer=peer, backflow=backflow)

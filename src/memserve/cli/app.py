@@ -16,6 +16,8 @@ from memserve.cli.resize import resize
 from memserve.cli.role import role
 from memserve.cli.serve import serve
 from memserve.cli.serve_options import HELP
+from memserve.cli.sim import HELP as SIM_HELP
+from memserve.cli.sim import sim
 from memserve.cli.status import status
 from memserve.cli.why import why
 
@@ -36,6 +38,7 @@ app.command()(why)
 app.command()(resize)
 app.command()(role)
 app.command(help=BENCH_HELP)(bench)
+app.command(help=SIM_HELP)(sim)
 app.command()(doctor)
 app.command(hidden=True)(instance)
 

@@ -90,9 +90,10 @@ class Simulation:
                 return
 
     def close(self) -> None:
-        """Give the pools' memory back."""
+        """Give the pools' memory back. After a whole run nothing may be in use."""
         for engine in self._engines.values():
-            engine.pool.check([])
+            if not self._journeys:
+                engine.pool.check([])
             engine.pool.close()
 
     @property

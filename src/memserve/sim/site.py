@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -74,3 +75,27 @@ def check_changes(site: Site, changes: Sequence[Change]) -> None:
         back = change.back if isinstance(change, Loss) else None
         if not change.at >= 0 or (back is not None and not back > 0):
             raise ConfigError(f"{change.instance} cannot change at {change.at:g} s; accepted: 0 s or later")
+
+
+def parse_loss(text: str) -> Loss:
+    """``INSTANCE@SECONDS`` or ``INSTANCE@SECONDS+BACK``. Raises ``ConfigError``."""
+    match = _LOSS.fullmatch(text)
+    if match is None:
+        raise ConfigError(f"--kill is {text!r}; accepted: INSTANCE@SECONDS or INSTANCE@SECONDS+BACK")
+    back = match["back"]
+    return Loss(InstanceId(match["name"]), float(match["at"]), None if back is None else float(back))
+
+
+def parse_role_change(text: str) -> RoleChange:
+    """``INSTANCE=ROLE@SECONDS``. Raises ``ConfigError``."""
+    match = _ROLE_CHANGE.fullmatch(text)
+    if match is None or match["role"] not in set(Role):
+        raise ConfigError(
+            f"--role is {text!r}; accepted: INSTANCE=ROLE@SECONDS, ROLE one of {', '.join(Role)}"
+        )
+    return RoleChange(InstanceId(match["name"]), Role(match["role"]), float(match["at"]))
+
+
+_NUMBER = r"\d+(?:\.\d+)?"
+_LOSS = re.compile(rf"(?P<name>[^@=]+)@(?P<at>{_NUMBER})(?:\+(?P<back>{_NUMBER}))?")
+_ROLE_CHANGE = re.compile(rf"(?P<name>[^@=]+)=(?P<role>[a-z]+)@(?P<at>{_NUMBER})")

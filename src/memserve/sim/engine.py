@@ -49,8 +49,8 @@ class Job:
 
     ``left``: seconds of prefill that remain, alone in its steps. It ``waits`` for KV that is on its way, and
     ``follows`` another until that one has ``follows_until`` seconds left: then a common prefix is computed.
-    ``origins``: uint8[blocks], who computed what was found cached. ``ends``: when its answer does, in steps
-    of the engine that streams it.
+    It ``began`` to be prefilled then, with ``cached`` tokens, by ``origins`` (uint8[blocks]) for the ledger.
+    ``ends``: when its answer does, in steps of the engine that streams it.
     """
 
     request: RequestId
@@ -65,6 +65,7 @@ class Job:
     addrs: Addresses | None = None
     follows: Job | None = None
     follows_until: float = 0.0
+    began: float = 0.0
     prefilled: bool = False
     ends: float | None = None
 
@@ -259,6 +260,7 @@ class SimEngine:
             # The last token is always computed: its logits are needed.
             job.origins = found[: (len(job.prompt) - 1) // LAYOUT.block_tokens]
             job.cached = len(job.origins) * LAYOUT.block_tokens
+            job.began = self._now
             job.left = self._work.left(len(job.prompt), job.cached)
             self._prefilling.append(job)
 

@@ -92,14 +92,13 @@ def make_report(
 def make_entry(trial: Trial, slo: Slo) -> Entry:
     """The figures of one trial."""
     measured = trial.measured
-    busy = sum(one.seconds for one in trial.busy)
     return Entry(
         trial.name,
         compute_figures((measured,), slo),
         share_good(measured.records, slo),
         trial.moved,
         trial.fetched,
-        busy / max(measured.seconds * len(trial.busy), 1e-9),
+        trial.utilization,
         summarize(trial.errors),
         trial.busy,
         measured.records,

@@ -64,6 +64,7 @@ class Simulation:
         self._due: dict[InstanceId, float] = {}
         self._journeys: dict[RequestId, Journey] = {}
         self._homeless: list[Journey] = []
+        self._stopped = False
         self._coming = 0
         self._busy: dict[InstanceId, float] = {}
         self._engines: dict[InstanceId, SimEngine] = {}
@@ -74,9 +75,9 @@ class Simulation:
             self._plan(change)
 
     def run(self, source: Source) -> None:
-        """Until all that ``source`` gives is answered, or given up."""
+        """Until all that ``source`` gives is answered or given up, or :meth:`stop` is called."""
         self._report(source)
-        while True:
+        while not self._stopped:
             at = source.next_at()
             if at is not None and (not self._heap or at <= self._heap[0][0]):
                 self._clock.advance(max(at - self._clock.now(), 0.0))
@@ -88,6 +89,10 @@ class Simulation:
                 act()
             else:
                 return
+
+    def stop(self) -> None:
+        """Let :meth:`run` end now; what is under way stays unanswered."""
+        self._stopped = True
 
     def close(self) -> None:
         """Give the pools' memory back. After a whole run nothing may be in use."""
@@ -176,8 +181,12 @@ class Simulation:
         self._scheduler.first_token(job.request, ledger.cached)
         if job.decode_on is not None:
             target = self._engines[job.decode_on]
-            missing = len(job.prompt) - target.held(SPACE, job.prompt)
-            self._after(self._wire.seconds(missing), lambda: self._hand_over(engine, target, job))
+            self._after(self._tail(job, target), lambda: self._hand_over(engine, target, job))
+
+    def _tail(self, job: Job, target: SimEngine) -> float:
+        """Seconds of a hand-over that are left when the prefill ends: it went on beside it."""
+        missing = len(job.prompt) - target.held(SPACE, job.prompt)
+        return max(self._wire.seconds(missing) - (self._clock.now() - job.began), self._wire.latency)
 
     def _hand_over(self, engine: SimEngine, target: SimEngine, job: Job) -> None:
         journey = self._journeys.get(job.request)

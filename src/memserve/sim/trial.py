@@ -41,7 +41,7 @@ class Busy:
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """What was measured.
+    """What was measured, up to where it was ``stopped``.
 
     ``moved``: requests that took more than one attempt; ``fetched``: those given a prefix from a peer;
     ``errors``: |predicted - actual| / actual of each first token's time.
@@ -54,6 +54,13 @@ class Trial:
     fetched: int
     errors: tuple[float, ...]
     busy: tuple[Busy, ...]
+    stopped: bool = False
+
+    @property
+    def utilization(self) -> float:
+        """Share of the time in which instances had work, on average."""
+        seconds = sum(one.seconds for one in self.busy)
+        return seconds / max(self.measured.seconds * len(self.busy), 1e-9)
 
 
 def run_trial(
@@ -64,10 +71,20 @@ def run_trial(
     name: str = "",
     changes: Sequence[Change] = (),
     on_record: Callable[[Record], None] = lambda _: None,
+    give_up: Callable[[], bool] = lambda: False,
 ) -> Trial:
-    """Run ``load`` to its end. ``on_record`` hears of every turn. Raises ``ConfigError``."""
+    """Run ``load`` to its end. ``on_record`` hears of every turn; then ``give_up`` may end it at once.
+
+    Raises ``ConfigError``.
+    """
+
+    def ended(outcome: Outcome) -> None:
+        sessions.ended(outcome)
+        if give_up():
+            simulation.stop()
+
     sessions = _Sessions(load, on_record)
-    simulation = Simulation(site, policy_by_name(policy), sessions.ended, changes=changes)
+    simulation = Simulation(site, policy_by_name(policy), ended, changes=changes)
     try:
         simulation.run(sessions)
     finally:
@@ -83,6 +100,7 @@ def run_trial(
         sum(any(decision.fetch_from for decision in one.decisions) for one in outcomes),
         tuple(abs(one.decision.predicted_ttft - one.ttft) / one.ttft for one in answered),
         tuple(Busy(instance, seconds) for instance, seconds in simulation.busy.items()),
+        stopped=len(outcomes) < load.workload.turns,
     )
 
 

@@ -194,6 +194,11 @@ class SimEngine:
 
     # --- observation ---
 
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is under way."""
+        return not (self._waiting or self._prefilling or self._streams)
+
     def said(self, job: Job) -> int:
         """Tokens of the job's answer that are out; the first comes with the prefill's end."""
         if job.ends is None:
@@ -202,9 +207,8 @@ class SimEngine:
         return len(job.answer) - max(left, 0)
 
     def held(self, namespace: Namespace, tokens: Tokens) -> int:
-        """How many of ``tokens`` are cached here."""
-        with self.pool.match(tokens, namespace) as lease:
-            return lease.tokens
+        """How many of ``tokens`` are cached here; asking is no use of them."""
+        return self.pool.count_cached(tokens, namespace)
 
     def take_events(self) -> PoolEvents | None:
         return self.pool.take_events()

@@ -95,11 +95,16 @@ class Simulation:
         self._stopped = True
 
     def close(self) -> None:
-        """Give the pools' memory back. After a whole run nothing may be in use."""
+        """Give the pools' memory back."""
         for engine in self._engines.values():
-            if not self._journeys:
-                engine.pool.check([])
             engine.pool.close()
+
+    def check(self) -> None:
+        """Raise ``AssertionError`` if anything is still in use after a whole run. Costs a full pass."""
+        self._scheduler.state.check()
+        for engine in self._engines.values():
+            engine.pool.check([])
+            assert engine.idle, f"{engine.instance} has work left"
 
     @property
     def now(self) -> float:
@@ -268,7 +273,6 @@ class Simulation:
         del self._engines[change.instance]
         self._busy[change.instance] += engine.busy
         self._scheduler.member_lost(change.instance)
-        engine.pool.check([])
         engine.pool.close()
         if change.back is not None:
             self._coming += 1

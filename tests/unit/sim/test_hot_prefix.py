@@ -34,6 +34,7 @@ def simulate(policy: LeastCost) -> list[Outcome]:
     done: list[Outcome] = []
     simulation = Simulation(Site(0, 0, 4, Speed(PRICES, step_tokens=1000), 8192, WIRE), policy, done.append)
     simulation.run(InOrder(requests()))
+    simulation.check()
     simulation.close()
     return done
 

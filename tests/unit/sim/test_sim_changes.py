@@ -34,6 +34,7 @@ def simulate(where: Site, requests: list[SimRequest], *changes: Change) -> list[
     done: list[Outcome] = []
     simulation = Simulation(where, policy_by_name("cost"), done.append, changes=changes)
     simulation.run(InOrder(requests))
+    simulation.check()
     simulation.close()
     return sorted(done, key=lambda one: one.number)
 

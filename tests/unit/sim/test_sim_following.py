@@ -27,6 +27,7 @@ def simulate(*requests: SimRequest) -> list[Outcome]:
     site = Site(0, 0, 1, Speed(PRICES, step_tokens=1000), 4096, Wire(1000.0, 1e8, 0.001))
     simulation = Simulation(site, policy_by_name("cost"), done.append)
     simulation.run(InOrder(requests))
+    simulation.check()
     simulation.close()
     return sorted(done, key=lambda one: one.at)
 

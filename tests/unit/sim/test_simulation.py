@@ -31,6 +31,7 @@ def simulate(where: Site, requests: list[SimRequest], policy: Policy | None = No
     done: list[Outcome] = []
     simulation = Simulation(where, policy or policy_by_name("cost"), done.append)
     simulation.run(InOrder(requests))
+    simulation.check()
     simulation.close()
     return done
 

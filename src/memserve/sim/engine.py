@@ -68,6 +68,7 @@ class Job:
     began: float = 0.0
     prefilled: bool = False
     ends: float | None = None
+    _computed: Tokens | None = None
 
     @property
     def context(self) -> float:
@@ -75,9 +76,11 @@ class Job:
         return len(self.prompt) + len(self.answer) / 2
 
     @property
-    def said(self) -> Tokens:
+    def computed(self) -> Tokens:
         """Prompt and answer; the last token's KV is never computed."""
-        return np.concatenate((self.prompt, self.answer[:-1]))
+        if self._computed is None:
+            self._computed = np.concatenate((self.prompt, self.answer[:-1]))
+        return self._computed
 
 
 class SimEngine:
@@ -98,7 +101,13 @@ class SimEngine:
         self.speed = speed
         self.incarnation = incarnation
         self.pool = MemPool(
-            LAYOUT, blocks, instance=instance, incarnation=incarnation, clock=clock, eviction=eviction
+            LAYOUT,
+            blocks,
+            instance=instance,
+            incarnation=incarnation,
+            clock=clock,
+            eviction=eviction,
+            borrows_tokens=True,
         )
         self.pool.take_events()
         self._work = Work(speed.prices, speed.step_tokens)
@@ -137,15 +146,16 @@ class SimEngine:
     def next_event(self) -> float:
         """When something ends here if nothing comes."""
         step, part = self._step()
-        times = [_NEVER]
         active = self._active()
+        soonest = _NEVER
         if active:
-            rate = part / step / len(active)
-            times += [self._now + job.left / rate for job in active]
-            times += [self._now + left / rate for left in self._leads_left(active)]
+            left = min(job.left for job in active)
+            if self._waiting:
+                left = min((left, *self._leads_left(active)))
+            soonest = left * len(active) * step / part
         if self._streams:
-            times.append(self._now + (self._streams[0][0] - self._served) * step)
-        return min(times)
+            soonest = min(soonest, (self._streams[0][0] - self._served) * step)
+        return self._now + soonest
 
     def advance(self, now: float) -> tuple[list[Job], list[Job]]:
         """Let time pass, up to :meth:`next_event` at most. Returns who is prefilled and who has ended."""
@@ -199,6 +209,11 @@ class SimEngine:
         """Whether nothing is under way."""
         return not (self._waiting or self._prefilling or self._streams)
 
+    @property
+    def starved(self) -> bool:
+        """Whether somebody waits, perhaps for blocks."""
+        return bool(self._waiting)
+
     def said(self, job: Job) -> int:
         """Tokens of the job's answer that are out; the first comes with the prefill's end."""
         if job.ends is None:
@@ -213,10 +228,13 @@ class SimEngine:
     def take_events(self) -> PoolEvents | None:
         return self.pool.take_events()
 
-    def read_load(self) -> LoadReport:
-        """As an engine would report."""
-        price = self.speed.prices.token
-        left = sum(job.left for job in self._prefilling) / price
+    def read_load(self, now: float) -> LoadReport:
+        """As an engine would report at ``now``, :meth:`next_event` at most."""
+        left = 0.0
+        if self._prefilling:
+            step, part = self._step()
+            seconds = sum(job.left for job in self._prefilling) - (now - self._now) * part / step
+            left = seconds / self.speed.prices.token
         left += sum(len(job.prompt) for job in self._waiting)
         return LoadReport(
             waiting=len(self._waiting),
@@ -333,7 +351,7 @@ class SimEngine:
         while self._streams and self._streams[0][0] - self._served <= _DONE:
             job = heapq.heappop(self._streams)[2]
             self._context -= job.context
-            self._publish(job, job.said)
+            self._publish(job, job.computed)
             ended.append(job)
         return ended
 

@@ -198,7 +198,6 @@ class Simulation:
         if journey is None:
             return
         self._advance(target)
-        self._advance(engine)
         held = job.addrs
         try:
             target.adopt(job)
@@ -207,15 +206,18 @@ class Simulation:
             return
         assert held is not None
         journey.engine = target
-        engine.pool.free_mem(held)
-        self._settle(engine)
         self._settle(target)
+        engine.pool.free_mem(held)
+        if not engine.starved:
+            return
+        self._advance(engine)
+        self._settle(engine)
 
     def _answered(self, job: Job) -> None:
         journey = self._journeys.pop(job.request)
         self._scheduler.finish(job.request)
         self._scheduler.answered(len(job.answer))
-        self._scheduler.learn_answer(job.request, SPACE, job.said)
+        self._scheduler.learn_answer(job.request, SPACE, job.computed)
         if job.decode_on is not None:
             self._send_back(self._engines.get(journey.outcome.decisions[-1].prefill), job)
         self._end(journey)
@@ -226,9 +228,8 @@ class Simulation:
         def deliver() -> None:
             if source is None or not self._lives(source):
                 return
-            self._advance(source)
-            source.receive(SPACE, job.said, Origin.BACKFLOW)
-            self._settle(source)
+            source.receive(SPACE, job.computed, Origin.BACKFLOW)
+            self._tell(source)
 
         self._after(self._wire.seconds(len(job.answer)), deliver)
 
@@ -337,13 +338,16 @@ class Simulation:
 
     def _settle(self, engine: SimEngine) -> None:
         """After a change: tell what the pool holds, and wake the engine when something ends in it."""
-        events = engine.take_events()
-        if events is not None:
-            self._scheduler.on_pool_events(events)
+        self._tell(engine)
         due = engine.next_event()
         self._due[engine.instance] = due
         if due != float("inf"):
             self._at(due, lambda: self._wake(engine, due))
+
+    def _tell(self, engine: SimEngine) -> None:
+        events = engine.take_events()
+        if events is not None:
+            self._scheduler.on_pool_events(events)
 
     def _wake(self, engine: SimEngine, due: float) -> None:
         if self._lives(engine) and self._due[engine.instance] == due:
@@ -370,10 +374,10 @@ class Simulation:
         )
 
     def _report(self, source: Source) -> None:
-        for engine in list(self._engines.values()):
-            self._advance(engine)
-            self._settle(engine)
-            self._scheduler.on_heartbeat(Heartbeat(engine.instance, engine.incarnation, engine.read_load()))
+        now = self._clock.now()
+        for engine in self._engines.values():
+            load = engine.read_load(now)
+            self._scheduler.on_heartbeat(Heartbeat(engine.instance, engine.incarnation, load))
         if source.next_at() is not None or self._journeys or self._homeless:
             self._after(_REPORT_SECONDS, lambda: self._report(source))
 

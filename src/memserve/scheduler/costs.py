@@ -80,7 +80,7 @@ def prefill_costs(
         0.5 * (prompt * prompt - computed * computed)
     )
     line = np.maximum(fleet.free_at[slots] - now, 0.0)
-    fetching = np.broadcast_to(np.asarray(fetch, np.float64), line.shape)
+    fetching = fetch if isinstance(fetch, np.ndarray) else np.full(len(slots), fetch)
     return PrefillCosts(np.maximum(line, fetching), fetching, work, work * fleet.stretch[slots])
 
 

@@ -16,8 +16,9 @@ from memserve.bench.workload import Message, Session, Workload, compose_prompt
 from memserve.core.types import Tokens
 
 _TEXT_BYTES = 4
-_VOCABULARY_BITS = np.uint64(64 - 17)
-_PLACES = np.arange(RUN_TOKENS, dtype=np.uint64)
+_PLACES = np.arange(RUN_TOKENS, dtype=np.uint32)
+_ODD, _SIGN = np.uint32(1), np.uint32(1)
+"""A factor is odd, so that a run's tokens differ; a token id has no sign."""
 _NOTHING = np.zeros(0, np.int32)
 
 
@@ -58,14 +59,13 @@ def _lengths(workload: Workload, session: Session) -> Iterable[int]:
 
 
 def _run_tokens(runs: Sequence[Run]) -> Tokens:
-    keys = np.array([run.key for run in runs], np.uint64)
-    places = np.add(keys[:, None] * np.uint64(RUN_TOKENS), _PLACES, dtype=np.uint64)
+    # An arithmetic progression per run, by 63 bits of its key's hash, is quicker than hashing every token.
+    hashed = splitmix64(np.array([run.key for run in runs], np.uint64)).view(np.uint32).reshape(-1, 2)
+    tokens = (hashed[:, :1] + (hashed[:, 1:] | _ODD) * _PLACES >> _SIGN).view(np.int32)
     lengths = np.array([run.tokens for run in runs])
     if (lengths[:-1] == RUN_TOKENS).all():
-        chosen = places.reshape(-1)[: int(lengths.sum())]
-    else:
-        chosen = places[np.arange(RUN_TOKENS) < lengths[:, None]]
-    return (splitmix64(chosen) >> _VOCABULARY_BITS).astype(np.int32)
+        return tokens.reshape(-1)[: int(lengths.sum())]
+    return tokens[_PLACES < lengths[:, None]]
 
 
 def _text_tokens(text: str) -> Tokens:

@@ -1,11 +1,14 @@
-"""The files that a command is asked to write."""
+"""The files that a command writes, and those that it may have open."""
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 from memserve.cli.failure import CANNOT, fail
 from memserve.core.errors import ConfigError
+
+_OTHERS = 100
 
 
 def check_writable(*files: Path | None) -> None:
@@ -21,3 +24,15 @@ def write_file(file: Path, content: bytes) -> None:
         file.write_bytes(content)
     except OSError as error:
         fail(f"{file} cannot be written: {error.strerror or error}", CANNOT)
+
+
+def allow_open_files(count: int) -> None:
+    """Let this process have ``count`` more than a few files open. Raises ``ConfigError``."""
+    wanted = count + _OTHERS
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and wanted > hard:
+        raise ConfigError(
+            f"{count} instances need as many open files, and the limit is {hard}; see ulimit -n"
+        )
+    if soft != resource.RLIM_INFINITY and wanted > soft:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -11,6 +11,7 @@ from memserve.cli import bench_options
 from memserve.cli import sim_options as options
 from memserve.cli.bench import INTERRUPTED
 from memserve.cli.failure import BAD_USAGE, CANNOT, fail
+from memserve.cli.files import allow_open_files
 from memserve.cli.sim_options import CONTEXT, Pacing, Speeds, What
 from memserve.cli.workloads import Lengths
 from memserve.core.config import POLICIES
@@ -113,6 +114,8 @@ def _more_than_0(seconds: float, name: str) -> float:
 
 def _prepare(goal: Goal, policy: str, speeds: Speeds, what: What, rate: float | None) -> Question:
     """Read what is to be read. Raises ``ConfigError``."""
+    # The memory of each instance's pool is a file, whether it is touched or not.
+    allow_open_files(goal.most)
     from memserve.sim.trial import Load
 
     if policy not in POLICIES:

@@ -14,7 +14,7 @@ from memserve.cli import bench_options
 from memserve.cli import sim_options as options
 from memserve.cli.bench import INTERRUPTED
 from memserve.cli.failure import BAD_USAGE, CANNOT, fail
-from memserve.cli.files import check_writable, write_file
+from memserve.cli.files import allow_open_files, check_writable, write_file
 from memserve.cli.sim_options import CONTEXT, Pacing, Speeds, What
 from memserve.cli.workloads import Lengths
 from memserve.core.config import POLICIES
@@ -147,6 +147,8 @@ def _prepare(
     losses, role_changes = map(parse_loss, events[0]), map(parse_role_change, events[1])
     changes: tuple[Change, ...] = (*losses, *role_changes)
     check_changes(site, changes)
+    # The memory of each instance's pool is a file, whether it is touched or not.
+    allow_open_files(site.size)
     workload = options.choose_workload(what)
     load = Load(workload, options.choose_pace(pacing, workload, site), what.seed)
     return Experiment(load, site, profile, policies, changes)

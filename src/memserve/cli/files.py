@@ -31,8 +31,6 @@ def allow_open_files(count: int) -> None:
     wanted = count + _OTHERS
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and wanted > hard:
-        raise ConfigError(
-            f"{count} instances need as many open files, and the limit is {hard}; see ulimit -n"
-        )
+        raise ConfigError(f"{count} instances need as many open files; the limit is {hard} (ulimit -n)")
     if soft != resource.RLIM_INFINITY and wanted > soft:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -65,7 +65,7 @@ def _run_tokens(runs: Sequence[Run]) -> Tokens:
     lengths = np.array([run.tokens for run in runs])
     if (lengths[:-1] == RUN_TOKENS).all():
         return tokens.reshape(-1)[: int(lengths.sum())]
-    return tokens[_PLACES < lengths[:, None]]
+    return tokens[lengths[:, None] > _PLACES]
 
 
 def _text_tokens(text: str) -> Tokens:

@@ -93,7 +93,7 @@ def make_entry(trial: Trial, slo: Slo) -> Entry:
     """The figures of one trial."""
     measured = trial.measured
     return Entry(
-        trial.name,
+        trial.policy,
         compute_figures((measured,), slo),
         share_good(measured.records, slo),
         trial.moved,

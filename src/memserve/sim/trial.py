@@ -47,7 +47,7 @@ class Trial:
     ``errors``: |predicted - actual| / actual of each first token's time.
     """
 
-    name: str
+    policy: str
     site: Site
     measured: Round
     moved: int
@@ -68,7 +68,6 @@ def run_trial(
     site: Site,
     policy: str,
     *,
-    name: str = "",
     changes: Sequence[Change] = (),
     on_record: Callable[[Record], None] = lambda _: None,
     give_up: Callable[[], bool] = lambda: False,
@@ -93,7 +92,7 @@ def run_trial(
     last = max((one.ended for one in outcomes), default=0.0)
     answered = [one for one in outcomes if one.first_token and one.ttft > 0]
     return Trial(
-        name or policy,
+        policy,
         site,
         Round(0, last, tuple(sessions.records)),
         sum(len(one.decisions) > 1 for one in outcomes),

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 CONTEXT = 1 << 17
 DEFAULT_LOAD = 0.7
-_CLUSTER, _WHAT, _PACE, _OUT = "Cluster", "Workload", "Pace", "Report"
+_CLUSTER, _WHAT, _PACE, OUT = "Cluster", "Workload", "Pace", "Report"
 
 Prefill = Annotated[int, typer.Option(help="Instances that only prefill.", rich_help_panel=_CLUSTER)]
 Decode = Annotated[int, typer.Option(help="Instances that only decode.", rich_help_panel=_CLUSTER)]
@@ -86,10 +86,10 @@ Load = Annotated[
 ]
 SloTpot = Annotated[
     float | None,
-    typer.Option(help="Mean seconds per further token that a good turn keeps.", rich_help_panel=_OUT),
+    typer.Option(help="Mean seconds per further token that a good turn keeps.", rich_help_panel=OUT),
 ]
 Report = Annotated[
-    Path | None, typer.Option("--report", help="Write a page with plots to this file.", rich_help_panel=_OUT)
+    Path | None, typer.Option("--report", help="Write a page with plots to this file.", rich_help_panel=OUT)
 ]
 
 

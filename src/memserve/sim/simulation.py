@@ -17,6 +17,7 @@ from memserve.core.types import InstanceId, Namespace, RequestId, Role
 from memserve.mempool.address import Origin
 from memserve.scheduler.accuracy import TreeAccuracy
 from memserve.scheduler.decision import Decision, RouteRequest
+from memserve.scheduler.decision_log import RecordingScheduler, Sink
 from memserve.scheduler.policies import Policy
 from memserve.scheduler.prompt_trees import TreeOptions
 from memserve.scheduler.service import GlobalScheduler
@@ -28,6 +29,7 @@ from memserve.sim.journey import Journey, Outcome, SimRequest, Source
 from memserve.sim.site import Change, Loss, RoleChange, Site, check_changes
 
 SPACE = Namespace("simulated")
+_HISTORY = 1 << 16
 _REPORT_SECONDS = 1.0
 _RETRY_SECONDS = 0.1
 """Until a decode place without room is asked again."""
@@ -36,7 +38,7 @@ _RETRY_SECONDS = 0.1
 class Simulation:
     """One run. ``on_done`` hears of every request that ended; ``changes`` befall the site's instances.
 
-    ``explains``: whether the scheduler keeps what each decision was chosen from.
+    ``explains``: whether the scheduler keeps what each decision was chosen from; ``log``: its decision log.
     Raises ``ConfigError`` where a change makes no sense.
     """
 
@@ -49,14 +51,13 @@ class Simulation:
         changes: Sequence[Change] = (),
         *,
         explains: bool = False,
+        log: Sink | None = None,
     ) -> None:
         check_changes(site, changes)
         self._clock = VirtualClock()
         self._site = site
         self._wire = site.wire
-        self._scheduler = GlobalScheduler(
-            policy, self._clock, history=1 << 16, trees=trees, explains=explains
-        )
+        self._scheduler = _make_scheduler(policy, self._clock, trees, explains, log)
         self._on_done = on_done
         self._order = itertools.count()
         self._numbers = itertools.count()
@@ -70,7 +71,7 @@ class Simulation:
         self._engines: dict[InstanceId, SimEngine] = {}
         for name, role in site.instances():
             self._add(name, role, 1)
-        self._scheduler.state.wire = site.wire
+        self._scheduler.set_link(site.wire)
         for change in changes:
             self._plan(change)
 
@@ -388,3 +389,11 @@ class Simulation:
 
     def _at(self, at: float, act: Callable[[], None]) -> None:
         heapq.heappush(self._heap, (at, next(self._order), act))
+
+
+def _make_scheduler(
+    policy: Policy, clock: VirtualClock, trees: TreeOptions | None, explains: bool, log: Sink | None
+) -> GlobalScheduler:
+    if log is None:
+        return GlobalScheduler(policy, clock, history=_HISTORY, explains=explains, trees=trees)
+    return RecordingScheduler(policy, clock, log, history=_HISTORY, explains=explains, trees=trees)

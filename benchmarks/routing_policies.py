@@ -1,22 +1,26 @@
 """Which routing policy serves a trace best: time to first token, by the real scheduler in simulation.
 
-    python benchmarks/routing_policies.py --traces DIR [--trace conversation] [--instances 8]
-        [--loads 0.75,0.95] [--requests 4000] [--policies NAMES] [--out FILE]
+    python benchmarks/routing_policies.py --traces DIR [--trace conversation,synthetic,azure]
+        [--instances 8,64] [--loads 0.75,0.95] [--requests 4000] [--policies NAMES] [--out FILE]
 
 ``--instances`` prefill and as many decode. Engines are modelled by the prices of a 70 B dense model on
 eight A800-class GPUs at half of their peak (2 x 70e9 FLOP per token, attention 2 x 80 x 8192 FLOP per pair
 of tokens); KV of 320 KiB per token travels at 100 Gb/s. A load of 1 is what the prefill instances would get
-done without any cache. Larger clusters get copies of the trace with other tokens. ``cost-without-fetch``
-never brings a prefix from a peer. ``bound`` is no policy: one queue for all in order of arrival, and
-whatever anybody has computed is everywhere at once.
+done without any cache. Larger clusters get copies of the trace with other tokens. ``azure`` has arrivals and
+lengths of a chat service, and no prefixes in common. ``cost-without-fetch`` never brings a prefix from a
+peer. ``bound`` is no policy: one queue for all in order of arrival, and whatever anybody has computed is
+everywhere at once.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import heapq
 import time
 from collections.abc import Iterator
+from datetime import datetime
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -36,11 +40,15 @@ from recording import write_result
 
 PRICES = StepPrices(step=0.02, row=1e-5, row_context=1e-9, token=1.12e-4, token_context=2.1e-9)
 WIRE = Wire(bytes_per_token=320 * 1024, bandwidth=12.5e9, latency=2e-3)
+STEP_TOKENS = 100_000
 CAPACITY = 3_000_000
 """Tokens of KV per instance."""
 COPY = 100_000_000
 """What the ids of a copy of the trace are apart; id 0 is the system prompt, common to all."""
 PER_COPY = 8
+AZURE = "azure"
+TRACES = (*mooncake.NAMES, AZURE)
+_AZURE_IDS = 1 << 40
 ALONE = "cost-without-fetch"
 BOUND = "bound"
 
@@ -48,21 +56,36 @@ BOUND = "bound"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--traces", type=Path, required=True, help="the folder with the traces")
-    parser.add_argument("--trace", default="conversation", choices=mooncake.NAMES)
-    parser.add_argument("--instances", type=int, default=8)
+    parser.add_argument("--trace", default=",".join(TRACES), help="several: by commas")
+    parser.add_argument("--instances", default="8", help="several: by commas")
     parser.add_argument("--loads", default="0.75,0.95")
     parser.add_argument("--requests", type=int, default=4000, help="of the trace's beginning")
     parser.add_argument("--policies", default=",".join((*POLICIES, ALONE, BOUND)))
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/routing_policies.json")
     options = parser.parse_args()
-    trace = mooncake.load(options.traces, options.trace)[: options.requests]
     rows: list[dict[str, str | float]] = []
-    for load in (float(text) for text in options.loads.split(",")):
-        for name in options.policies.split(","):
-            row = measure(trace, name, options.instances, load)
-            rows.append({"trace": options.trace, "instances": options.instances, "load": load, **row})
+    loads = [float(text) for text in options.loads.split(",")]
+    for name, size in product(options.trace.split(","), map(int, options.instances.split(","))):
+        trace = load_trace(options.traces, name)[: options.requests]
+        for load, policy in product(loads, options.policies.split(",")):
+            row = measure(trace, policy, size, load)
+            rows.append({"trace": name, "instances": size, "load": load, **row})
             print(rows[-1], flush=True)
-    write_result("routing_policies", {"requests": len(trace), "rows": rows}, options.out)
+            write_result("routing_policies", {"requests": options.requests, "rows": rows}, options.out)
+
+
+def load_trace(folder: Path, name: str) -> list[Request]:
+    """A trace by name. ``azure`` tells no prefixes: there all prompts are different."""
+    if name != AZURE:
+        return mooncake.load(folder, name)
+    with (folder / "azure_conv.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    times = [datetime.fromisoformat(row["TIMESTAMP"][:26]).timestamp() for row in rows]
+    return [
+        Request(at - times[0], tokens, tuple(range(first, first - (-tokens // mooncake.HASHED))))
+        for n, (at, tokens) in enumerate(zip(times, (int(row["ContextTokens"]) for row in rows), strict=True))
+        for first in (_AZURE_IDS + n * 1000,)
+    ]
 
 
 def measure(trace: list[Request], name: str, instances: int, load: float) -> dict[str, str | float]:
@@ -73,7 +96,7 @@ def measure(trace: list[Request], name: str, instances: int, load: float) -> dic
     work = copies * sum(seconds_of(request.tokens) for request in trace)
     stretch = work / instances / load / trace[-1].at
     done: list[Outcome] = []
-    site = Site(instances, instances, 0, Speed(PRICES, step_tokens=100_000), CAPACITY // 16, WIRE)
+    site = Site(instances, instances, 0, Speed(PRICES, STEP_TOKENS), CAPACITY // 16, WIRE)
     simulation = Simulation(site, policy_of(name), done.append)
     started = time.process_time()
     simulation.run(InOrder(requests_of(trace, copies, stretch)))
@@ -105,7 +128,7 @@ def bound(trace: list[Request], instances: int, load: float, copies: int) -> dic
         )
         known.update((copy, n, name) for n, name in enumerate(request.ids))
         cached = min(depth * mooncake.HASHED, request.tokens - 1)
-        done = max(at, heapq.heappop(free_at)) + seconds_of(request.tokens) - seconds_of(cached) + PRICES.step
+        done = max(at, heapq.heappop(free_at)) + seconds_of(request.tokens) - seconds_of(cached)
         heapq.heappush(free_at, done)
         ttft.append(done - at)
         hit, total = hit + cached, total + request.tokens
@@ -124,7 +147,8 @@ def policy_of(name: str) -> Policy:
 
 def seconds_of(prompt: int) -> float:
     """To prefill a prompt alone."""
-    return PRICES.step + PRICES.token * prompt + PRICES.token_context * prompt**2 / 2
+    token = PRICES.token + PRICES.step / STEP_TOKENS
+    return token * prompt + PRICES.token_context * prompt**2 / 2
 
 
 def in_order(trace: list[Request], copies: int, stretch: float) -> list[tuple[float, int, Request]]:

@@ -13,8 +13,11 @@ from memserve.core.errors import NoInstance
 from memserve.core.types import InstanceId, Namespace, RequestId, Tokens
 from memserve.scheduler.costs import prefill_work
 from memserve.scheduler.policies import Plan, Policy, Query
+from memserve.scheduler.predictions import Forecast
 from memserve.scheduler.record import Record, take_record
 from memserve.scheduler.state import InstanceState, Leg, SchedulerState, Share, Work
+
+_NOTHING = Forecast()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,7 +38,8 @@ class Decision(msgspec.Struct, frozen=True, gc=False):
     ``decided_at`` is in the scheduler's clock, seconds. ``predicted_ttft``: seconds from then to the first
     token, of which ``predicted_prefill`` to compute it. With ``fetch_from``, that instance sends the first
     ``fetch_tokens`` tokens of the prompt to where it is prefilled. Of ``matched_prefill`` the last
-    ``promised_prefill`` are not there yet: requests before this one compute them.
+    ``promised_prefill`` are not there yet: requests before this one compute them. ``forecast`` is what the
+    prediction was made from.
     """
 
     request: RequestId
@@ -52,6 +56,7 @@ class Decision(msgspec.Struct, frozen=True, gc=False):
     fetch_from: InstanceId | None = None
     fetch_tokens: int = 0
     promised_prefill: int = 0
+    forecast: Forecast = _NOTHING
 
     @property
     def believed(self) -> int:
@@ -94,7 +99,9 @@ def _conclude(request: RouteRequest, policy: Policy, query: Query, plan: Plan) -
     prefill, decode, held = plan.prefill.place, plan.decode, query.held
     matched = held.tokens(prefill.instance)
     fetched = plan.fetch.tokens if plan.fetch else 0
-    ttft, work = _predict(query, prefill, max(matched, fetched), query.wire.seconds(fetched - matched))
+    promised = max(0, matched - query.there.tokens(prefill.instance))
+    fetch = query.wire.seconds(fetched - matched)
+    forecast, work = _foresee(query, prefill, max(matched, fetched), fetch, promised)
     return Decision(
         request=request.request,
         prefill=prefill.instance,
@@ -105,11 +112,12 @@ def _conclude(request: RouteRequest, policy: Policy, query: Query, plan: Plan) -
         matched_decode=held.tokens(decode.place.instance) if decode else matched,
         decided_at=query.now,
         reason=_explain(plan),
-        predicted_ttft=ttft,
+        predicted_ttft=prefill.correction.seconds(forecast),
         predicted_prefill=work,
         fetch_from=plan.fetch.source if plan.fetch else None,
         fetch_tokens=fetched,
-        promised_prefill=max(0, matched - query.there.tokens(prefill.instance)),
+        promised_prefill=promised,
+        forecast=forecast,
     )
 
 
@@ -140,12 +148,15 @@ def _ask(request: RouteRequest, state: SchedulerState, now: float, answer: float
     )
 
 
-def _predict(query: Query, place: InstanceState, computed: int, fetch: float) -> tuple[float, float]:
-    """Seconds to the first token, and of prefill among them."""
-    fleet, slot = query.fleet, place.slot
+def _foresee(
+    query: Query, place: InstanceState, computed: int, fetch: float, promised: int
+) -> tuple[Forecast, float]:
+    """When the first token will be there by the prices of steps, and the seconds of prefill until then."""
     work = prefill_work(place.prices, place.step_tokens, query.prompt, min(computed, query.prompt - 1))
-    prefill = work * float(fleet.stretch[slot])
-    return max(float(fleet.free_at[slot]) - query.now, 0.0, fetch) + prefill, prefill
+    prefill = work * float(query.fleet.columns.stretch[place.slot])
+    line = max(place.line.free_at - query.now, 0.0)
+    served = line + prefill if promised > 0 else place.line.forecast(query.now, prefill)
+    return Forecast(max(served, fetch + prefill), place.step_ahead(line)), prefill
 
 
 def _explain(plan: Plan) -> str:

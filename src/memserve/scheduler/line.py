@@ -1,4 +1,7 @@
-"""When an instance will have prefilled what it was given: a forecast that corrects itself. Pure."""
+"""When an instance will have prefilled what it was given: a forecast that corrects itself. Pure.
+
+As engines do it: half of the time goes to the prompt that came first, the other half to the shortest.
+"""
 
 from __future__ import annotations
 
@@ -20,53 +23,87 @@ class Mark:
 class PrefillLine:
     """Requests that one instance has to prefill, with the seconds each is expected to take.
 
-    The forecast assumes that they are served in order. Whatever the real order, it is never later than
-    everything that is left would take from now on, and never earlier than now.
+    One that should be done and is not keeps its share of the instance until it leaves. The end of the whole
+    line is never later than everything that is left would take from now on, and never earlier than now.
     """
 
-    __slots__ = ("_ends", "_joined", "_left", "_marks", "free_at")
+    __slots__ = ("_at", "_joined", "_left", "_marks", "_numbers", "free_at")
 
     def __init__(self) -> None:
         self.free_at = 0.0
-        self._ends: dict[RequestId, tuple[float, float, int]] = {}
-        self._left = 0.0
+        self._at = 0.0
+        self._left: dict[RequestId, float] = {}
+        """Seconds of work, in order of arrival."""
+        self._numbers: dict[RequestId, int] = {}
         self._joined = 0
         self._marks: deque[Mark] = deque()
 
     @property
     def last(self) -> RequestId | None:
         """Who is at the end of the line."""
-        return next(reversed(self._ends), None)
+        return next(reversed(self._left), None)
 
     def join(self, request: RequestId, now: float, seconds: float) -> float:
-        """Add a request at the end; returns when it will be done."""
+        """Add a request at the end; returns when the line will be done."""
+        self._advance(now)
         self.free_at = max(now, self.free_at) + seconds
         self._joined += 1
-        self._ends[request] = (self.free_at, seconds, self._joined)
-        self._left += seconds
+        self._left[request] = seconds
+        self._numbers[request] = self._joined
         return self.free_at
 
     def leave(self, request: RequestId, now: float) -> None:
         """A request is prefilled, or was given up. Unknown ones are ignored."""
-        if request not in self._ends:
+        if request not in self._left:
             return
-        first = next(iter(self._ends)) == request
-        end, seconds, _ = self._ends.pop(request)
-        self._left = self._left - seconds if self._ends else 0.0
-        if first:
-            self.free_at += max(0.0, now - end)
-            self._move_on(now)
-        self.free_at = min(max(self.free_at, now), now + self._left)
+        self._advance(now)
+        del self._left[request], self._numbers[request]
+        self.free_at = now + sum(self._left.values())
+        self._move_on(now)
+
+    def forecast(self, now: float, seconds: float) -> float:
+        """Seconds until one that joined now would be prefilled; nobody joins after it."""
+        self._advance(now)
+        lefts = [*self._left.values(), seconds]
+        new, oldest, passed = len(lefts) - 1, 0, 0.0
+        for shortest in sorted(range(len(lefts)), key=lefts.__getitem__):
+            while lefts[shortest] > 0:
+                while lefts[oldest] <= 0:
+                    oldest += 1
+                alone = lefts[oldest] <= lefts[shortest]
+                served = oldest if alone else shortest
+                passed += lefts[served] if alone else 2 * lefts[served]
+                lefts[oldest] -= lefts[served]
+                lefts[served] = 0.0
+            if lefts[new] <= 0:
+                break
+        return passed
 
     def mark(self, now: float) -> Mark:
         """The end of the line as it is now. It learns when all ahead of it have gone."""
-        if not self._ends:
+        if not self._left:
             return Mark(self._joined, now)
         if not self._marks or self._marks[-1].number != self._joined:
             self._marks.append(Mark(self._joined))
         return self._marks[-1]
 
+    # --- inside ---
+
+    def _advance(self, now: float) -> None:
+        """Let time pass for the two that are being served."""
+        left, passed = self._left, now - self._at
+        self._at = now
+        if not left:
+            return
+        oldest = next(iter(left))
+        shortest = min(left, key=left.__getitem__)
+        if left[oldest] <= left[shortest]:
+            left[oldest] = max(0.0, left[oldest] - passed)
+            return
+        for request in (oldest, shortest):
+            left[request] = max(0.0, left[request] - passed / 2)
+
     def _move_on(self, now: float) -> None:
-        front = next(iter(self._ends.values()))[2] if self._ends else self._joined + 1
+        front = self._numbers[next(iter(self._left))] if self._left else self._joined + 1
         while self._marks and self._marks[0].number < front:
             self._marks.popleft().at = now

@@ -70,7 +70,9 @@ class GlobalScheduler:
         now = self._clock.now()
         decision = self._history.settle(request, cached, now)
         if decision is not None:
-            self.state.predictions.learn(decision.predicted_ttft, now - decision.decided_at)
+            self.state.learn_first_token(
+                decision.prefill, decision.forecast, decision.predicted_ttft, now - decision.decided_at
+            )
             if cached is not None:
                 self.state.accuracy.learn(
                     decision.prompt_tokens, decision.believed, decision.promised_prefill, cached

@@ -25,10 +25,10 @@ from memserve.core.types import (
 )
 from memserve.scheduler.accuracy import TreeAccuracy
 from memserve.scheduler.costs import Wire
-from memserve.scheduler.fleet import Flags, Fleet, Slots, stretch_of
+from memserve.scheduler.fleet import FLOOR_TOKENS, Flags, Fleet, Slots, stretch_of
 from memserve.scheduler.holdings import Holdings
 from memserve.scheduler.line import PrefillLine
-from memserve.scheduler.predictions import Predictions
+from memserve.scheduler.predictions import Correction, Forecast, Predictions
 from memserve.scheduler.prompt_trees import PromptTrees, TreeOptions
 
 MAX_EARLY_BATCHES = 64
@@ -100,7 +100,7 @@ class InstanceState:
     minus what was booked and finished since. The report adds what this scheduler did not book (before a
     restart of its own) and contexts that grew while decoding. The ``order`` pairs, kept beside it because
     policies compare them for every instance, rank places: tokens ahead, then requests. ``slot`` is its row
-    in the fleet, ``line`` the forecast of its prefills.
+    in the fleet, ``line`` the forecast of its prefills, ``correction`` what that leaves out.
     """
 
     instance: InstanceId
@@ -113,6 +113,7 @@ class InstanceState:
     target_tpot: float
     prices: StepPrices = _PRIOR
     line: PrefillLine = field(default_factory=PrefillLine)
+    correction: Correction = field(default_factory=Correction)
     admission: Admission = Admission.OPEN
     report: LoadReport = _NO_REPORT
     booked: Work = _NO_WORK
@@ -127,6 +128,15 @@ class InstanceState:
     def unbook(self, work: Work) -> None:
         self.booked = self.booked.minus(work)
         self._set_load(self.load.minus(work))
+
+    def step_ahead(self, line: float) -> float:
+        """Seconds of the steps that a request comes into the middle of, with ``line`` seconds to prefill."""
+        prices, load = self.prices, self.load
+        decoding = prices.decode_step(load.streams, load.context_tokens) if load.streams else 0.0
+        part = self.step_tokens * prices.token
+        if load.streams and self.target_tpot > 0:
+            part = min(part, max(FLOOR_TOKENS * prices.token, self.target_tpot - decoding))
+        return decoding + min(part, line)
 
     def take_report(self, report: LoadReport) -> None:
         """Replace the last load report."""
@@ -353,6 +363,17 @@ class SchedulerState:
                 tree.remove(state.instance, event.namespace, tokens, event.keep)
         feed.next_seq = max(feed.next_seq, batch.seq + len(batch.events))
 
+    # --- foresight ---
+
+    def learn_first_token(
+        self, instance: InstanceId, forecast: Forecast, predicted: float, actual: float
+    ) -> None:
+        """A first token that was ``predicted`` from ``forecast`` came after ``actual`` seconds."""
+        self.predictions.learn(predicted, actual)
+        state = self._instances.get(instance)
+        if state is not None and actual > 0:
+            state.correction.learn(forecast, actual)
+
     # --- bookings ---
 
     def book(self, request: RequestId, prefill: Share, decode: Share, now: float = 0.0) -> None:
@@ -411,11 +432,12 @@ class SchedulerState:
             return
         fleet, slot, load, prices = self.fleet, state.slot, state.load, state.prices
         fleet.set_prices(slot, prices, state.step_tokens)
-        fleet.free_at[slot] = state.line.free_at
-        fleet.streams[slot] = load.streams
-        fleet.context[slot] = load.context_tokens
-        fleet.room[slot] = state.capacity - load.context_tokens
-        fleet.stretch[slot] = stretch_of(
+        columns = fleet.columns
+        columns.free_at[slot] = state.line.free_at
+        columns.streams[slot] = load.streams
+        columns.context[slot] = load.context_tokens
+        columns.room[slot] = state.capacity - load.context_tokens
+        columns.stretch[slot] = stretch_of(
             prices, state.step_tokens, state.target_tpot, load.streams, load.context_tokens
         )
 

@@ -9,6 +9,7 @@ from memserve.core.types import InstanceId, RequestId, StepPrices
 from memserve.scheduler.costs import Wire
 from memserve.scheduler.decision import Decision, decide, decide_recorded
 from memserve.scheduler.policies.cost import LeastCost, Weights
+from memserve.scheduler.predictions import Forecast
 from memserve.scheduler.record import Candidate
 from memserve.scheduler.state import Share, Work
 
@@ -76,13 +77,20 @@ def test_streams_beside_it_count(priced) -> None:
     assert place(priced).prefill == "c1"
 
 
-def test_prediction_is_queue_plus_prefill(priced) -> None:
+def test_a_short_prompt_gets_half_of_the_steps_beside_a_long_one(priced) -> None:
     priced.add_priced("c0")
     occupy(priced, "c0", 3.0)
     decision = place(priced, blocks=4, now=1.0)
     prefill = 64 * (1e-3 + 0.01 / 512) + 1e-6 * 64 * 64 / 2
     assert decision.predicted_prefill == pytest.approx(prefill)
-    assert decision.predicted_ttft == pytest.approx(2.0 + prefill)
+    assert decision.forecast == Forecast(pytest.approx(2 * prefill), pytest.approx(512 * 1e-3))
+
+
+def test_an_idle_place_makes_nobody_wait(priced) -> None:
+    priced.add_priced("c0")
+    decision = place(priced, blocks=4)
+    assert decision.forecast == Forecast(decision.predicted_prefill, 0.0)
+    assert decision.predicted_ttft == decision.predicted_prefill
 
 
 def test_hands_over_where_streams_would_suffer(priced) -> None:

@@ -175,7 +175,7 @@ def check(explained: Sequence[Explanation], derive: Rule) -> None:
         chosen = next(one for one in why.prefill_candidates if one.chosen)
         assert chosen.matched_tokens == decision.matched_prefill
         assert chosen.prefill == pytest.approx(decision.predicted_prefill)
-        assert chosen.ttft == pytest.approx(decision.predicted_ttft)
+        assert decision.predicted_prefill <= decision.forecast.served * (1 + 1e-9)
         if decision.decode is not None:
             decode += 1
             assert derive(why, why.decode_candidates, "decode") == decision.decode, decision.reason

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import count
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from memserve.core.types import RequestId
 from memserve.scheduler.line import PrefillLine
@@ -62,3 +66,44 @@ def test_an_overdue_line_is_not_free_before_now() -> None:
     line.leave(B, 9.0)
     assert line.free_at == 9.0
     assert line.last == A
+
+
+def stepwise(lefts: list[float], tick: float) -> float:
+    """When the last of ``lefts``, in order of arrival, is done: a tick at a time, half and half."""
+    lefts, new = list(lefts), len(lefts) - 1
+    for ticks in count(1):
+        alive = [at for at, left in enumerate(lefts) if left > 0]
+        shortest = min(alive, key=lambda at: lefts[at])
+        for at in (alive[0], shortest):
+            lefts[at] -= tick / 2
+        if lefts[new] <= 0:
+            return ticks * tick
+    raise AssertionError("unreachable")
+
+
+@given(st.lists(st.floats(0.1, 5.0), max_size=5), st.floats(0.1, 5.0))
+def test_forecast_is_what_half_and_half_comes_to(ahead: list[float], seconds: float) -> None:
+    line = PrefillLine()
+    for n, each in enumerate(ahead):
+        line.join(RequestId(str(n)), 7.0, each)
+    tick = 0.01
+    assert line.forecast(7.0, seconds) == pytest.approx(
+        stepwise([*ahead, seconds], tick), abs=(len(ahead) + 2) * tick
+    )
+    assert line.forecast(7.0, seconds) <= sum(ahead) + seconds + 1e-9
+
+
+def test_a_forecast_knows_what_has_been_done() -> None:
+    line = PrefillLine()
+    line.join(A, 0.0, 10.0)
+    line.join(B, 0.0, 1.0)
+    assert line.forecast(1.0, 2.0) == pytest.approx(5.0), (
+        "half a second more of B, at half speed, then two of its own"
+    )
+
+
+def test_one_that_is_overdue_lets_nobody_pass_who_is_longer() -> None:
+    line = PrefillLine()
+    line.join(A, 0.0, 1.0)
+    line.join(B, 0.0, 2.0)
+    assert line.forecast(5.0, 3.0) == pytest.approx(5.0), "A is done at any moment, B has not begun"

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -36,7 +36,6 @@ Examples:
     memserve sim --prefill 2 --decode 2 --kill prefill-0@60+30 --role decode-1=colocated@90
     memserve sim --from http://127.0.0.1:8000 --colocated 16 --workload sharegpt --data DIR
 """
-_CLUSTER, _EVENTS = "Cluster", "What befalls instances"
 _DEFAULT_COUNTS = (0, 0, 4)
 
 
@@ -65,12 +64,7 @@ def sim(
     prefill: options.Prefill = 0,
     decode: options.Decode = 0,
     colocated: options.Colocated = 0,
-    policy: Annotated[
-        str,
-        typer.Option(
-            help=f"Policies to compare: {', '.join(POLICIES)}.", metavar="NAMES", rich_help_panel=_CLUSTER
-        ),
-    ] = "cost,prompt-tree,round-robin",
+    policy: options.Policies = "cost,prompt-tree,round-robin",
     speed: options.SpeedName = None,
     from_url: options.FromUrl = None,
     api_key: options.ApiKey = None,
@@ -90,22 +84,8 @@ def sim(
     shared: bench_options.Shared = 0.5,
     turn_tokens: bench_options.TurnTokens = 256,
     output_tokens: bench_options.OutputTokens = 256,
-    kill: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Lose an instance: INSTANCE@SECONDS, +BACK if it returns so many seconds later. Repeatable.",
-            metavar="EVENT",
-            rich_help_panel=_EVENTS,
-        ),
-    ] = None,
-    role: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Change what an instance does: INSTANCE=ROLE@SECONDS. Repeatable.",
-            metavar="EVENT",
-            rich_help_panel=_EVENTS,
-        ),
-    ] = None,
+    kill: options.Kill = None,
+    role: options.RoleChanges = None,
     slo_ttft: bench_options.SloTtft = None,
     slo_tpot: options.SloTpot = None,
     json: bench_options.Json = None,

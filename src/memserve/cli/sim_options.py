@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from memserve.cli.workloads import MOONCAKE, SYNTHETIC, Lengths, Wanted, make_workload
+from memserve.core.config import POLICIES
 from memserve.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 CONTEXT = 1 << 17
 DEFAULT_LOAD = 0.7
 _CLUSTER, _WHAT, _PACE, _OUT = "Cluster", "Workload", "Pace", "Report"
+_EVENTS = "What befalls instances"
 
 Prefill = Annotated[int, typer.Option(help="Instances that only prefill.", rich_help_panel=_CLUSTER)]
 Decode = Annotated[int, typer.Option(help="Instances that only decode.", rich_help_panel=_CLUSTER)]
@@ -27,6 +29,12 @@ Colocated = Annotated[
     int,
     typer.Option(
         help="Instances that do both. Default 4, where there are no others.", rich_help_panel=_CLUSTER
+    ),
+]
+Policies = Annotated[
+    str,
+    typer.Option(
+        help=f"Policies to compare: {', '.join(POLICIES)}.", metavar="NAMES", rich_help_panel=_CLUSTER
     ),
 ]
 SpeedName = Annotated[
@@ -82,6 +90,22 @@ Load = Annotated[
         help="Pace by share of saturation: 1 is as much as the instances that prefill could prefill, had "
         "nothing been cached. Default 0.7 where the workload has no arrivals of its own.",
         rich_help_panel=_PACE,
+    ),
+]
+Kill = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Lose an instance: INSTANCE@SECONDS, +BACK if it returns so many seconds later. Repeatable.",
+        metavar="EVENT",
+        rich_help_panel=_EVENTS,
+    ),
+]
+RoleChanges = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Change what an instance does: INSTANCE=ROLE@SECONDS. Repeatable.",
+        metavar="EVENT",
+        rich_help_panel=_EVENTS,
     ),
 ]
 SloTpot = Annotated[

@@ -78,7 +78,7 @@ def sim(
     think: bench_options.Think = None,
     load: options.Load = None,
     rate: bench_options.Rate = None,
-    concurrency: bench_options.Concurrency = None,
+    concurrency: options.Concurrency = None,
     turns: bench_options.Turns = 3,
     prompt_tokens: bench_options.PromptTokens = 4096,
     shared: bench_options.Shared = 0.5,

@@ -115,6 +115,9 @@ SloTpot = Annotated[
 Report = Annotated[
     Path | None, typer.Option("--report", help="Write a page with plots to this file.", rich_help_panel=_OUT)
 ]
+Concurrency = Annotated[
+    int | None, typer.Option(help="Sessions at a time instead (closed loop).", rich_help_panel=_PACE)
+]
 
 
 @dataclass(frozen=True, slots=True)

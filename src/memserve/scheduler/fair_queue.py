@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 from memserve.core.types import RequestId
 
-QUANTUM = 512
-"""Tokens that a tenant of weight 1 may take in each round."""
+QUANTUM = 64
+"""Tokens that a tenant of weight 1 may take in each round; rounds in which nobody goes cost nothing."""
 PATIENCE_EQUAL = 1
 PATIENCE_URGENT = 8
 """So many times its own tokens a tenant's oldest request lets others pass: equally urgent, and more so."""

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from memserve.core.errors import Overloaded, Refusal
 from memserve.core.types import Role
 from memserve.scheduler.fair_queue import FairQueue, Lane, Waiting
-from memserve.scheduler.fleet import Fleet
 from memserve.scheduler.state import InstanceState, Leg, SchedulerState
 
 LEAD_STEPS = 2
@@ -63,7 +62,7 @@ def has_room(state: SchedulerState, max_running: int, in_flight: int) -> bool:
     prefill, decode = state.places(Leg.PREFILL).instances, state.places(Leg.DECODE).instances
     if in_flight >= 2 * max_running * len(decode):
         return False
-    return any(_prefills_soon(place, state.fleet) for place in prefill) and any(
+    return any(_prefills_soon(place) for place in prefill) and any(
         _decodes_soon(place, max_running) for place in decode
     )
 
@@ -212,9 +211,9 @@ def price_rate(state: SchedulerState) -> float:
     return rate if math.isfinite(rate) and rate > 0 else 1.0
 
 
-def _prefills_soon(place: InstanceState, fleet: Fleet) -> bool:
-    step = place.step_tokens * fleet.token[place.slot] * fleet.stretch[place.slot]
-    lead = LEAD_STEPS * float(step)
+def _prefills_soon(place: InstanceState) -> bool:
+    # Steps as the engine makes them: beside streams they hold fewer prompt tokens than they could.
+    lead = LEAD_STEPS * place.step_ahead(math.inf)
     return place.line.behind_first(lead) < lead
 
 

@@ -35,7 +35,7 @@ def line(limits: LineLimits | None = None, **weights: float) -> WaitingLine:
 
 def lead_of(state: SchedulerState) -> float:
     (place,) = (one for one in state.instances() if one.role.prefills)
-    return LEAD_STEPS * place.step_tokens * float(state.fleet.token[place.slot])
+    return LEAD_STEPS * place.step_tokens * place.prices.token
 
 
 def book(state: SchedulerState, name: str, seconds: float, place: str = "c1", tokens: int = 100) -> None:

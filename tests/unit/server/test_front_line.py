@@ -121,7 +121,7 @@ def test_an_engine_gets_two_steps_of_prompts_behind_the_first() -> None:
             await at.ask(f"r{number}")
         state = at.dispatcher._scheduler.state
         (place,) = (one for one in state.instances() if one.instance == P)
-        step = place.step_tokens * float(state.fleet.token[place.slot])
+        step = place.step_tokens * place.prices.token
         each = next(iter(place.line._whole.values()))
         behind = (len(at.begun()) - 1) * each
         assert 2 * step <= behind < 2 * step + each

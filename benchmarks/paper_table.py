@@ -1,7 +1,7 @@
 """The paper's table: three workloads, each at three loads, on four configurations of two instances.
 
     python benchmarks/paper_table.py --data DIR [--workloads sharegpt,loogle,react] [--loads 0.3,0.6,0.9]
-                                     [--seconds 40] [--rounds 1] [--out FILE]
+                                     [--context 2048] [--seconds 40] [--rounds 1] [--out FILE]
 
 Caching or not, colocated or disaggregated (Hu et al., MemServe, 2024, figures 8 and 9). A load of 1 is what
 the colocated configuration without caching gets done: it is measured first, with sessions in a closed loop.
@@ -52,6 +52,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="the folder with the data sets")
     parser.add_argument("--workloads", default="sharegpt,loogle,react")
     parser.add_argument("--loads", default="0.3,0.6,0.9", help="shares of the colocated configuration's rate")
+    parser.add_argument(
+        "--context", type=int, default=2048, help="tokens that prompts and answers are cut to"
+    )
     parser.add_argument("--seconds", type=float, default=40.0, help="in which sessions arrive, per cell")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/paper_table.json")
@@ -59,31 +62,37 @@ def main() -> None:
     cells: list[Cell] = []
     capacities: dict[str, float] = {}
     for workload in options.workloads.split(","):
-        capacity = capacities[workload] = measure_capacity(workload, options.data)
+        capacity = capacities[workload] = measure_capacity(workload, options)
         print(f"{workload}: {capacity:.3f} sessions/s without caching", flush=True)
         for load in (float(text) for text in options.loads.split(",")):
-            cells += measure(workload, options.data, load, load * capacity, options.seconds, options.rounds)
+            cells += measure(workload, options, load, load * capacity)
             print(table(cells[-len(NAMES) :]), flush=True)
-            figures = {"sessions_per_second": capacities, "cells": [asdict(cell) for cell in cells]}
+            figures = {
+                "context": options.context,
+                "sessions_per_second": capacities,
+                "cells": [asdict(cell) for cell in cells],
+            }
             write_result("paper_table", {**figures, "effects": effects(cells)}, options.out)
     print(table(cells))
     print(table_of_effects(cells))
 
 
-def measure_capacity(workload: str, data: Path) -> float:
+def measure_capacity(workload: str, options: argparse.Namespace) -> float:
     """Sessions per second of the colocated configuration without caching when it is never idle."""
     report = run_bench(
-        "--compare", NAMES[0], "--workload", workload, "--data", str(data), "--think", "0",
+        "--compare", NAMES[0], "--workload", workload, "--data", str(options.data), "--think", "0",
+        "--context", str(options.context),
         "--sessions", str(CAPACITY_SESSIONS), "--concurrency", str(CAPACITY_CONCURRENCY),
     )  # fmt: skip
     return CAPACITY_SESSIONS / report["entries"][0]["figures"]["seconds"]
 
 
-def measure(workload: str, data: Path, load: float, rate: float, seconds: float, rounds: int) -> list[Cell]:
+def measure(workload: str, options: argparse.Namespace, load: float, rate: float) -> list[Cell]:
     """All configurations under one load, in turns."""
     report = run_bench(
-        "--compare", ",".join(NAMES), "--workload", workload, "--data", str(data),
-        "--sessions", str(max(4, round(rate * seconds))), "--rate", f"{rate:.4f}", "--rounds", str(rounds),
+        "--compare", ",".join(NAMES), "--workload", workload, "--data", str(options.data),
+        "--context", str(options.context), "--rate", f"{rate:.4f}", "--rounds", str(options.rounds),
+        "--sessions", str(max(4, round(rate * options.seconds))),
     )  # fmt: skip
     return [cell_of(workload, load, rate, entry) for entry in report["entries"]]
 

@@ -22,7 +22,9 @@ import mooncake
 from memserve.core.config import TreeSource
 from memserve.scheduler.prompt_trees import TreeOptions
 from memserve.sim.engine import Speed
-from memserve.sim.simulation import Outcome, SimRequest, Simulation, Site
+from memserve.sim.journey import InOrder, Outcome, SimRequest
+from memserve.sim.simulation import Simulation
+from memserve.sim.site import Site
 from recording import write_result
 from routing_policies import CAPACITY, PRICES, STEP_TOKENS, WIRE, policy_of, requests_of, seconds_of
 
@@ -99,7 +101,7 @@ def measure(
     """One policy, believing what ``trees`` says."""
     done: list[Outcome] = []
     simulation = Simulation(site, policy_of(policy), done.append, trees)
-    simulation.run(sorted(requests, key=lambda request: request.at))
+    simulation.run(InOrder(sorted(requests, key=lambda request: request.at)))
     simulation.close()
     accuracy = simulation.accuracy
     ttft = np.array([one.ttft for one in done])

@@ -32,7 +32,9 @@ from memserve.scheduler.costs import Wire
 from memserve.scheduler.policies import Policy, policy_by_name
 from memserve.scheduler.policies.cost import LeastCost
 from memserve.sim.engine import Speed
-from memserve.sim.simulation import Outcome, SimRequest, Simulation, Site
+from memserve.sim.journey import InOrder, Outcome, SimRequest
+from memserve.sim.simulation import Simulation
+from memserve.sim.site import Site
 from mooncake import Request
 from recording import write_result
 
@@ -97,7 +99,7 @@ def measure(trace: list[Request], name: str, instances: int, load: float) -> dic
     site = Site(instances, instances, 0, Speed(PRICES, STEP_TOKENS), CAPACITY // 16, WIRE)
     simulation = Simulation(site, policy_of(name), done.append)
     started = time.process_time()
-    simulation.run(requests_of(trace, copies, stretch))
+    simulation.run(InOrder(requests_of(trace, copies, stretch)))
     seconds = time.process_time() - started
     simulation.close()
     ttft = np.array([one.ttft for one in done])

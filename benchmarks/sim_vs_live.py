@@ -1,6 +1,6 @@
 """The simulator beside running clusters of this machine: the same trace, arrivals and policy.
 
-    python benchmarks/sim_vs_live.py --trace FILE [--requests 120] [--rates 0.5,1.0] [--context 2048]
+    python benchmarks/sim_vs_live.py --trace FILE [--requests 80] [--rates 0.5,1.0] [--context 2048]
                                      [--policy cost] [--out FILE]
 
 Each cluster (two colocated instances; one prefill and one decode instance) answers the beginning of a
@@ -14,30 +14,26 @@ from __future__ import annotations
 import argparse
 import asyncio
 import statistics
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
-import numpy as np
+import msgspec
 
 from bench_command import row_of, run_bench
-from memserve.bench.content import Content, Run, run_tokens
+from memserve.bench.records import Record
 from memserve.bench.sources import read_replay
 from memserve.bench.target import Target, open_target
-from memserve.bench.timeline import Pace, plan_arrivals
+from memserve.bench.timeline import Pace
 from memserve.bench.workload import Workload
-from memserve.core.types import StepPrices, Tokens
-from memserve.scheduler.costs import Wire
-from memserve.scheduler.policies import policy_by_name
-from memserve.sim.engine import Speed
-from memserve.sim.simulation import Outcome, SimRequest, Simulation, Site
+from memserve.server.views import ClusterBody
+from memserve.sim.site import Site
+from memserve.sim.speeds import profile_of_cluster
+from memserve.sim.trial import Load, run_trial
 from recording import write_result
 
 CLUSTERS = {"2 colocated": (0, 0, 2), "1P1D": (1, 1, 0)}
-VOCABULARY = 49152
-TARGET_TPOT, STEP_TOKENS = 0.1, 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +54,7 @@ class Pair:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--trace", type=Path, required=True)
-    parser.add_argument("--requests", type=int, default=120, help="of the trace's beginning")
+    parser.add_argument("--requests", type=int, default=80, help="of the trace's beginning")
     parser.add_argument("--rates", default="0.5,1.0", help="requests per second")
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--policy", default="cost")
@@ -78,10 +74,7 @@ async def compare(options: argparse.Namespace) -> None:
             for rate in (float(text) for text in options.rates.split(",")):
                 live = await asyncio.to_thread(ask, url, rate, options)
                 shown = await read_cluster(url)
-                site = site_of(shown, prefill, decode, colocated)
-                arrivals = plan_arrivals(workload, Pace(rate), seed=0)
-                assert arrivals is not None, "the loop is open"
-                done = simulate(site, workload, arrivals, options.policy)
+                done = simulate(shown, (prefill, decode, colocated), workload, rate, options.policy)
                 pairs += pairs_of(cluster, rate, live, done)
                 for pair in pairs[-3:]:
                     print(
@@ -105,51 +98,26 @@ def ask(url: str, rate: float, options: argparse.Namespace) -> dict[str, Any]:
     return entry
 
 
-async def read_cluster(url: str) -> dict[str, Any]:
+async def read_cluster(url: str) -> ClusterBody:
     async with httpx.AsyncClient(trust_env=False) as http:
-        shown: dict[str, Any] = (await http.get(f"{url}/v1/cluster")).raise_for_status().json()
-        return shown
+        answer = (await http.get(f"{url}/v1/cluster")).raise_for_status()
+        return msgspec.json.decode(answer.content, type=ClusterBody)
 
 
-def site_of(shown: dict[str, Any], prefill: int, decode: int, colocated: int) -> Site:
-    """The cluster with the mean of its instances' prices."""
-    instances = shown["instances"]
-    prices = StepPrices(
-        **{
-            name: statistics.mean(one["prices"][name] for one in instances)
-            for name in StepPrices.__struct_fields__
-        }
-    )
-    wire = Wire(bytes_per_token=shown["block_bytes"] / shown["block_tokens"])
-    speed = Speed(prices, STEP_TOKENS, TARGET_TPOT)
-    return Site(prefill, decode, colocated, speed, instances[0]["blocks"]["total"], wire)
+def simulate(
+    shown: ClusterBody, roles: tuple[int, int, int], workload: Workload, rate: float, policy: str
+) -> list[Record]:
+    """The same load on a cluster of the shown instances' prices."""
+    profile = profile_of_cluster(shown, "the cluster")
+    blocks = profile.kv_tokens // shown.block_tokens
+    site = Site(*roles, profile.speed, blocks, profile.wire)
+    return list(run_trial(Load(workload, Pace(rate)), site, policy).measured.records)
 
 
-def simulate(site: Site, workload: Workload, arrivals: tuple[float, ...], policy: str) -> list[Outcome]:
-    done: list[Outcome] = []
-    simulation = Simulation(site, policy_by_name(policy), done.append)
-    simulation.run(requests_of(workload, arrivals))
-    simulation.close()
-    return done
-
-
-def requests_of(workload: Workload, arrivals: tuple[float, ...]) -> Iterator[SimRequest]:
-    """In order of time."""
-    for at, session in sorted(zip(arrivals, workload.sessions, strict=True), key=lambda pair: pair[0]):
-        turn = session.turns[0]
-        prompt = tokens_of(sum((message.content for message in turn.asked), ()))
-        yield SimRequest(at, prompt, tokens_of(turn.reply)[: turn.max_tokens])
-
-
-def tokens_of(content: Content) -> Tokens:
-    runs = [run_tokens(run, VOCABULARY) for run in content if isinstance(run, Run)]
-    return np.array([token for run in runs for token in run], np.int32)
-
-
-def pairs_of(cluster: str, rate: float, live: dict[str, Any], done: list[Outcome]) -> list[Pair]:
+def pairs_of(cluster: str, rate: float, live: dict[str, Any], done: list[Record]) -> list[Pair]:
     row = row_of("mooncake", live)
     assert not row.failed, f"{row.failed} requests failed"
-    hit = sum(one.cached_tokens for one in done) / sum(one.prompt_tokens for one in done)
+    hit = sum(one.sources.reused for one in done) / sum(one.prompt_tokens for one in done)
     return [
         Pair(cluster, rate, "ttft", row.ttft, statistics.mean(one.ttft for one in done)),
         Pair(cluster, rate, "jct", row.jct, statistics.mean(one.jct for one in done)),

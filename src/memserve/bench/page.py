@@ -8,7 +8,7 @@ from html import escape
 from memserve.bench.records import SOURCES, Record
 from memserve.bench.report import Entry, Report
 from memserve.bench.svg import Series, Span, Stack, plot_distributions, plot_stacks, plot_timeline
-from memserve.bench.table import describe_setting, make_rows, note_report
+from memserve.bench.table import Row, describe_setting, make_rows, note_report
 
 _STYLE = (
     "body{font:14px/1.5 system-ui,sans-serif;max-width:1180px;margin:2em auto;padding:0 1em;color:#0f172a}"
@@ -24,19 +24,25 @@ def render_page(report: Report) -> str:
         f"<h1>memserve bench: {escape(report.setting.workload)}</h1>",
         f"<p>{escape(describe_setting(report))}</p>",
         *(f'<p class="note">{escape(note)}</p>' for note in note_report(report)),
-        _render_table(report),
+        render_table([entry.name for entry in report.entries], make_rows(report)),
         f'<div class="plots">{"".join(_plots(report))}</div>',
         _render_setting(report),
     ]
-    head = f'<meta charset="utf-8"/><title>memserve bench</title><style>{_STYLE}</style>'
+    return render_document("memserve bench", parts)
+
+
+def render_document(title: str, parts: Iterable[str]) -> str:
+    """A page of ``parts``, HTML each."""
+    head = f'<meta charset="utf-8"/><title>{escape(title)}</title><style>{_STYLE}</style>'
     return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head><body>{"".join(parts)}</body></html>\n'
 
 
-def _render_table(report: Report) -> str:
-    names = "".join(f"<th>{escape(entry.name)}</th>" for entry in report.entries)
+def render_table(columns: Iterable[str], lines: Iterable[Row]) -> str:
+    """Figures by name, one column each for ``columns``."""
+    names = "".join(f"<th>{escape(name)}</th>" for name in columns)
     rows = "".join(
         f"<tr><td>{escape(row.name)}</td>{''.join(f'<td>{escape(cell)}</td>' for cell in row.cells)}</tr>"
-        for row in make_rows(report)
+        for row in lines
     )
     return f"<table><thead><tr><th></th>{names}</tr></thead><tbody>{rows}</tbody></table>"
 

@@ -27,6 +27,15 @@ class Series:
 
 
 @dataclass(frozen=True, slots=True)
+class Line:
+    """Named values at given times, s."""
+
+    name: str
+    at: tuple[float, ...]
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Span:
     """A bar of a timeline, on ``row``: waiting from ``begin`` to ``middle``, then answering until ``end``."""
 
@@ -61,6 +70,20 @@ def plot_distributions(title: str, unit: str, samples: Sequence[Series]) -> str:
         colour = COLOURS[at % len(COLOURS)]
         parts.append(f'<polyline fill="none" stroke="{colour}" stroke-width="2" points="{points}"/>')
     return _frame(title, "".join(parts) + _legend([one.name for one in samples]), HEIGHT)
+
+
+def plot_lines(title: str, unit: str, lines: Sequence[Line]) -> str:
+    """Values over time, in seconds; all lines share one scale from 0, in ``unit``."""
+    right = max((max(one.at) for one in lines if one.at), default=0.0) or 1.0
+    top = max((max(one.values) for one in lines if one.values), default=0.0) or 1.0
+    parts = [_axis_x(right, "s"), *(_label_y(tick / top, f"{tick:g}") for tick in round_ticks(top))]
+    parts.append(_text(_LEFT - 6, _TOP - 6, unit, "end"))
+    for number, one in enumerate(lines):
+        pairs = zip(one.at, one.values, strict=True)
+        points = " ".join(f"{_x(at / right):.1f},{_y(value / top):.1f}" for at, value in pairs)
+        colour = COLOURS[number % len(COLOURS)]
+        parts.append(f'<polyline fill="none" stroke="{colour}" stroke-width="1.5" points="{points}"/>')
+    return _frame(title, "".join(parts) + _legend([one.name for one in lines]), HEIGHT)
 
 
 def plot_timeline(title: str, spans: Sequence[Span]) -> str:

@@ -12,10 +12,15 @@ from memserve.cli.bench_options import HELP as BENCH_HELP
 from memserve.cli.chat import chat
 from memserve.cli.doctor import doctor
 from memserve.cli.instance import instance
+from memserve.cli.plan import HELP as PLAN_HELP
+from memserve.cli.plan import plan
+from memserve.cli.replay import replay
 from memserve.cli.resize import resize
 from memserve.cli.role import role
 from memserve.cli.serve import serve
 from memserve.cli.serve_options import HELP
+from memserve.cli.sim import HELP as SIM_HELP
+from memserve.cli.sim import sim
 from memserve.cli.status import status
 from memserve.cli.why import why
 
@@ -33,9 +38,12 @@ app.command(help=HELP)(serve)
 app.command()(chat)
 app.command()(status)
 app.command()(why)
+app.command()(replay)
 app.command()(resize)
 app.command()(role)
 app.command(help=BENCH_HELP)(bench)
+app.command(help=SIM_HELP)(sim)
+app.command(help=PLAN_HELP)(plan)
 app.command()(doctor)
 app.command(hidden=True)(instance)
 

@@ -12,6 +12,8 @@ import typer
 
 from memserve.cli import bench_options as options
 from memserve.cli.failure import BAD_USAGE, CANNOT, fail
+from memserve.cli.files import check_writable, write_file
+from memserve.cli.workloads import Lengths, Wanted, make_workload
 from memserve.core.errors import ConfigError, MemServeError
 
 if TYPE_CHECKING:
@@ -25,8 +27,6 @@ if TYPE_CHECKING:
 DEFAULT_URL = "http://127.0.0.1:8000"
 DEFAULT_CONCURRENCY = 4
 INTERRUPTED = 130
-SYNTHETIC_THINK = 1.0
-SYNTHETIC, MOONCAKE = "synthetic", "mooncake"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +43,8 @@ class Whom:
 
 @dataclass(frozen=True, slots=True)
 class What:
-    """Which workload, and how it is sent."""
+    """How a workload is made and sent."""
 
-    name: str
-    data: Path | None
-    trace: Path | None
     sessions: int
     context: int
     seed: int
@@ -67,17 +64,6 @@ class Pacing:
     speed: float
     duration: float | None
     timeout: float
-
-
-@dataclass(frozen=True, slots=True)
-class Lengths:
-    """Sizes of synthetic sessions, tokens."""
-
-    turns: int
-    prompt: int
-    shared: float
-    follow_up: int
-    output: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,16 +111,17 @@ def bench(
 ) -> None:
     """Measure servers under load; ``HELP`` says it to users."""
     whom = Whom(url, compare, serve, rounds, model, api_key or None)
-    what = What(
-        *(workload, data, trace, sessions, context, seed, salt, endpoint, fixed, recorded_answers, think)
-    )
+    what = What(sessions, context, seed, salt, endpoint, fixed, recorded_answers, think)
     pacing = Pacing(rate, concurrency, speed, duration, timeout)
-    lengths = Lengths(turns, prompt_tokens, shared, turn_tokens, output_tokens)
     out = Out(slo_ttft, slo_itl, json, html)
     try:
         _check(whom, what, pacing, out)
         targets = _choose_targets(whom)
-        plan = _make_plan(whom, what, pacing, _make_workload(what, lengths))
+        wanted = Wanted(
+            *(workload, data, trace, sessions, context, seed, think),
+            lengths=Lengths(turns, prompt_tokens, shared, turn_tokens, output_tokens),
+        )
+        plan = _make_plan(whom, what, pacing, make_workload(wanted))
     except ConfigError as error:
         fail(error, BAD_USAGE)
     _run(targets, plan, out)
@@ -178,10 +165,7 @@ def _check(whom: Whom, what: What, pacing: Pacing, out: Out) -> None:
     ):
         if value is not None and not value >= 0:
             raise ConfigError(f"{option} is {value:g}; accepted: 0 or more")
-    for file in (out.json, out.html):
-        # Better now than after the load has run.
-        if file is not None and (file.is_dir() or not file.parent.is_dir()):
-            raise ConfigError(f"{file} cannot be written; accepted: a file in a folder that exists")
+    check_writable(out.json, out.html)
 
 
 def _choose_targets(whom: Whom) -> tuple[Target, ...]:
@@ -194,31 +178,6 @@ def _choose_targets(whom: Whom) -> tuple[Target, ...]:
     if whom.serve:
         raise ConfigError("--serve is for servers that are started here; give --compare as well")
     return parse_urls(whom.url or DEFAULT_URL)
-
-
-def _make_workload(what: What, lengths: Lengths) -> Workload:
-    from memserve.bench.sources import Recorded, read_replay, read_workload
-    from memserve.bench.synthetic import Shape, make_synthetic
-
-    if (what.name == MOONCAKE) != (what.trace is not None):
-        raise ConfigError(f"--workload {MOONCAKE} and --trace FILE go together")
-    if what.trace is not None:
-        return read_replay(what.trace, what.sessions, what.context)
-    if what.name == SYNTHETIC:
-        shape = Shape(
-            what.sessions,
-            lengths.turns,
-            lengths.prompt,
-            lengths.shared,
-            lengths.follow_up,
-            lengths.output,
-            think=SYNTHETIC_THINK if what.think is None else what.think,
-        )
-        return make_synthetic(shape, what.context, what.seed)
-    if what.data is None:
-        raise ConfigError(f"--workload {what.name} needs --data DIR, a folder with the data sets")
-    asked = Recorded(what.name, what.data, what.sessions, what.context, what.seed, what.think)
-    return read_workload(asked)
 
 
 def _choose_pace(asked: Pacing, workload: Workload) -> Pace:
@@ -265,9 +224,9 @@ def _run(targets: Sequence[Target], plan: Plan, out: Out) -> None:
     report = make_report(comparison.results, plan, Slo(out.slo_ttft, out.slo_itl), interrupted=interrupted)
     print_report(report, Console())
     if out.json is not None:
-        _write(out.json, encode_report(report))
+        write_file(out.json, encode_report(report))
     if out.html is not None:
-        _write(out.html, render_page(report).encode())
+        write_file(out.html, render_page(report).encode())
     if comparison.failure is not None:
         _give_up(comparison.failure)
     if interrupted:
@@ -303,10 +262,3 @@ async def _measure(targets: Sequence[Target], plan: Plan, console: Console) -> t
             return await compare_targets(targets, plan, screen, stop), stop.is_set()
     finally:
         loop.remove_signal_handler(signal.SIGINT)
-
-
-def _write(file: Path, content: bytes) -> None:
-    try:
-        file.write_bytes(content)
-    except OSError as error:
-        fail(f"{file} cannot be written: {error.strerror or error}", CANNOT)

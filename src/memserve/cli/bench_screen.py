@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -9,7 +11,7 @@ from rich.table import Table
 
 from memserve.bench.records import Record
 from memserve.bench.report import Report
-from memserve.bench.table import describe_setting, make_rows, note_report
+from memserve.bench.table import Row, describe_setting, make_rows, note_report
 
 
 class BenchScreen:
@@ -67,11 +69,16 @@ class BenchScreen:
 def print_report(report: Report, console: Console) -> None:
     """The figures of all targets side by side, then what to know about them."""
     console.print(describe_setting(report), markup=False, highlight=False, soft_wrap=True)
-    table = Table("", box=None, padding=(0, 2, 0, 0))
-    for entry in report.entries:
-        table.add_column(escape(entry.name), justify="right")
-    for row in make_rows(report):
-        table.add_row(*(escape(cell) for cell in (row.name, *row.cells)))
-    console.print(table)
+    print_rows([entry.name for entry in report.entries], make_rows(report), console)
     for line in note_report(report):
         console.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+
+def print_rows(columns: Iterable[str], rows: Iterable[Row], console: Console) -> None:
+    """Figures by name, one column each for ``columns``."""
+    table = Table("", box=None, padding=(0, 2, 0, 0))
+    for name in columns:
+        table.add_column(escape(name), justify="right")
+    for row in rows:
+        table.add_row(*(escape(cell) for cell in (row.name, *row.cells)))
+    console.print(table)

@@ -167,7 +167,10 @@ class RadixTree(Generic[P]):
             parent = self.split(parent, path.tail)
         elif grow and parent is not None and not parent.children:
             parent.payload.append(path.tail, payload)
-            parent._append_tokens(added)
+            if self._borrows:
+                parent._borrow_tokens(tokens[path.blocks * page - len(parent.key) : end])
+            else:
+                parent._append_tokens(added)
             return parent
         leaf = self._new_node(added, parent, payload)
         self._children(parent)[self._edge_name(leaf)] = leaf

@@ -84,10 +84,11 @@ class Dropped(NamedTuple):
 
 
 class PromptIndex:
-    """Prompt trees by namespace; a tree exists while it holds something."""
+    """Prompt trees by namespace; a tree exists while it holds something. ``borrows``: see ``RadixTree``."""
 
-    def __init__(self, block_tokens: int) -> None:
+    def __init__(self, block_tokens: int, *, borrows: bool = False) -> None:
         self.block_tokens = block_tokens
+        self._borrows = borrows
         self._trees: dict[Namespace, RadixTree[IndexEntry]] = {}
         self._lower: dict[int, IndexNode] = {}
 
@@ -131,7 +132,7 @@ class PromptIndex:
         """
         tree = self._trees.get(namespace)
         if tree is None:
-            tree = self._trees[namespace] = RadixTree(self.block_tokens)
+            tree = self._trees[namespace] = RadixTree(self.block_tokens, borrows=self._borrows)
         path = found.path
         parent = path.nodes[-1] if path.nodes else None
         if parent is None or (parent.payload.tier is tier is Tier.DEVICE):

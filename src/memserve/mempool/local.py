@@ -47,6 +47,7 @@ class LocalPool:
         eviction: EvictionPolicy | None = None,
         host_blocks: int = 0,
         disk: DiskTier | None = None,
+        borrows_tokens: bool = False,
     ) -> None:
         if blocks < 1:
             raise ConfigError(
@@ -64,7 +65,7 @@ class LocalPool:
         shelf = None
         if self._store is not None:
             shelf = DiskShelf(self._store, layout, self.arena, self._table.numbers_in(Tier.DISK))
-        self._index = PromptIndex(layout.block_tokens)
+        self._index = PromptIndex(layout.block_tokens, borrows=borrows_tokens)
         self._events = EventLog(instance, incarnation)
         self._leases: set[Match] = set()
         self._pins = PinTable(int(blocks * PINNED_SHARE))

@@ -48,6 +48,7 @@ class MemPool(LocalPool):
         eviction: EvictionPolicy | None = None,
         host_blocks: int = 0,
         disk: DiskTier | None = None,
+        borrows_tokens: bool = False,
     ) -> None:
         super().__init__(
             layout,
@@ -58,6 +59,7 @@ class MemPool(LocalPool):
             eviction=eviction,
             host_blocks=host_blocks,
             disk=disk,
+            borrows_tokens=borrows_tokens,
         )
         self._reservations = ReservationTable()
         self._loans = LoanTable()

@@ -206,8 +206,8 @@ class Pace:
 
 def price_rate(state: SchedulerState) -> float:
     """Prompt tokens per second that all who prefill compute by the prices of their steps."""
-    slots, fleet = state.places(Leg.PREFILL).slots, state.fleet
-    rate = float((1.0 / (fleet.token[slots] * fleet.stretch[slots])).sum()) if len(slots) else 0.0
+    places = state.fleet.at(state.places(Leg.PREFILL).slots)
+    rate = float((1.0 / (places.token * places.stretch)).sum())
     return rate if math.isfinite(rate) and rate > 0 else 1.0
 
 

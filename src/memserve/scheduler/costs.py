@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from memserve.core.types import StepPrices
-from memserve.scheduler.fleet import Flags, Fleet, Floats, Slots
+from memserve.scheduler.fleet import Columns, Flags, Floats
 from memserve.scheduler.holdings import Holdings
 
 
@@ -72,32 +72,26 @@ class PrefillCosts(NamedTuple):
         return PrefillCosts(*(np.where(better, b, a) for a, b in zip(self, other, strict=True)))
 
 
-def prefill_costs(
-    fleet: Fleet, slots: Slots, prompt: int, computed: Floats, fetch: Floats | float, now: float
-) -> PrefillCosts:
-    """Prefill of ``prompt`` tokens of which the first ``computed`` are there, ``fetch`` seconds from now."""
-    work = fleet.token[slots] * (prompt - computed) + fleet.token_context[slots] * (
-        0.5 * (prompt * prompt - computed * computed)
-    )
-    line = np.maximum(fleet.free_at[slots] - now, 0.0)
-    fetching = np.broadcast_to(np.asarray(fetch, np.float64), line.shape)
-    return PrefillCosts(np.maximum(line, fetching), fetching, work, work * fleet.stretch[slots])
+def prefill_costs(places: Columns, prompt: int, computed: Floats, fetch: Floats, now: float) -> PrefillCosts:
+    """Prefill of ``prompt`` tokens of which the first ``computed`` are there, ``fetch`` seconds from now.
+
+    ``computed`` and ``fetch``, which is nowhere negative: float64[places].
+    """
+    work = (prompt - computed) * (places.token + places.token_context * (0.5 * (prompt + computed)))
+    return PrefillCosts(np.maximum(places.free_at - now, fetch), fetch, work, work * places.stretch)
 
 
 def prefill_work(prices: StepPrices, step_tokens: int, prompt: int, computed: float) -> float:
     """The ``work`` of :func:`prefill_costs` at one place, to the last bit."""
     token = prices.token + prices.step / step_tokens
-    return token * (prompt - computed) + prices.token_context * (
-        0.5 * (prompt * prompt - computed * computed)
-    )
+    return (prompt - computed) * (token + prices.token_context * (0.5 * (prompt + computed)))
 
 
-def decode_costs(fleet: Fleet, slots: Slots, prompt: int, answer: float) -> tuple[Floats, Floats]:
+def decode_costs(places: Columns, prompt: int, answer: float) -> tuple[Floats, Floats]:
     """Seconds that the answer takes beside what is decoded there, and what it costs the other streams."""
-    alone = fleet.row[slots] + fleet.row_context[slots] * (prompt + answer / 2)
-    streams = fleet.streams[slots]
-    before = fleet.step[slots] + fleet.row[slots] * streams + fleet.row_context[slots] * fleet.context[slots]
-    return answer * (before + alone), answer * streams * alone
+    alone = places.row + places.row_context * (prompt + answer / 2)
+    before = places.step + places.row * places.streams + places.row_context * places.context
+    return answer * (before + alone), (answer * places.streams) * alone
 
 
 def tokens_by_slot(held: Holdings, rows: int, most: int) -> Floats:

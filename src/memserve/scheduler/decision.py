@@ -153,7 +153,7 @@ def _foresee(
 ) -> tuple[Forecast, float]:
     """When the first token will be there by the prices of steps, and the seconds of prefill until then."""
     work = prefill_work(place.prices, place.step_tokens, query.prompt, min(computed, query.prompt - 1))
-    prefill = work * float(query.fleet.stretch[place.slot])
+    prefill = work * float(query.fleet.columns.stretch[place.slot])
     line = max(place.line.free_at - query.now, 0.0)
     served = line + prefill if promised > 0 else place.line.forecast(query.now, prefill)
     return Forecast(max(served, fetch + prefill), place.step_ahead(line)), prefill

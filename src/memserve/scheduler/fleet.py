@@ -5,6 +5,8 @@ Row n belongs to the instance with number n in the global prompt tree; rows of n
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -20,8 +22,8 @@ FLOOR_TOKENS = 16
 """An engine computes at least so many prompt tokens per step, however slow its streams are."""
 
 
-class Fleet:
-    """Columns, float64[rows].
+class Columns(NamedTuple):
+    """One entry per place, float64[n].
 
     step, row, row_context, token, token_context : ``StepPrices``, seconds; ``token`` with its part of a step.
     stretch : how much longer prefill takes because streams are decoded in between, at least 1.
@@ -29,19 +31,6 @@ class Fleet:
     streams, context : requests that decode, and the tokens they attend to.
     room : tokens of KV that fit beside what is in use.
     """
-
-    COLUMNS = (
-        "step",
-        "row",
-        "row_context",
-        "token",
-        "token_context",
-        "stretch",
-        "free_at",
-        "streams",
-        "context",
-        "room",
-    )
 
     step: Floats
     row: Floats
@@ -54,34 +43,46 @@ class Fleet:
     context: Floats
     room: Floats
 
+
+class Fleet:
+    """All rows: ``columns`` are to be written to in place."""
+
     def __init__(self) -> None:
-        self.rows = 0
-        for name in self.COLUMNS:
-            setattr(self, name, np.zeros(0))
+        self._table = np.zeros((len(Columns._fields), 0))
+        self.columns = Columns(*self._table)
+
+    @property
+    def rows(self) -> int:
+        """How many there are, those of nobody included."""
+        return self._table.shape[1]
+
+    def at(self, slots: Slots) -> Columns:
+        """A copy of some rows, in the order of ``slots``."""
+        return Columns(*self._table.take(slots, axis=1))
 
     def reserve(self, slot: int) -> None:
         """Make sure that row ``slot`` exists."""
-        if slot < self.rows:
-            return
-        self.rows = max(8, 2 * slot)
-        for name in self.COLUMNS:
-            grown = np.zeros(self.rows)
-            old: Floats = getattr(self, name)
-            grown[: len(old)] = old
-            setattr(self, name, grown)
+        if slot >= self.rows:
+            self._resize(max(8, 2 * slot))
 
     def set_prices(self, slot: int, prices: StepPrices, step_tokens: int) -> None:
         """What steps of the instance cost. A prompt token bears its part of a step of ``step_tokens``."""
-        self.step[slot] = prices.step
-        self.row[slot] = prices.row
-        self.row_context[slot] = prices.row_context
-        self.token[slot] = prices.token + prices.step / step_tokens
-        self.token_context[slot] = prices.token_context
+        columns = self.columns
+        columns.step[slot] = prices.step
+        columns.row[slot] = prices.row
+        columns.row_context[slot] = prices.row_context
+        columns.token[slot] = prices.token + prices.step / step_tokens
+        columns.token_context[slot] = prices.token_context
 
     def clear(self, slot: int) -> None:
         """Forget the row's instance."""
-        for name in self.COLUMNS:
-            getattr(self, name)[slot] = 0.0
+        self._table[:, slot] = 0.0
+
+    def _resize(self, rows: int) -> None:
+        table = np.zeros((len(Columns._fields), rows))
+        table[:, : self.rows] = self._table
+        self._table = table
+        self.columns = Columns(*table)
 
 
 def stretch_of(prices: StepPrices, step_tokens: int, target: float, streams: float, context: float) -> float:

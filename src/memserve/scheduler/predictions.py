@@ -54,9 +54,9 @@ class Forecast(msgspec.Struct, frozen=True, gc=False):
 _STEP_SHARE = 0.5
 _PRIOR = (0.0, _STEP_SHARE, 1.0)
 _DOUBT = (0.03**2, 0.5**2, 0.2**2)
-_DRIFT = (1e-4**2, 0.005**2, 0.005**2)
+_DRIFT = (1e-3**2, 0.005**2, 0.02**2)
 """Variances of the three coefficients at first, and what they grow by with each prediction."""
-_NOISE = 0.2
+_NOISE = 0.3
 """Relative error that is nobody's fault."""
 _LARGEST = 0.5
 """An error counts as at most so much of what was foreseen: one stall must not teach."""

@@ -432,11 +432,12 @@ class SchedulerState:
             return
         fleet, slot, load, prices = self.fleet, state.slot, state.load, state.prices
         fleet.set_prices(slot, prices, state.step_tokens)
-        fleet.free_at[slot] = state.line.free_at
-        fleet.streams[slot] = load.streams
-        fleet.context[slot] = load.context_tokens
-        fleet.room[slot] = state.capacity - load.context_tokens
-        fleet.stretch[slot] = stretch_of(
+        columns = fleet.columns
+        columns.free_at[slot] = state.line.free_at
+        columns.streams[slot] = load.streams
+        columns.context[slot] = load.context_tokens
+        columns.room[slot] = state.capacity - load.context_tokens
+        columns.stretch[slot] = stretch_of(
             prices, state.step_tokens, state.target_tpot, load.streams, load.context_tokens
         )
 

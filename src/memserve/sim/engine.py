@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import heapq
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from memserve.core.clock import VirtualClock
 from memserve.core.errors import OutOfBlocks
@@ -25,6 +27,7 @@ LAYOUT = KVLayout("simulated", layers=1, kv_heads=1, head_dim=1)
 """The smallest block there is: memory is reserved, never touched."""
 _FLOOR_TOKENS = 16
 _NEVER = float("inf")
+_NO_ORIGINS = np.zeros(0, np.uint8)
 _DONE = 1e-9
 """Seconds or tokens that count as nothing left."""
 _DONE_TOKENS = 1e-3
@@ -46,6 +49,8 @@ class Job:
 
     ``left``: seconds of prefill that remain, alone in its steps. It ``waits`` for KV that is on its way, and
     ``follows`` another until that one has ``follows_until`` seconds left: then a common prefix is computed.
+    It ``began`` to be prefilled then, with ``cached`` tokens, by ``origins`` (uint8[blocks]) for the ledger.
+    ``ends``: when its answer does, in steps of the engine that streams it.
     """
 
     request: RequestId
@@ -56,9 +61,14 @@ class Job:
     waits: bool = False
     left: float = 0.0
     cached: int = 0
+    origins: NDArray[np.uint8] = field(default_factory=lambda: _NO_ORIGINS)
     addrs: Addresses | None = None
     follows: Job | None = None
     follows_until: float = 0.0
+    began: float = 0.0
+    prefilled: bool = False
+    ends: float | None = None
+    _computed: Tokens | None = None
 
     @property
     def context(self) -> float:
@@ -66,9 +76,11 @@ class Job:
         return len(self.prompt) + len(self.answer) / 2
 
     @property
-    def said(self) -> Tokens:
+    def computed(self) -> Tokens:
         """Prompt and answer; the last token's KV is never computed."""
-        return np.concatenate((self.prompt, self.answer[:-1]))
+        if self._computed is None:
+            self._computed = np.concatenate((self.prompt, self.answer[:-1]))
+        return self._computed
 
 
 class SimEngine:
@@ -82,11 +94,21 @@ class SimEngine:
         blocks: int,
         clock: VirtualClock,
         eviction: EvictionPolicy | None = None,
+        incarnation: int = 1,
     ) -> None:
         self.instance = instance
         self.role = role
         self.speed = speed
-        self.pool = MemPool(LAYOUT, blocks, instance=instance, incarnation=1, clock=clock, eviction=eviction)
+        self.incarnation = incarnation
+        self.pool = MemPool(
+            LAYOUT,
+            blocks,
+            instance=instance,
+            incarnation=incarnation,
+            clock=clock,
+            eviction=eviction,
+            borrows_tokens=True,
+        )
         self.pool.take_events()
         self._work = Work(speed.prices, speed.step_tokens)
         self._now = clock.now()
@@ -108,7 +130,7 @@ class SimEngine:
 
     def adopt(self, job: Job) -> None:
         """A request that was prefilled elsewhere; its KV has arrived. Raises ``OutOfBlocks``."""
-        job.addrs = self._hold(job.namespace, job.prompt, Origin.PEER)[0]
+        job.addrs, _ = self._hold(job.namespace, job.prompt, Origin.PEER)
         self._stream(job)
 
     def receive(self, namespace: Namespace, tokens: Tokens, origin: Origin) -> None:
@@ -124,15 +146,16 @@ class SimEngine:
     def next_event(self) -> float:
         """When something ends here if nothing comes."""
         step, part = self._step()
-        times = [_NEVER]
         active = self._active()
+        soonest = _NEVER
         if active:
-            rate = part / step / len(active)
-            times += [self._now + job.left / rate for job in active]
-            times += [self._now + left / rate for left in self._leads_left(active)]
+            left = min(job.left for job in active)
+            if self._waiting:
+                left = min((left, *self._leads_left(active)))
+            soonest = left * len(active) * step / part
         if self._streams:
-            times.append(self._now + (self._streams[0][0] - self._served) * step)
-        return min(times)
+            soonest = min(soonest, (self._streams[0][0] - self._served) * step)
+        return self._now + soonest
 
     def advance(self, now: float) -> tuple[list[Job], list[Job]]:
         """Let time pass, up to :meth:`next_event` at most. Returns who is prefilled and who has ended."""
@@ -149,6 +172,7 @@ class SimEngine:
         prefilled = [job for job in active if job.left <= _DONE]
         for job in prefilled:
             self._prefilling.remove(job)
+            job.prefilled = True
             self._publish(job, job.prompt)
         ended = self._end_streams()
         for job in ended:
@@ -159,6 +183,19 @@ class SimEngine:
         self._admit()
         return prefilled, ended
 
+    def cancel(self, job: Job) -> None:
+        """End a job early, wherever it is; what it has published stays cached."""
+        if job in self._waiting:
+            self._waiting.remove(job)
+        elif job in self._prefilling:
+            self._prefilling.remove(job)
+        elif job.ends is not None:
+            self._streams = [stream for stream in self._streams if stream[2] is not job]
+            heapq.heapify(self._streams)
+            self._context -= job.context
+        self.release(job)
+        self._admit()
+
     def release(self, job: Job) -> None:
         """The job has left: its blocks are historical or free."""
         if job.addrs is not None:
@@ -167,18 +204,37 @@ class SimEngine:
 
     # --- observation ---
 
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is under way."""
+        return not (self._waiting or self._prefilling or self._streams)
+
+    @property
+    def starved(self) -> bool:
+        """Whether somebody waits, perhaps for blocks."""
+        return bool(self._waiting)
+
+    def said(self, job: Job) -> int:
+        """Tokens of the job's answer that are out; the first comes with the prefill's end."""
+        if job.ends is None:
+            return int(job.prefilled)
+        left = math.ceil(job.ends - self._served - _DONE)
+        return len(job.answer) - max(left, 0)
+
     def held(self, namespace: Namespace, tokens: Tokens) -> int:
-        """How many of ``tokens`` are cached here."""
-        with self.pool.match(tokens, namespace) as lease:
-            return lease.tokens
+        """How many of ``tokens`` are cached here; asking is no use of them."""
+        return self.pool.count_cached(tokens, namespace)
 
     def take_events(self) -> PoolEvents | None:
         return self.pool.take_events()
 
-    def read_load(self) -> LoadReport:
-        """As an engine would report."""
-        price = self.speed.prices.token
-        left = sum(job.left for job in self._prefilling) / price
+    def read_load(self, now: float) -> LoadReport:
+        """As an engine would report at ``now``, :meth:`next_event` at most."""
+        left = 0.0
+        if self._prefilling:
+            step, part = self._step()
+            seconds = sum(job.left for job in self._prefilling) - (now - self._now) * part / step
+            left = seconds / self.speed.prices.token
         left += sum(len(job.prompt) for job in self._waiting)
         return LoadReport(
             waiting=len(self._waiting),
@@ -219,11 +275,15 @@ class SimEngine:
             if job.waits or self._follows(job):
                 continue
             try:
-                job.addrs, job.cached = self._hold(job.namespace, job.prompt, None)
+                job.addrs, found = self._hold(job.namespace, job.prompt, None)
             except OutOfBlocks:
                 return
             self._waiting.remove(job)
-            job.left = self._seconds(job)
+            # The last token is always computed: its logits are needed.
+            job.origins = found[: (len(job.prompt) - 1) // LAYOUT.block_tokens]
+            job.cached = len(job.origins) * LAYOUT.block_tokens
+            job.began = self._now
+            job.left = self._work.left(len(job.prompt), job.cached)
             self._prefilling.append(job)
 
     def _follows(self, job: Job) -> bool:
@@ -254,19 +314,21 @@ class SimEngine:
             if job.follows in active:
                 yield max(0.0, job.follows.left - job.follows_until)
 
-    def _seconds(self, job: Job) -> float:
-        return self._work.left(len(job.prompt), min(job.cached, len(job.prompt) - 1))
+    def _hold(
+        self, namespace: Namespace, tokens: Tokens, origin: Origin | None
+    ) -> tuple[Addresses, NDArray[np.uint8]]:
+        """Blocks for ``tokens``, cached ones first, and who computed those: uint8[cached blocks].
 
-    def _hold(self, namespace: Namespace, tokens: Tokens, origin: Origin | None) -> tuple[Addresses, int]:
-        """Blocks for ``tokens``, cached ones first; with ``origin`` their KV is there already."""
+        With ``origin`` the KV of all is there already. Raises ``OutOfBlocks``.
+        """
         with self.pool.match(tokens, namespace) as lease:
-            cached = lease.tokens
+            found = lease.origins
             missing = self.pool.layout.blocks_for(len(tokens)) - len(lease.addrs)
             fresh = self.pool.alloc_mem(missing)
             addrs = lease.detach().concat(fresh)
         if origin is not None:
             self.pool.insert(tokens, addrs, namespace, origin)
-        return addrs, cached
+        return addrs, found
 
     def _publish(self, job: Job, tokens: Tokens) -> None:
         assert job.addrs is not None
@@ -281,19 +343,21 @@ class SimEngine:
             job.addrs = job.addrs.concat(self.pool.alloc_mem(whole - len(job.addrs)))
         self._joined += 1
         self._context += job.context
-        heapq.heappush(self._streams, (self._served + max(len(job.answer) - 1, 0), self._joined, job))
+        job.ends = self._served + len(job.answer) - 1
+        heapq.heappush(self._streams, (job.ends, self._joined, job))
 
     def _end_streams(self) -> list[Job]:
         ended = []
         while self._streams and self._streams[0][0] - self._served <= _DONE:
             job = heapq.heappop(self._streams)[2]
             self._context -= job.context
-            self._publish(job, job.said)
+            self._publish(job, job.computed)
             ended.append(job)
         return ended
 
 
 def ledger_of(job: Job) -> Ledger:
     """Where the prompt's KV came from."""
-    cached = min(job.cached, len(job.prompt) - 1)
-    return Ledger(computed=len(job.prompt) - cached, local=cached)
+    counts = np.bincount(job.origins, minlength=len(Origin)) * LAYOUT.block_tokens
+    local, peer, backflow = counts.tolist()
+    return Ledger(len(job.prompt) - job.cached, local=local, peer=peer, backflow=backflow)

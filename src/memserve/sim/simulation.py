@@ -1,87 +1,46 @@
-"""Runs requests through the real scheduler and simulated engines on a virtual clock. Deterministic."""
+"""Runs requests through the real scheduler and simulated engines on a virtual clock. Deterministic.
+
+What befalls instances goes the way it goes in a server (``server.placement``): whoever was served by a lost
+one goes on elsewhere, with what was answered as part of the prompt.
+"""
 
 from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
-
-import msgspec
+from collections.abc import Callable, Sequence
 
 from memserve.core.clock import VirtualClock
-from memserve.core.errors import OutOfBlocks
+from memserve.core.errors import ConfigError, NoInstance, OutOfBlocks
 from memserve.core.messages import Heartbeat, Member, Ready
-from memserve.core.types import InstanceId, Namespace, RequestId, Role, Tokens
+from memserve.core.types import InstanceId, Namespace, RequestId, Role
 from memserve.mempool.address import Origin
 from memserve.scheduler.accuracy import TreeAccuracy
-from memserve.scheduler.costs import Wire
 from memserve.scheduler.decision import Decision, RouteRequest
+from memserve.scheduler.decision_log import RecordingScheduler, Sink
 from memserve.scheduler.policies import Policy
 from memserve.scheduler.prompt_trees import TreeOptions
 from memserve.scheduler.service import GlobalScheduler
-from memserve.sim.engine import LAYOUT, Job, SimEngine, Speed
+from memserve.server.placement import MAX_ATTEMPTS
+from memserve.server.roles import missing_legs
+from memserve.server.stream import attempt_of
+from memserve.sim.engine import LAYOUT, Job, SimEngine, ledger_of
+from memserve.sim.journey import Journey, Outcome, SimRequest, Source
+from memserve.sim.site import Change, Loss, RoleChange, Site, check_changes
 
 SPACE = Namespace("simulated")
+_HISTORY = 1 << 16
 _REPORT_SECONDS = 1.0
 _RETRY_SECONDS = 0.1
 """Until a decode place without room is asked again."""
 
 
-@dataclass(frozen=True, slots=True)
-class SimRequest:
-    """A request that comes at ``at`` s; ``prompt``: int32[n], ``answer``: int32[m], m at least 1."""
-
-    at: float
-    prompt: Tokens
-    answer: Tokens
-    session: str | None = None
-
-
-class Outcome(msgspec.Struct):
-    """What became of a request; times in seconds since the start."""
-
-    at: float
-    prompt_tokens: int
-    answer_tokens: int
-    decision: Decision
-    cached_tokens: int = 0
-    first_token: float = 0.0
-    ended: float = 0.0
-
-    @property
-    def ttft(self) -> float:
-        return self.first_token - self.at
-
-    @property
-    def jct(self) -> float:
-        return self.ended - self.at
-
-
-@dataclass(frozen=True, slots=True)
-class Site:
-    """A cluster to simulate: instances by role, all alike; ``blocks`` of KV each."""
-
-    prefill: int
-    decode: int
-    colocated: int
-    speed: Speed
-    blocks: int
-    wire: Wire
-
-    def instances(self) -> Iterator[tuple[InstanceId, Role]]:
-        """Names and roles."""
-        for role, count in (
-            (Role.PREFILL, self.prefill),
-            (Role.DECODE, self.decode),
-            (Role.COLOCATED, self.colocated),
-        ):
-            for number in range(count):
-                yield InstanceId(f"{role}-{number}"), role
-
-
 class Simulation:
-    """One run. ``on_done`` hears of every request that ended."""
+    """One run. ``on_done`` hears of every request that ended; ``changes`` befall the site's instances.
+
+    ``explains``: whether the scheduler keeps what each decision was chosen from; ``log``: its decision log.
+    Raises ``ConfigError`` where a change makes no sense.
+    """
 
     def __init__(
         self,
@@ -89,41 +48,69 @@ class Simulation:
         policy: Policy,
         on_done: Callable[[Outcome], None],
         trees: TreeOptions | None = None,
+        changes: Sequence[Change] = (),
+        *,
+        explains: bool = False,
+        log: Sink | None = None,
     ) -> None:
+        check_changes(site, changes)
         self._clock = VirtualClock()
+        self._site = site
         self._wire = site.wire
-        self._scheduler = GlobalScheduler(policy, self._clock, history=1 << 16, trees=trees)
+        self._scheduler = _make_scheduler(policy, self._clock, trees, explains, log)
         self._on_done = on_done
         self._order = itertools.count()
+        self._numbers = itertools.count()
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
         self._due: dict[InstanceId, float] = {}
-        self._outcomes: dict[RequestId, Outcome] = {}
-        self._open = 0
-        self._more = True
-        self._engines = {
-            name: SimEngine(name, role, site.speed, site.blocks, self._clock)
-            for name, role in site.instances()
-        }
-        for engine in self._engines.values():
-            self._introduce(engine)
-        state = self._scheduler.state
-        state.wire = replace(site.wire, bytes_per_token=site.wire.bytes_per_token)
-        self._report()
+        self._journeys: dict[RequestId, Journey] = {}
+        self._homeless: list[Journey] = []
+        self._stopped = False
+        self._coming = 0
+        self._busy: dict[InstanceId, float] = {}
+        self._engines: dict[InstanceId, SimEngine] = {}
+        for name, role in site.instances():
+            self._add(name, role, 1)
+        self._scheduler.set_link(site.wire)
+        for change in changes:
+            self._plan(change)
 
-    def run(self, requests: Iterable[SimRequest]) -> None:
-        """Until all are answered. ``requests`` in order of time."""
-        coming = iter(requests)
-        self._take_next(coming)
-        while self._heap:
-            at, _, act = heapq.heappop(self._heap)
-            self._clock.advance(max(at - self._clock.now(), 0.0))
-            act()
+    def run(self, source: Source) -> None:
+        """Until all that ``source`` gives is answered or given up, or :meth:`stop` is called."""
+        self._report(source)
+        while not self._stopped:
+            at = source.next_at()
+            if at is not None and (not self._heap or at <= self._heap[0][0]):
+                self._clock.advance(max(at - self._clock.now(), 0.0))
+                for request in source.take_due(self._clock.now()):
+                    self._arrive(request)
+            elif self._heap:
+                at, _, act = heapq.heappop(self._heap)
+                self._clock.advance(max(at - self._clock.now(), 0.0))
+                act()
+            else:
+                return
+
+    def stop(self) -> None:
+        """Let :meth:`run` end now; what is under way stays unanswered."""
+        self._stopped = True
 
     def close(self) -> None:
         """Give the pools' memory back."""
         for engine in self._engines.values():
-            engine.pool.check([])
             engine.pool.close()
+
+    def check(self) -> None:
+        """Raise ``AssertionError`` if anything is still in use after a whole run. Costs a full pass."""
+        self._scheduler.state.check()
+        for engine in self._engines.values():
+            engine.pool.check([])
+            assert engine.idle, f"{engine.instance} has work left"
+
+    @property
+    def now(self) -> float:
+        """Seconds since the start."""
+        return self._clock.now()
 
     @property
     def accuracy(self) -> TreeAccuracy:
@@ -133,100 +120,214 @@ class Simulation:
     @property
     def busy(self) -> dict[InstanceId, float]:
         """Seconds in which each instance had work."""
-        return {name: engine.busy for name, engine in self._engines.items()}
+        return {
+            name: self._busy[name] + (engine.busy if (engine := self._engines.get(name)) else 0.0)
+            for name in self._busy
+        }
 
     # --- requests ---
 
-    def _take_next(self, coming: Iterator[SimRequest]) -> None:
-        request = next(coming, None)
-        if request is None:
-            self._more = False
+    def _arrive(self, request: SimRequest) -> None:
+        outcome = Outcome(next(self._numbers), self._clock.now(), len(request.prompt), len(request.answer))
+        journey = Journey(request, outcome)
+        tokens = len(request.prompt) + len(request.answer)
+        if LAYOUT.blocks_for(tokens) > self._site.blocks:
+            self._end(journey, f"{tokens} tokens do not fit into an instance")
             return
-        self._at(request.at, lambda: self._arrive(request, coming))
+        try:
+            self._begin(journey)
+        except NoInstance as error:
+            self._end(journey, str(error))
 
-    def _arrive(self, request: SimRequest, coming: Iterator[SimRequest]) -> None:
-        now = self._clock.now()
-        name = RequestId(f"r{self._scheduler.state.turn}")
-        decision = self._scheduler.route(
-            RouteRequest(name, SPACE, request.prompt, request.session, len(request.answer))
-        )
-        self._open += 1
-        self._outcomes[name] = Outcome(now, len(request.prompt), len(request.answer), decision)
-        job = Job(name, SPACE, request.prompt, request.answer, decision.decode)
+    def _begin(self, journey: Journey) -> None:
+        """Make an attempt. Raises ``NoInstance``."""
+        request, outcome = journey.request, journey.outcome
+        name = attempt_of(RequestId(f"r{outcome.number}"), len(outcome.decisions) + 1)
+        prompt, answer = journey.prompt, journey.answer
+        decision = self._scheduler.route(RouteRequest(name, SPACE, prompt, request.session, len(answer)))
+        outcome.decisions += (decision,)
+        journey.fruitless += 1
         engine = self._engines[decision.prefill]
+        job = Job(name, SPACE, prompt, answer, decision.decode)
+        journey.job, journey.engine = job, engine
+        self._journeys[name] = journey
         self._advance(engine)
         if decision.fetch_from is not None:
             self._fetch(engine, job, decision)
         engine.submit(job)
         self._settle(engine)
-        self._take_next(coming)
 
     def _fetch(self, engine: SimEngine, job: Job, decision: Decision) -> None:
         """The holder sends what it has of the prefix; the job waits for that."""
         assert decision.fetch_from is not None
         tokens = job.prompt[: decision.fetch_tokens]
-        have = self._engines[decision.fetch_from].held(SPACE, tokens)
+        holder = self._engines[decision.fetch_from]
+        have = holder.held(SPACE, tokens)
         missing = have - engine.held(SPACE, tokens)
         if missing <= 0:
             return
         job.waits = True
 
         def deliver() -> None:
+            if not self._lives(engine):
+                return
             self._advance(engine)
-            engine.receive(SPACE, tokens[:have], Origin.PEER)
+            if self._lives(holder):
+                engine.receive(SPACE, tokens[:have], Origin.PEER)
             job.waits = False
             self._advance(engine)
             self._settle(engine)
 
-        self._at(self._clock.now() + self._wire.seconds(missing), deliver)
+        self._after(self._wire.seconds(missing), deliver)
 
     def _prefilled(self, engine: SimEngine, job: Job) -> None:
-        outcome = self._outcomes[job.request]
-        outcome.first_token = self._clock.now()
-        outcome.cached_tokens = min(job.cached, len(job.prompt) - 1)
-        self._scheduler.first_token(job.request, outcome.cached_tokens)
-        if job.decode_on is None:
-            return
-        target = self._engines[job.decode_on]
+        outcome, ledger = self._journeys[job.request].outcome, ledger_of(job)
+        if not outcome.first_token:
+            outcome.first_token, outcome.ledger = self._clock.now(), ledger
+        self._scheduler.first_token(job.request, ledger.cached)
+        if job.decode_on is not None:
+            target = self._engines[job.decode_on]
+            self._after(self._tail(job, target), lambda: self._hand_over(engine, target, job))
+
+    def _tail(self, job: Job, target: SimEngine) -> float:
+        """Seconds of a hand-over that are left when the prefill ends: it went on beside it."""
         missing = len(job.prompt) - target.held(SPACE, job.prompt)
-        self._at(
-            self._clock.now() + self._wire.seconds(missing), lambda: self._hand_over(engine, target, job)
-        )
+        return max(self._wire.seconds(missing) - (self._clock.now() - job.began), self._wire.latency)
 
     def _hand_over(self, engine: SimEngine, target: SimEngine, job: Job) -> None:
+        journey = self._journeys.get(job.request)
+        if journey is None:
+            return
         self._advance(target)
-        self._advance(engine)
         held = job.addrs
         try:
             target.adopt(job)
         except OutOfBlocks:
-            self._at(self._clock.now() + _RETRY_SECONDS, lambda: self._hand_over(engine, target, job))
+            self._after(_RETRY_SECONDS, lambda: self._hand_over(engine, target, job))
             return
         assert held is not None
-        engine.pool.free_mem(held)
-        self._settle(engine)
+        journey.engine = target
         self._settle(target)
+        engine.pool.free_mem(held)
+        if not engine.starved:
+            return
+        self._advance(engine)
+        self._settle(engine)
 
-    def _ended(self, job: Job) -> None:
-        outcome = self._outcomes.pop(job.request)
-        outcome.ended = self._clock.now()
-        self._open -= 1
+    def _answered(self, job: Job) -> None:
+        journey = self._journeys.pop(job.request)
         self._scheduler.finish(job.request)
         self._scheduler.answered(len(job.answer))
-        self._scheduler.learn_answer(job.request, SPACE, job.said)
+        self._scheduler.learn_answer(job.request, SPACE, job.computed)
         if job.decode_on is not None:
-            source = self._engines[outcome.decision.prefill]
-            said, seconds = job.said, self._wire.seconds(len(job.answer))
+            self._send_back(self._engines.get(journey.outcome.decisions[-1].prefill), job)
+        self._end(journey)
 
-            def send_back() -> None:
-                self._advance(source)
-                source.receive(SPACE, said, Origin.BACKFLOW)
-                self._settle(source)
+    def _send_back(self, source: SimEngine | None, job: Job) -> None:
+        """The answer's KV goes to where the prompt was prefilled, if that still lives then."""
 
-            self._at(self._clock.now() + seconds, send_back)
-        self._on_done(outcome)
+        def deliver() -> None:
+            if source is None or not self._lives(source):
+                return
+            source.receive(SPACE, job.computed, Origin.BACKFLOW)
+            self._tell(source)
+
+        self._after(self._wire.seconds(len(job.answer)), deliver)
+
+    def _end(self, journey: Journey, error: str = "") -> None:
+        journey.outcome.ended = self._clock.now()
+        journey.outcome.error = error
+        self._on_done(journey.outcome)
+
+    # --- what befalls instances ---
+
+    def _plan(self, change: Change) -> None:
+        if isinstance(change, RoleChange):
+            self._after(change.at, lambda: self._change_role(change))
+        else:
+            self._after(change.at, lambda: self._lose(change))
+
+    def _change_role(self, change: RoleChange) -> None:
+        engine = self._engines.get(change.instance)
+        if engine is None:
+            return
+        roles = [x.role for x in self._engines.values() if x is not engine]
+        if missing := missing_legs([*roles, change.role]):
+            raise ConfigError(
+                f"with {change.instance} as {change.role} nobody would be left to {missing[0]} at "
+                f"{change.at:g} s; give another instance that role first"
+            )
+        engine.role = change.role
+        member = Member(engine.instance, engine.incarnation, engine.role, "")
+        self._scheduler.member_role_changed(member)
+
+    def _lose(self, change: Loss) -> None:
+        """All who need the instance leave it first; then each begins anew, in order of arrival."""
+        engine = self._engines.get(change.instance)
+        if engine is None:
+            return
+        for other in self._engines.values():
+            self._advance(other)
+            self._settle(other)
+        moved = [journey for journey in self._journeys.values() if journey.needs(change.instance)]
+        for journey in moved:
+            self._leave(journey)
+        del self._engines[change.instance]
+        self._busy[change.instance] += engine.busy
+        self._scheduler.member_lost(change.instance)
+        engine.pool.close()
+        if change.back is not None:
+            self._coming += 1
+            self._after(change.back, lambda: self._bring_back(engine))
+        for journey in sorted(moved, key=lambda one: one.outcome.number):
+            self._move(journey, f"{change.instance} was lost")
+
+    def _leave(self, journey: Journey) -> None:
+        """End the present attempt everywhere, and keep what it has answered."""
+        job, engine = journey.job, journey.engine
+        assert job is not None and engine is not None
+        said = engine.said(job)
+        if said:
+            journey.answered += said
+            journey.fruitless = 0
+        engine.cancel(job)
+        self._settle(engine)
+        journey.job = journey.engine = None
+        del self._journeys[job.request]
+        self._scheduler.finish(job.request)
+
+    def _move(self, journey: Journey, why: str) -> None:
+        if journey.fruitless >= MAX_ATTEMPTS:
+            self._end(journey, f"{why}; that was attempt {MAX_ATTEMPTS} without a token")
+            return
+        try:
+            self._begin(journey)
+        except NoInstance as error:
+            if self._coming:
+                self._homeless.append(journey)
+            else:
+                self._end(journey, f"{why}; {error}")
+
+    def _bring_back(self, lost: SimEngine) -> None:
+        """Its next incarnation starts, empty, in the role that it had."""
+        self._coming -= 1
+        self._add(lost.instance, lost.role, lost.incarnation + 1)
+        waiting, self._homeless = self._homeless, []
+        for journey in waiting:
+            self._move(journey, "nobody was left")
 
     # --- engines ---
+
+    def _add(self, instance: InstanceId, role: Role, incarnation: int) -> None:
+        site = self._site
+        engine = SimEngine(instance, role, site.speed, site.blocks, self._clock, incarnation=incarnation)
+        self._engines[instance] = engine
+        self._busy.setdefault(instance, 0.0)
+        self._introduce(engine)
+        self._settle(engine)
+
+    def _lives(self, engine: SimEngine) -> bool:
+        return self._engines.get(engine.instance) is engine
 
     def _advance(self, engine: SimEngine) -> None:
         """Bring an engine to now; tell of what happened on the way."""
@@ -234,25 +335,28 @@ class Simulation:
         for job in prefilled:
             self._prefilled(engine, job)
         for job in ended:
-            self._ended(job)
+            self._answered(job)
 
     def _settle(self, engine: SimEngine) -> None:
         """After a change: tell what the pool holds, and wake the engine when something ends in it."""
-        events = engine.take_events()
-        if events is not None:
-            self._scheduler.on_pool_events(events)
+        self._tell(engine)
         due = engine.next_event()
         self._due[engine.instance] = due
         if due != float("inf"):
             self._at(due, lambda: self._wake(engine, due))
 
+    def _tell(self, engine: SimEngine) -> None:
+        events = engine.take_events()
+        if events is not None:
+            self._scheduler.on_pool_events(events)
+
     def _wake(self, engine: SimEngine, due: float) -> None:
-        if self._due[engine.instance] == due:
+        if self._lives(engine) and self._due[engine.instance] == due:
             self._advance(engine)
             self._settle(engine)
 
     def _introduce(self, engine: SimEngine) -> None:
-        member = Member(engine.instance, 1, engine.role, "")
+        member = Member(engine.instance, engine.incarnation, engine.role, "")
         self._scheduler.member_ready(
             member,
             Ready(
@@ -270,13 +374,26 @@ class Simulation:
             ),
         )
 
-    def _report(self) -> None:
+    def _report(self, source: Source) -> None:
+        now = self._clock.now()
         for engine in self._engines.values():
-            self._advance(engine)
-            self._settle(engine)
-            self._scheduler.on_heartbeat(Heartbeat(engine.instance, 1, engine.read_load()))
-        if self._more or self._open:
-            self._at(self._clock.now() + _REPORT_SECONDS, self._report)
+            load = engine.read_load(now)
+            self._scheduler.on_heartbeat(Heartbeat(engine.instance, engine.incarnation, load))
+        if source.next_at() is not None or self._journeys or self._homeless:
+            self._after(_REPORT_SECONDS, lambda: self._report(source))
+
+    # --- time ---
+
+    def _after(self, seconds: float, act: Callable[[], None]) -> None:
+        self._at(self._clock.now() + seconds, act)
 
     def _at(self, at: float, act: Callable[[], None]) -> None:
         heapq.heappush(self._heap, (at, next(self._order), act))
+
+
+def _make_scheduler(
+    policy: Policy, clock: VirtualClock, trees: TreeOptions | None, explains: bool, log: Sink | None
+) -> GlobalScheduler:
+    if log is None:
+        return GlobalScheduler(policy, clock, history=_HISTORY, explains=explains, trees=trees)
+    return RecordingScheduler(policy, clock, log, history=_HISTORY, explains=explains, trees=trees)

@@ -8,7 +8,9 @@ from memserve.core.types import StepPrices
 from memserve.scheduler.costs import Wire
 from memserve.scheduler.policies.cost import LeastCost
 from memserve.sim.engine import Speed
-from memserve.sim.simulation import Outcome, SimRequest, Simulation, Site
+from memserve.sim.journey import InOrder, Outcome, SimRequest
+from memserve.sim.simulation import Simulation
+from memserve.sim.site import Site
 
 PRICES = StepPrices(step=0.01, row=0.002, row_context=1e-7, token=1e-4, token_context=1e-9)
 WIRE = Wire(bytes_per_token=1000.0, bandwidth=1e9, latency=0.001)
@@ -31,7 +33,8 @@ def requests() -> list[SimRequest]:
 def simulate(policy: LeastCost) -> list[Outcome]:
     done: list[Outcome] = []
     simulation = Simulation(Site(0, 0, 4, Speed(PRICES, step_tokens=1000), 8192, WIRE), policy, done.append)
-    simulation.run(requests())
+    simulation.run(InOrder(requests()))
+    simulation.check()
     simulation.close()
     return done
 

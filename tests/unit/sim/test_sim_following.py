@@ -10,7 +10,9 @@ from memserve.scheduler.costs import Wire
 from memserve.scheduler.policies import policy_by_name
 from memserve.sim.engine import Speed
 from memserve.sim.following import Prefill, Work, lead_of
-from memserve.sim.simulation import Outcome, SimRequest, Simulation, Site
+from memserve.sim.journey import InOrder, Outcome, SimRequest
+from memserve.sim.simulation import Simulation
+from memserve.sim.site import Site
 
 PRICES = StepPrices(step=0.01, row=0.002, row_context=1e-7, token=1e-4, token_context=1e-9)
 SPACE = Namespace("m")
@@ -24,7 +26,8 @@ def simulate(*requests: SimRequest) -> list[Outcome]:
     done: list[Outcome] = []
     site = Site(0, 0, 1, Speed(PRICES, step_tokens=1000), 4096, Wire(1000.0, 1e8, 0.001))
     simulation = Simulation(site, policy_by_name("cost"), done.append)
-    simulation.run(requests)
+    simulation.run(InOrder(requests))
+    simulation.check()
     simulation.close()
     return sorted(done, key=lambda one: one.at)
 

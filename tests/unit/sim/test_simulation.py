@@ -11,7 +11,9 @@ from memserve.scheduler.costs import Wire
 from memserve.scheduler.policies import Policy, policy_by_name
 from memserve.scheduler.policies.cost import LeastCost
 from memserve.sim.engine import Speed
-from memserve.sim.simulation import Outcome, SimRequest, Simulation, Site
+from memserve.sim.journey import InOrder, Outcome, SimRequest
+from memserve.sim.simulation import Simulation
+from memserve.sim.site import Site
 
 PRICES = StepPrices(step=0.01, row=0.002, row_context=1e-7, token=1e-4, token_context=1e-9)
 WIRE = Wire(bytes_per_token=1000.0, bandwidth=1e8, latency=0.001)
@@ -28,7 +30,8 @@ def site(prefill: int = 0, decode: int = 0, colocated: int = 0, blocks: int = 40
 def simulate(where: Site, requests: list[SimRequest], policy: Policy | None = None) -> list[Outcome]:
     done: list[Outcome] = []
     simulation = Simulation(where, policy or policy_by_name("cost"), done.append)
-    simulation.run(requests)
+    simulation.run(InOrder(requests))
+    simulation.check()
     simulation.close()
     return done
 

@@ -18,7 +18,7 @@ from memserve.scheduler.costs import (
     prefill_costs,
     tokens_by_slot,
 )
-from memserve.scheduler.fleet import Flags, Floats, Indices, Slots
+from memserve.scheduler.fleet import Columns, Flags, Floats, Indices
 from memserve.scheduler.policies.classic import PromptTree
 from memserve.scheduler.policies.plan import Choice, Fetch, Plan, Query, Weighed
 
@@ -80,49 +80,53 @@ class LeastCost:
         return Plan(prefill, decode, fetch, weighed, Weighed(second.best, second.moved, second.total))
 
     def _weigh_prefill(self, query: Query, held: Floats) -> _Prefill:
-        fleet, slots, weights = query.fleet, query.start.slots, self._weights
-        costs = prefill_costs(fleet, slots, query.prompt, held[slots], 0.0, query.now)
+        slots, weights = query.start.slots, self._weights
+        places, there = query.fleet.at(slots), held.take(slots)
+        costs = prefill_costs(places, query.prompt, there, np.zeros(len(slots)), query.now)
         tier: Indices = np.full(len(slots), -1)
         if self._fetches:
-            costs, tier = self._with_fetches(query, held[slots], costs, tier)
+            costs, tier = self._with_fetches(query, places, there, costs, tier)
         behind = weights.opportunity + weights.append * query.start.only_decodes
-        others = (behind + weights.streams * fleet.streams[slots]) * costs.work
-        own, beside = self._weigh_streams(query, slots)
+        others = (behind + weights.streams * places.streams) * costs.work
+        own, beside = self._weigh_streams(query, places)
         return _Prefill(costs, tier, costs.ttft + others, own, beside, ~query.start.decodes)
 
-    def _weigh_streams(self, query: Query, slots: Slots) -> tuple[Floats, Floats]:
-        own, others = decode_costs(query.fleet, slots, query.prompt, query.answer)
+    def _weigh_streams(self, query: Query, places: Columns) -> tuple[Floats, Floats]:
+        own, others = decode_costs(places, query.prompt, query.answer)
         return self._weights.decode * own, self._weights.streams * others
 
     def _with_fetches(
-        self, query: Query, held: Floats, costs: PrefillCosts, tier: Indices
+        self, query: Query, places: Columns, held: Floats, costs: PrefillCosts, tier: Indices
     ) -> tuple[PrefillCosts, Indices]:
         wire = query.wire
-        for number, longer in enumerate(query.there.tiers[:_FETCHED_TIERS]):
+        # Where a token takes longer to compute than to fetch, no shorter prefix is better than the longest.
+        tiers = _FETCHED_TIERS if wire.token > places.token.min() else 1
+        for number, longer in enumerate(query.there.tiers[:tiers]):
             there = float(min(longer.tokens, query.prompt - 1))
-            seconds = wire.latency + wire.token * (there - held)
-            computed = np.maximum(held, there)
+            missing = np.maximum(there - held, 0.0)
             fetched = prefill_costs(
-                query.fleet, query.start.slots, query.prompt, computed, seconds, query.now
+                places, query.prompt, held + missing, wire.latency + wire.token * missing, query.now
             )
-            better = (held < there) & (fetched.ttft < _LEAST_GAIN * costs.ttft)
-            costs, tier = costs.where(better, fetched), np.where(better, number, tier)
+            better = (missing > 0) & (fetched.ttft < _LEAST_GAIN * costs.ttft)
+            if better.any():
+                costs, tier = costs.where(better, fetched), np.where(better, number, tier)
         return costs, tier
 
     def _weigh_decode(self, query: Query, held: Floats) -> _Decode:
         slots = query.decode.slots
-        own, others = self._weigh_streams(query, slots)
-        missing = query.prompt - held[slots]
+        places = query.fleet.at(slots)
+        own, others = self._weigh_streams(query, places)
+        missing = query.prompt - held.take(slots)
         moved = query.wire.latency + query.wire.token * missing
         # Who has no room lets the request wait for another to end, about as long as an answer takes.
-        full = np.where(query.fleet.room[slots] < missing, own, 0.0)
+        full = np.where(places.room < missing, own, 0.0)
         total = moved + own + others + full
         return _Decode(moved, own, others, total, int(total.argmin()))
 
     def _fetch_of(self, query: Query, number: int) -> Fetch:
         """From the holder that will be done with its own prompts first."""
         tier = query.there.tiers[number]
-        holders = sorted((query.fleet.free_at[slot], name) for slot, name in tier.numbered())
+        holders = sorted((query.fleet.columns.free_at[slot], name) for slot, name in tier.numbered())
         return Fetch(holders[0][1], min(tier.tokens, query.prompt - 1))
 
 

@@ -103,6 +103,7 @@ def test_foresight_counts_as_use_and_replays() -> None:
     assert [one.now for one in replayed] == [one.then for one in replayed]
     without = [line for line in lines if b'"what":"foreseen"' not in line]
     assert len(without) == len(lines) - 61
+    assert any(one.now != one.then for one in again(without)), "it was of consequence"
 
 
 def test_another_policy_differs() -> None:

@@ -14,6 +14,7 @@ from memserve.cli.doctor import doctor
 from memserve.cli.instance import instance
 from memserve.cli.plan import HELP as PLAN_HELP
 from memserve.cli.plan import plan
+from memserve.cli.replay import replay
 from memserve.cli.resize import resize
 from memserve.cli.role import role
 from memserve.cli.serve import serve
@@ -37,6 +38,7 @@ app.command(help=HELP)(serve)
 app.command()(chat)
 app.command()(status)
 app.command()(why)
+app.command()(replay)
 app.command()(resize)
 app.command()(role)
 app.command(help=BENCH_HELP)(bench)

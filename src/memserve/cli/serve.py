@@ -45,6 +45,7 @@ class ServeOptions:
     phases: str | None = None
     policy: str | None = None
     trees: TreeSource | None = None
+    decision_log: str | None = None
     kv_memory: str | None = None
     kv_cache_dtype: str | None = None
     host_memory: str | None = None
@@ -76,6 +77,7 @@ def serve(
     phases: options.Phases = None,
     policy: options.Policy = None,
     trees: options.Trees = None,
+    decision_log: options.DecisionLog = None,
     kv_memory: options.KvMemory = None,
     kv_cache_dtype: options.KvCacheDtype = None,
     host_memory: options.HostMemory = None,
@@ -96,7 +98,8 @@ def serve(
         model=model, served_name=served_name, context=context, runner=runner, weights=weights,
         weights_cache=weights_cache, activations=activations, speculative_method=speculative_method,
         num_speculative_tokens=num_speculative_tokens, prefill=prefill, decode=decode, colocated=colocated,
-        phases=phases, policy=policy, trees=trees, kv_memory=kv_memory, kv_cache_dtype=kv_cache_dtype,
+        phases=phases, policy=policy, trees=trees, decision_log=decision_log, kv_memory=kv_memory,
+        kv_cache_dtype=kv_cache_dtype,
         host_memory=host_memory, disk=disk, disk_memory=disk_memory, restart_lost=restart_lost,
         threads=threads, pin=pin, target_tpot=target_tpot, host=host, port=port,
         request_timeout=request_timeout,
@@ -135,7 +138,7 @@ def build_config(said: ServeOptions, file: Path | None) -> Config:
         target_tpot=said.target_tpot,
     )
     config = override_config(config, "cluster", restart_lost=said.restart_lost, **_counts(said))
-    config = override_config(config, "scheduler", trees=said.trees)
+    config = override_config(config, "scheduler", trees=said.trees, decision_log=said.decision_log)
     config = override_config(
         config,
         "server",

@@ -116,6 +116,15 @@ Trees = Annotated[
         rich_help_panel=_INSTANCES,
     ),
 ]
+DecisionLog = Annotated[
+    str | None,
+    typer.Option(
+        help="A file for all that the router is told and decides, prompts included, for **memserve replay**. "
+        "It is replaced, and ends at 1 GiB.",
+        metavar="FILE",
+        rich_help_panel=_INSTANCES,
+    ),
+]
 KvMemory = Annotated[
     str | None,
     typer.Option(

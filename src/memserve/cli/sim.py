@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from memserve.core.config import POLICIES
 from memserve.core.errors import ConfigError, MemServeError
 
 if TYPE_CHECKING:
+    from memserve.scheduler.decision_log import Sink
     from memserve.sim.site import Change, Site
     from memserve.sim.speeds import Profile
     from memserve.sim.trial import Load, Trial
@@ -90,6 +92,7 @@ def sim(
     slo_tpot: options.SloTpot = None,
     json: bench_options.Json = None,
     report: options.Report = None,
+    decisions: options.Decisions = None,
 ) -> None:
     """Simulate a cluster; ``HELP`` says it to users."""
     what = What(
@@ -98,10 +101,12 @@ def sim(
     )
     speeds, pacing = Speeds(speed, from_url, api_key, kv_tokens), Pacing(load, rate, concurrency)
     try:
-        check_writable(json, report)
+        check_writable(json, report, decisions)
         counts, events = (prefill, decode, colocated), (kill or (), role or ())
         experiment = _prepare(counts, speeds, what, pacing, _choose_policies(policy), events)
-        trials, seconds = _run(experiment)
+        if decisions is not None and len(experiment.policies) > 1:
+            raise ConfigError("--decisions is the log of one policy; name one with --policy")
+        trials, seconds = _run(experiment, decisions)
     except ConfigError as error:
         fail(error, BAD_USAGE)
     except MemServeError as error:
@@ -142,8 +147,13 @@ def _choose_policies(names: str) -> tuple[str, ...]:
     return chosen
 
 
-def _run(experiment: Experiment) -> tuple[list[Trial], float]:
+def _run(experiment: Experiment, decisions: Path | None) -> tuple[list[Trial], float]:
     """One trial per policy, and the seconds of processor time that they took."""
+    with contextlib.nullcontext() if decisions is None else decisions.open("wb") as file:
+        return _run_each(experiment, None if file is None else file.write)
+
+
+def _run_each(experiment: Experiment, log: Sink | None) -> tuple[list[Trial], float]:
     from rich.console import Console
 
     from memserve.cli.bench_screen import BenchScreen
@@ -161,6 +171,7 @@ def _run(experiment: Experiment) -> tuple[list[Trial], float]:
                     policy,
                     changes=experiment.changes,
                     on_record=screen.turn_ended,
+                    log=log,
                 )
             )
     return trials, time.process_time() - started

@@ -108,6 +108,14 @@ RoleChanges = Annotated[
         rich_help_panel=_EVENTS,
     ),
 ]
+Decisions = Annotated[
+    Path | None,
+    typer.Option(
+        help="Write the decision log here, for **memserve replay**; with one policy.",
+        metavar="FILE",
+        rich_help_panel=_OUT,
+    ),
+]
 SloTpot = Annotated[
     float | None,
     typer.Option(help="Mean seconds per further token that a good turn keeps.", rich_help_panel=_OUT),

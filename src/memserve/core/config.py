@@ -168,6 +168,8 @@ class SchedulerConfig(_Section, frozen=True):
     ``speculative``: a prompt that was sent to an instance counts as coming there until its pool tells of
     it, for at most ``speculative_seconds``.
     ``tree_memory``: bytes of what is believed, about; what was used longest ago is forgotten first.
+    ``decision_log``: a file for all that the scheduler is told and decides, prompts included, which is
+    replaced; no more than ``decision_log_bytes``.
     """
 
     trees: TreeSource = TreeSource.EVENTS
@@ -175,6 +177,8 @@ class SchedulerConfig(_Section, frozen=True):
     speculative: bool = True
     speculative_seconds: float = 60.0
     tree_memory: int = 1 << 30
+    decision_log: str = ""
+    decision_log_bytes: int = 1 << 30
 
 
 class Config(_Section, frozen=True):

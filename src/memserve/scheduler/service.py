@@ -8,6 +8,7 @@ from __future__ import annotations
 from memserve.core.clock import Clock
 from memserve.core.messages import Heartbeat, Member, PoolEvents, Ready, Snapshot
 from memserve.core.types import InstanceId, Namespace, RequestId, Tokens
+from memserve.scheduler.costs import Wire
 from memserve.scheduler.decision import Decision, RouteRequest, decide, decide_recorded
 from memserve.scheduler.hindsight import RegretSum
 from memserve.scheduler.history import Explanation, History
@@ -165,9 +166,13 @@ class GlobalScheduler:
     # --- news from instances ---
 
     def on_heartbeat(self, heartbeat: Heartbeat) -> None:
-        self.state.apply_load(heartbeat)
+        self.state.apply_load(heartbeat, self._clock.now())
         if heartbeat.instance in self._easing:
             self._ease(heartbeat.instance)
+
+    def set_link(self, wire: Wire) -> None:
+        """How KV travels between instances, until transfers tell better."""
+        self.state.wire = wire
 
     def on_transfer(self, moved: int, seconds: float) -> None:
         """Bytes that went from an instance to another, and what that took."""

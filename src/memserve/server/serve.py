@@ -24,8 +24,8 @@ from memserve.cluster.manager import ClusterManager
 from memserve.cluster.membership import MemberState
 from memserve.cluster.spawning import INSTANCE_COMMAND
 from memserve.cluster.supervisor import Supervisor
-from memserve.core.clock import MonotonicClock
-from memserve.core.config import Config, PoolConfig, override_config
+from memserve.core.clock import Clock, MonotonicClock
+from memserve.core.config import Config, PoolConfig, SchedulerConfig, override_config
 from memserve.core.errors import ConfigError, NoInstance
 from memserve.core.types import InstanceId, Role
 from memserve.engine.context import context_of
@@ -35,10 +35,12 @@ from memserve.engine.models.resolve import resolve_model
 from memserve.engine.models.tokenizer import Tokenizer
 from memserve.engine.phases import PHASES
 from memserve.engine.settings import InstanceSettings
+from memserve.scheduler.decision_log import RecordingScheduler
 from memserve.scheduler.policies import policy_by_name
 from memserve.scheduler.prompt_trees import TreeOptions
 from memserve.scheduler.service import GlobalScheduler
 from memserve.server.dispatch import Dispatcher
+from memserve.server.log_file import LogFile
 from memserve.server.overview import ClusterOverview
 from memserve.server.progress import StartScreen
 
@@ -154,7 +156,12 @@ class _Cluster:
         self._address = f"@memserve-{self._name}-control"
         clock = MonotonicClock()
         policy = policy_by_name(config.server.policy)
-        self._scheduler = GlobalScheduler(policy, clock, trees=tree_options(config))
+        self._log = _open_log(config.scheduler, clock)
+        self._scheduler = (
+            GlobalScheduler(policy, clock, trees=tree_options(config))
+            if self._log is None
+            else RecordingScheduler(policy, clock, self._log.write, trees=tree_options(config))
+        )
         self._dispatcher = Dispatcher(
             self._scheduler,
             clock,
@@ -224,6 +231,8 @@ class _Cluster:
         self._supervisor.restart_no_more()
         await self._manager.stop()
         await self._supervisor.stop()
+        if self._log is not None:
+            self._log.close()
 
     async def _all_ready(self) -> None:
         seconds = self._config.cluster.start_timeout
@@ -279,6 +288,12 @@ class _Cluster:
             f"{ready.blocks} blocks of {ready.block_tokens} tokens each · "
             f"{self._config.engine.phases} · {self._config.server.policy}",
         )
+
+
+def _open_log(config: SchedulerConfig, clock: Clock) -> LogFile | None:
+    if not config.decision_log:
+        return None
+    return LogFile(Path(config.decision_log), config.decision_log_bytes, clock)
 
 
 def _load_front(source: ModelSource) -> tuple[Tokenizer, ChatTemplate | None]:

@@ -17,6 +17,7 @@ from memserve.core.types import InstanceId, Namespace, RequestId, Role
 from memserve.mempool.address import Origin
 from memserve.scheduler.accuracy import TreeAccuracy
 from memserve.scheduler.decision import Decision, RouteRequest
+from memserve.scheduler.decision_log import RecordingScheduler, Sink
 from memserve.scheduler.policies import Policy
 from memserve.scheduler.prompt_trees import TreeOptions
 from memserve.scheduler.service import GlobalScheduler
@@ -25,9 +26,11 @@ from memserve.server.roles import missing_legs
 from memserve.server.stream import attempt_of
 from memserve.sim.engine import LAYOUT, Job, SimEngine, ledger_of
 from memserve.sim.journey import Journey, Outcome, SimRequest, Source
+from memserve.sim.shards import Sharding, Shards
 from memserve.sim.site import Change, Loss, RoleChange, Site, check_changes
 
 SPACE = Namespace("simulated")
+_HISTORY = 1 << 16
 _REPORT_SECONDS = 1.0
 _RETRY_SECONDS = 0.1
 """Until a decode place without room is asked again."""
@@ -36,7 +39,8 @@ _RETRY_SECONDS = 0.1
 class Simulation:
     """One run. ``on_done`` hears of every request that ended; ``changes`` befall the site's instances.
 
-    ``explains``: whether the scheduler keeps what each decision was chosen from.
+    ``explains``: whether the scheduler keeps what each decision was chosen from; ``log``: its decision log.
+    ``sharding``: schedulers that share the requests.
     Raises ``ConfigError`` where a change makes no sense.
     """
 
@@ -49,13 +53,16 @@ class Simulation:
         changes: Sequence[Change] = (),
         *,
         explains: bool = False,
+        log: Sink | None = None,
+        sharding: Sharding | None = None,
     ) -> None:
+        assert log is None or sharding is None, "a decision log is that of one scheduler"
         check_changes(site, changes)
         self._clock = VirtualClock()
         self._site = site
         self._wire = site.wire
-        self._scheduler = GlobalScheduler(
-            policy, self._clock, history=1 << 16, trees=trees, explains=explains
+        self._scheduler = Shards(
+            lambda: _make_scheduler(policy, self._clock, trees, explains, log), sharding or Sharding()
         )
         self._on_done = on_done
         self._order = itertools.count()
@@ -70,7 +77,7 @@ class Simulation:
         self._engines: dict[InstanceId, SimEngine] = {}
         for name, role in site.instances():
             self._add(name, role, 1)
-        self._scheduler.state.wire = site.wire
+        self._scheduler.set_link(site.wire)
         for change in changes:
             self._plan(change)
 
@@ -101,7 +108,7 @@ class Simulation:
 
     def check(self) -> None:
         """Raise ``AssertionError`` if anything is still in use after a whole run. Costs a full pass."""
-        self._scheduler.state.check()
+        self._scheduler.check()
         for engine in self._engines.values():
             engine.pool.check([])
             assert engine.idle, f"{engine.instance} has work left"
@@ -114,7 +121,7 @@ class Simulation:
     @property
     def accuracy(self) -> TreeAccuracy:
         """How true the scheduler's prompt trees were."""
-        return self._scheduler.state.accuracy
+        return self._scheduler.accuracy
 
     @property
     def busy(self) -> dict[InstanceId, float]:
@@ -388,3 +395,11 @@ class Simulation:
 
     def _at(self, at: float, act: Callable[[], None]) -> None:
         heapq.heappush(self._heap, (at, next(self._order), act))
+
+
+def _make_scheduler(
+    policy: Policy, clock: VirtualClock, trees: TreeOptions | None, explains: bool, log: Sink | None
+) -> GlobalScheduler:
+    if log is None:
+        return GlobalScheduler(policy, clock, history=_HISTORY, explains=explains, trees=trees)
+    return RecordingScheduler(policy, clock, log, history=_HISTORY, explains=explains, trees=trees)

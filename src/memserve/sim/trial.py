@@ -12,6 +12,7 @@ from memserve.bench.timeline import Due, Pace, Timeline
 from memserve.bench.workload import Workload
 from memserve.core.errors import ConfigError
 from memserve.core.types import InstanceId
+from memserve.scheduler.decision_log import Sink
 from memserve.scheduler.policies import policy_by_name
 from memserve.sim.journey import Outcome, SimRequest
 from memserve.sim.prompts import content_tokens, prompt_lengths, tokens_of
@@ -71,8 +72,10 @@ def run_trial(
     changes: Sequence[Change] = (),
     on_record: Callable[[Record], None] = lambda _: None,
     give_up: Callable[[], bool] = lambda: False,
+    log: Sink | None = None,
 ) -> Trial:
     """Run ``load`` to its end. ``on_record`` hears of every turn; then ``give_up`` may end it at once.
+    ``log`` gets the decision log.
 
     Raises ``ConfigError``.
     """
@@ -83,7 +86,7 @@ def run_trial(
             simulation.stop()
 
     sessions = _Sessions(load, on_record)
-    simulation = Simulation(site, policy_by_name(policy), ended, changes=changes)
+    simulation = Simulation(site, policy_by_name(policy), ended, changes=changes, log=log)
     try:
         simulation.run(sessions)
     finally:

@@ -1,0 +1,159 @@
+"""Decides again what a decision log tells of. Pure: lines in, decisions out."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import msgspec
+
+from memserve.core.errors import ConfigError, LayoutMismatch, NoInstance
+from memserve.core.types import unpack_tokens
+from memserve.scheduler.decision import Decision, RouteRequest
+from memserve.scheduler.decision_log import (
+    VERSION,
+    Answered,
+    AnswerLearnt,
+    Beat,
+    BecameReady,
+    Draining,
+    Finished,
+    FirstToken,
+    Linked,
+    Listed,
+    Lost,
+    News,
+    Opened,
+    Recovered,
+    RoleChanged,
+    Routed,
+    Stored,
+    Suspected,
+    Transferred,
+)
+from memserve.scheduler.policies import Policy
+from memserve.scheduler.service import GlobalScheduler
+
+
+class _Told:
+    """A clock that shows what it is told."""
+
+    def __init__(self, at: float) -> None:
+        self.at = at
+
+    def now(self) -> float:
+        return self.at
+
+
+@dataclass(frozen=True, slots=True)
+class Replayed:
+    """A request on line ``line`` of a log: what was decided then, and now.
+
+    Where nobody could take it, the error's text is in the decision's place.
+    """
+
+    line: int
+    request: RouteRequest
+    then: Decision | str
+    now: Decision | str
+
+
+def read_log(lines: Iterable[bytes], name: str) -> tuple[Opened, Iterator[tuple[int, News]]]:
+    """The head of a log and its other lines, numbered from 2.
+
+    Raises ``ConfigError`` naming ``name`` and the line, at once or when that line is read. A last line that
+    was cut off where its writer died is left out.
+    """
+    coming = iter(lines)
+    first = next(coming, b"")
+    try:
+        opened = _HEAD.decode(first)
+    except msgspec.DecodeError as error:
+        raise ConfigError(f"{name} is no decision log of `memserve serve --decision-log`: {error}") from error
+    if opened.version != VERSION:
+        raise ConfigError(
+            f"{name} has version {opened.version}; this MemServe reads version {VERSION}: use the one that "
+            f"wrote it"
+        )
+    return opened, _read_news(coming, name)
+
+
+def replay(opened: Opened, news: Iterable[tuple[int, News]], policy: Policy) -> Iterator[Replayed]:
+    """Tell a new scheduler all of it; what it decides, beside what was decided, request by request."""
+    clock = _Told(opened.at)
+    scheduler = GlobalScheduler(
+        policy, clock, history=opened.history, block_tokens=opened.block_tokens, trees=opened.trees
+    )
+    for line, entry in news:
+        clock.at = entry.at
+        if isinstance(entry, Routed):
+            request = RouteRequest(
+                entry.request, entry.namespace, unpack_tokens(entry.tokens), entry.session, entry.max_tokens
+            )
+            then = entry.error if entry.decision is None else entry.decision
+            yield Replayed(line, request, then, _route(scheduler, request))
+        else:
+            _tell(scheduler, entry)
+
+
+def _route(scheduler: GlobalScheduler, request: RouteRequest) -> Decision | str:
+    try:
+        return scheduler.route(request)
+    except NoInstance as error:
+        return str(error)
+
+
+def _tell(scheduler: GlobalScheduler, entry: News) -> None:
+    match entry:
+        case FirstToken():
+            scheduler.first_token(entry.request, entry.cached)
+        case Finished():
+            scheduler.finish(entry.request)
+        case Answered():
+            scheduler.answered(entry.tokens)
+        case AnswerLearnt():
+            scheduler.learn_answer(entry.request, entry.namespace, unpack_tokens(entry.tokens))
+        case Beat():
+            scheduler.on_heartbeat(entry.heartbeat)
+        case Transferred():
+            scheduler.on_transfer(entry.bytes, entry.seconds)
+        case Linked():
+            scheduler.set_link(entry.wire)
+        case Stored():
+            scheduler.on_pool_events(entry.events)
+        case Listed():
+            scheduler.on_snapshot(entry.snapshot)
+        case _:
+            _tell_of_member(scheduler, entry)
+
+
+def _tell_of_member(scheduler: GlobalScheduler, entry: News) -> None:
+    match entry:
+        case BecameReady():
+            with contextlib.suppress(LayoutMismatch):
+                scheduler.member_ready(entry.member, entry.ready)
+        case RoleChanged():
+            scheduler.member_role_changed(entry.member)
+        case Suspected():
+            scheduler.member_suspected(entry.instance)
+        case Recovered():
+            scheduler.member_recovered(entry.instance)
+        case Draining():
+            scheduler.member_draining(entry.instance)
+        case Lost():
+            scheduler.member_lost(entry.instance)
+
+
+def _read_news(lines: Iterable[bytes], name: str) -> Iterator[tuple[int, News]]:
+    for number, line in enumerate(lines, 2):
+        try:
+            yield number, _NEWS.decode(line)
+        except msgspec.DecodeError as error:
+            if not line.endswith(b"\n"):
+                return
+            raise ConfigError(f"{name}, line {number}, cannot be read: {error}") from error
+
+
+_HEAD = msgspec.json.Decoder(Opened)
+_NEWS: msgspec.json.Decoder[News] = msgspec.json.Decoder(News)

@@ -1,0 +1,60 @@
+"""The file that a decision log goes to: complete lines, up to a size; without it, serving goes on."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import msgspec
+
+from memserve.core.clock import Clock
+from memserve.core.errors import ConfigError
+from memserve.scheduler.decision_log import Closed
+
+log = logging.getLogger(__name__)
+
+
+class LogFile:
+    """Replaces ``path``, for its owner's eyes only. Raises ``ConfigError`` where that cannot be written.
+
+    ``limit`` in bytes: with the line that would exceed it the log is closed. Every line is handed to the
+    system at once, so that it can be read also if this process dies.
+    """
+
+    def __init__(self, path: Path, limit: int, clock: Clock) -> None:
+        self._path = path
+        self._left = limit
+        self._clock = clock
+        try:
+            number = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise ConfigError(
+                f"scheduler.decision_log: {path} cannot be written: {error.strerror or error}"
+            ) from error
+        self._file = os.fdopen(number, "wb", buffering=0)
+        self._open = True
+
+    def write(self, line: bytes) -> None:
+        """Add a line. Never raises: a log that cannot go on ends, with a warning."""
+        if not self._open:
+            return
+        if len(line) > self._left:
+            self._end(f"scheduler.decision_log_bytes are full after {self._file.tell()} bytes")
+            return
+        self._left -= len(line)
+        try:
+            self._file.write(line)
+        except OSError as error:
+            self._open = False
+            log.warning("the decision log %s ends: %s", self._path, error)
+
+    def close(self) -> None:
+        """May be repeated."""
+        self._open = False
+        self._file.close()
+
+    def _end(self, reason: str) -> None:
+        log.warning("the decision log %s ends: %s", self._path, reason)
+        self._file.write(msgspec.json.encode(Closed(self._clock.now(), reason)) + b"\n")
+        self.close()

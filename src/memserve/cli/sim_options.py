@@ -108,6 +108,13 @@ RoleChanges = Annotated[
         rich_help_panel=_EVENTS,
     ),
 ]
+SloTpot = Annotated[
+    float | None,
+    typer.Option(help="Mean seconds per further token that a good turn keeps.", rich_help_panel=_OUT),
+]
+Report = Annotated[
+    Path | None, typer.Option("--report", help="Write a page with plots to this file.", rich_help_panel=_OUT)
+]
 Decisions = Annotated[
     Path | None,
     typer.Option(
@@ -115,13 +122,6 @@ Decisions = Annotated[
         metavar="FILE",
         rich_help_panel=_OUT,
     ),
-]
-SloTpot = Annotated[
-    float | None,
-    typer.Option(help="Mean seconds per further token that a good turn keeps.", rich_help_panel=_OUT),
-]
-Report = Annotated[
-    Path | None, typer.Option("--report", help="Write a page with plots to this file.", rich_help_panel=_OUT)
 ]
 Concurrency = Annotated[
     int | None, typer.Option(help="Sessions at a time instead (closed loop).", rich_help_panel=_PACE)

@@ -17,6 +17,8 @@ from memserve.scheduler.state import InstanceState, Leg, SchedulerState
 LEAD_STEPS = 2
 """Behind the prompt that it computes, an instance has so many steps of work: one to begin at once, and one
 while it is told that the first is done and the next request is on its way."""
+_SPARE_PART = 8
+"""The part of its KV that an instance keeps free for what comes, where that is less than its steps bring."""
 _KEPT = 0.95
 """What a take leaves of the weight of those before it in the pace of the line."""
 _ENOUGH = 4
@@ -56,7 +58,7 @@ def has_room(state: SchedulerState, max_running: int, in_flight: int) -> bool:
     """Whether one more request keeps an instance busy that could have nothing to do otherwise.
 
     Some place has less than ``LEAD_STEPS`` steps of prompts behind the one it computes, and some place to
-    decode has a stream to spare, and KV for as many tokens. Policies that crowd one place find the other
+    decode has a stream to spare, and KV for as many tokens, or an eighth of its KV. Policies that crowd one place find the other
     ones open; they are stopped at twice the streams that all can run.
     """
     prefill, decode = state.places(Leg.PREFILL).instances, state.places(Leg.DECODE).instances
@@ -223,7 +225,9 @@ def _decodes_soon(place: InstanceState, max_running: int) -> bool:
     if not running:
         return True
     used = (report.active_blocks + report.incoming_blocks) * place.block_tokens
-    return running < max_running and used + LEAD_STEPS * place.step_tokens <= place.capacity
+    # Small pools could never hold as much beside what runs.
+    spare = min(LEAD_STEPS * place.step_tokens, place.capacity // _SPARE_PART)
+    return running < max_running and used + spare <= place.capacity
 
 
 def _is_full(requests: int, tokens: int, most_requests: int, most_tokens: int) -> bool:

@@ -137,6 +137,7 @@ class FrontLine:
         except TimeoutError:
             if not limit.expired():
                 raise
+            self._line.leave(waiting)
             raise self._line.refuse(
                 Refusal.SLO_TTFT,
                 f"the request has waited for {slo:g} s, within which the first token was asked for. Remedy: "

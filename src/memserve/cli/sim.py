@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -38,7 +38,6 @@ Examples:
     memserve sim --prefill 2 --decode 2 --kill prefill-0@60+30 --role decode-1=colocated@90
     memserve sim --from http://127.0.0.1:8000 --colocated 16 --workload sharegpt --data DIR
 """
-_CLUSTER, _EVENTS = "Cluster", "What befalls instances"
 _DEFAULT_COUNTS = (0, 0, 4)
 
 
@@ -67,12 +66,7 @@ def sim(
     prefill: options.Prefill = 0,
     decode: options.Decode = 0,
     colocated: options.Colocated = 0,
-    policy: Annotated[
-        str,
-        typer.Option(
-            help=f"Policies to compare: {', '.join(POLICIES)}.", metavar="NAMES", rich_help_panel=_CLUSTER
-        ),
-    ] = "cost,prompt-tree,round-robin",
+    policy: options.Policies = "cost,prompt-tree,round-robin",
     speed: options.SpeedName = None,
     from_url: options.FromUrl = None,
     api_key: options.ApiKey = None,
@@ -86,40 +80,19 @@ def sim(
     think: bench_options.Think = None,
     load: options.Load = None,
     rate: bench_options.Rate = None,
-    concurrency: bench_options.Concurrency = None,
+    concurrency: options.Concurrency = None,
     turns: bench_options.Turns = 3,
     prompt_tokens: bench_options.PromptTokens = 4096,
     shared: bench_options.Shared = 0.5,
     turn_tokens: bench_options.TurnTokens = 256,
     output_tokens: bench_options.OutputTokens = 256,
-    kill: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Lose an instance: INSTANCE@SECONDS, +BACK if it returns so many seconds later. Repeatable.",
-            metavar="EVENT",
-            rich_help_panel=_EVENTS,
-        ),
-    ] = None,
-    role: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Change what an instance does: INSTANCE=ROLE@SECONDS. Repeatable.",
-            metavar="EVENT",
-            rich_help_panel=_EVENTS,
-        ),
-    ] = None,
+    kill: options.Kill = None,
+    role: options.RoleChanges = None,
     slo_ttft: bench_options.SloTtft = None,
     slo_tpot: options.SloTpot = None,
     json: bench_options.Json = None,
     report: options.Report = None,
-    decisions: Annotated[
-        Path | None,
-        typer.Option(
-            help="Write the decision log here, for **memserve replay**; with one policy.",
-            metavar="FILE",
-            rich_help_panel=options.OUT,
-        ),
-    ] = None,
+    decisions: options.Decisions = None,
 ) -> None:
     """Simulate a cluster; ``HELP`` says it to users."""
     what = What(

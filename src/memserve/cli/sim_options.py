@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from memserve.cli.workloads import MOONCAKE, SYNTHETIC, Lengths, Wanted, make_workload
+from memserve.core.config import POLICIES
 from memserve.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 
 CONTEXT = 1 << 17
 DEFAULT_LOAD = 0.7
-_CLUSTER, _WHAT, _PACE, OUT = "Cluster", "Workload", "Pace", "Report"
+_CLUSTER, _WHAT, _PACE, _OUT = "Cluster", "Workload", "Pace", "Report"
+_EVENTS = "What befalls instances"
 
 Prefill = Annotated[int, typer.Option(help="Instances that only prefill.", rich_help_panel=_CLUSTER)]
 Decode = Annotated[int, typer.Option(help="Instances that only decode.", rich_help_panel=_CLUSTER)]
@@ -27,6 +29,12 @@ Colocated = Annotated[
     int,
     typer.Option(
         help="Instances that do both. Default 4, where there are no others.", rich_help_panel=_CLUSTER
+    ),
+]
+Policies = Annotated[
+    str,
+    typer.Option(
+        help=f"Policies to compare: {', '.join(POLICIES)}.", metavar="NAMES", rich_help_panel=_CLUSTER
     ),
 ]
 SpeedName = Annotated[
@@ -84,12 +92,39 @@ Load = Annotated[
         rich_help_panel=_PACE,
     ),
 ]
+Kill = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Lose an instance: INSTANCE@SECONDS, +BACK if it returns so many seconds later. Repeatable.",
+        metavar="EVENT",
+        rich_help_panel=_EVENTS,
+    ),
+]
+RoleChanges = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Change what an instance does: INSTANCE=ROLE@SECONDS. Repeatable.",
+        metavar="EVENT",
+        rich_help_panel=_EVENTS,
+    ),
+]
 SloTpot = Annotated[
     float | None,
-    typer.Option(help="Mean seconds per further token that a good turn keeps.", rich_help_panel=OUT),
+    typer.Option(help="Mean seconds per further token that a good turn keeps.", rich_help_panel=_OUT),
 ]
 Report = Annotated[
-    Path | None, typer.Option("--report", help="Write a page with plots to this file.", rich_help_panel=OUT)
+    Path | None, typer.Option("--report", help="Write a page with plots to this file.", rich_help_panel=_OUT)
+]
+Decisions = Annotated[
+    Path | None,
+    typer.Option(
+        help="Write the decision log here, for **memserve replay**; with one policy.",
+        metavar="FILE",
+        rich_help_panel=_OUT,
+    ),
+]
+Concurrency = Annotated[
+    int | None, typer.Option(help="Sessions at a time instead (closed loop).", rich_help_panel=_PACE)
 ]
 
 

@@ -154,8 +154,9 @@ def _foresee(
     """When the first token will be there by the prices of steps, and the seconds of prefill until then."""
     work = prefill_work(place.prices, place.step_tokens, query.prompt, min(computed, query.prompt - 1))
     prefill = work * float(query.fleet.columns.stretch[place.slot])
-    line = max(place.line.free_at - query.now, 0.0)
-    served = line + prefill if promised > 0 else place.line.forecast(query.now, prefill)
+    line = max(place.free_at - query.now, 0.0)
+    in_line = promised > 0 or place.foreign.seconds > 0
+    served = line + prefill if in_line else place.line.forecast(query.now, prefill)
     return Forecast(max(served, fetch + prefill), place.step_ahead(line)), prefill
 
 

@@ -159,7 +159,7 @@ def _look_at(places: Places, held: Holdings, choice: Choice) -> Sequence[_Raw]:
     instances: Sequence[InstanceState] = places.instances
     if len(instances) > MAX_CANDIDATES:
         instances = _worth_a_look(places, held, choice)
-    return [(x, x.role, x.load, x.line.free_at, x.prices, None, None, -1) for x in instances]
+    return [(x, x.role, x.load, x.free_at, x.prices, None, None, -1) for x in instances]
 
 
 def _look_at_weighed(instances: Sequence[InstanceState], weighed: Weighed, cheapest: int) -> Sequence[_Raw]:
@@ -169,7 +169,7 @@ def _look_at_weighed(instances: Sequence[InstanceState], weighed: Weighed, cheap
     seen: list[_Raw] = []
     for row in rows:
         x, fetched = instances[row], -1 if tier is None else tier.item(row)
-        seen.append((x, x.role, x.load, x.line.free_at, x.prices, fetch.item(row), total.item(row), fetched))
+        seen.append((x, x.role, x.load, x.free_at, x.prices, fetch.item(row), total.item(row), fetched))
     return seen
 
 

@@ -175,7 +175,7 @@ class GlobalScheduler:
     # --- news from instances ---
 
     def on_heartbeat(self, heartbeat: Heartbeat) -> None:
-        self.state.apply_load(heartbeat)
+        self.state.apply_load(heartbeat, self._clock.now())
         if heartbeat.instance in self._easing:
             self._ease(heartbeat.instance)
 

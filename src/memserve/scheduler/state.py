@@ -92,6 +92,19 @@ _STREAM = Work(streams=1)
 _PRIOR = StepPrices()
 
 
+class Foreign(NamedTuple):
+    """Work that this scheduler has not booked, of other shards or from before its start, at ``at`` s:
+    ``seconds`` of prefill, and ``streams`` that are decoded.
+    """
+
+    at: float = 0.0
+    seconds: float = 0.0
+    streams: float = 0.0
+
+
+_NO_FOREIGN = Foreign()
+
+
 @dataclass(slots=True, eq=False)
 class InstanceState:
     """One living instance; ``capacity`` in tokens.
@@ -115,6 +128,7 @@ class InstanceState:
     line: PrefillLine = field(default_factory=PrefillLine)
     correction: Correction = field(default_factory=Correction)
     admission: Admission = Admission.OPEN
+    foreign: Foreign = _NO_FOREIGN
     report: LoadReport = _NO_REPORT
     booked: Work = _NO_WORK
     load: Work = _NO_WORK
@@ -138,9 +152,15 @@ class InstanceState:
             part = min(part, max(FLOOR_TOKENS * prices.token, self.target_tpot - decoding))
         return decoding + min(part, line)
 
-    def take_report(self, report: LoadReport) -> None:
+    @property
+    def free_at(self) -> float:
+        """When all that is to be prefilled here will be."""
+        return max(self.line.free_at, self.foreign.at) + self.foreign.seconds
+
+    def take_report(self, report: LoadReport, now: float) -> None:
         """Replace the last load report."""
         self.report = report
+        self.foreign = self._foreign_of(report, now)
         if report.prices is not None:
             self.prices = report.prices
         if report.blocks:
@@ -148,6 +168,14 @@ class InstanceState:
         context = (report.active_blocks + report.incoming_blocks) * self.block_tokens
         reported = Work(report.tokens_to_prefill, context, report.waiting + report.running, 0)
         self._set_load(self.booked.at_least(reported))
+
+    def _foreign_of(self, report: LoadReport, now: float) -> Foreign:
+        requests = report.waiting + report.running
+        if requests <= self.booked.requests:
+            return Foreign(now)
+        share = 1 - self.booked.requests / requests
+        prices = report.prices or self.prices
+        return Foreign(now, share * report.tokens_to_prefill * prices.token, share * report.running)
 
     def _set_load(self, load: Work) -> None:
         self.load = load
@@ -289,11 +317,11 @@ class SchedulerState:
             state.role = role
             self._refresh_places()
 
-    def apply_load(self, heartbeat: Heartbeat) -> None:
+    def apply_load(self, heartbeat: Heartbeat, now: float = 0.0) -> None:
         """Take a load report in; one of another incarnation is ignored."""
         state = self._instances.get(heartbeat.instance)
         if state is not None and state.incarnation == heartbeat.incarnation:
-            state.take_report(heartbeat.load)
+            state.take_report(heartbeat.load, now)
             self._update_fleet(state)
 
     # --- what pools hold ---
@@ -433,12 +461,13 @@ class SchedulerState:
         fleet, slot, load, prices = self.fleet, state.slot, state.load, state.prices
         fleet.set_prices(slot, prices, state.step_tokens)
         columns = fleet.columns
-        columns.free_at[slot] = state.line.free_at
-        columns.streams[slot] = load.streams
+        streams = load.streams + state.foreign.streams
+        columns.free_at[slot] = state.free_at
+        columns.streams[slot] = streams
         columns.context[slot] = load.context_tokens
         columns.room[slot] = state.capacity - load.context_tokens
         columns.stretch[slot] = stretch_of(
-            prices, state.step_tokens, state.target_tpot, load.streams, load.context_tokens
+            prices, state.step_tokens, state.target_tpot, streams, load.context_tokens
         )
 
     def _refresh_places(self) -> None:

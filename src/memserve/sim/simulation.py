@@ -26,6 +26,7 @@ from memserve.server.roles import missing_legs
 from memserve.server.stream import attempt_of
 from memserve.sim.engine import LAYOUT, Job, SimEngine, ledger_of
 from memserve.sim.journey import Journey, Outcome, SimRequest, Source
+from memserve.sim.shards import Sharding, Shards
 from memserve.sim.site import Change, Loss, RoleChange, Site, check_changes
 
 SPACE = Namespace("simulated")
@@ -39,6 +40,7 @@ class Simulation:
     """One run. ``on_done`` hears of every request that ended; ``changes`` befall the site's instances.
 
     ``explains``: whether the scheduler keeps what each decision was chosen from; ``log``: its decision log.
+    ``sharding``: schedulers that share the requests.
     Raises ``ConfigError`` where a change makes no sense.
     """
 
@@ -52,12 +54,16 @@ class Simulation:
         *,
         explains: bool = False,
         log: Sink | None = None,
+        sharding: Sharding | None = None,
     ) -> None:
+        assert log is None or sharding is None, "a decision log is that of one scheduler"
         check_changes(site, changes)
         self._clock = VirtualClock()
         self._site = site
         self._wire = site.wire
-        self._scheduler = _make_scheduler(policy, self._clock, trees, explains, log)
+        self._scheduler = Shards(
+            lambda: _make_scheduler(policy, self._clock, trees, explains, log), sharding or Sharding()
+        )
         self._on_done = on_done
         self._order = itertools.count()
         self._numbers = itertools.count()
@@ -102,7 +108,7 @@ class Simulation:
 
     def check(self) -> None:
         """Raise ``AssertionError`` if anything is still in use after a whole run. Costs a full pass."""
-        self._scheduler.state.check()
+        self._scheduler.check()
         for engine in self._engines.values():
             engine.pool.check([])
             assert engine.idle, f"{engine.instance} has work left"
@@ -115,7 +121,7 @@ class Simulation:
     @property
     def accuracy(self) -> TreeAccuracy:
         """How true the scheduler's prompt trees were."""
-        return self._scheduler.state.accuracy
+        return self._scheduler.accuracy
 
     @property
     def busy(self) -> dict[InstanceId, float]:

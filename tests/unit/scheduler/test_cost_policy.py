@@ -93,6 +93,31 @@ def test_an_idle_place_makes_nobody_wait(priced) -> None:
     assert decision.predicted_ttft == decision.predicted_prefill
 
 
+def test_work_that_others_have_sent_counts(priced) -> None:
+    priced.add_priced("c0", "c1")
+    priced.report("c0", prices=PRICES, waiting=3, tokens_to_prefill=2000)
+    assert place(priced).prefill == "c1"
+    assert place(priced).forecast == Forecast(place(priced).predicted_prefill, 0.0)
+    priced.report("c1", prices=PRICES, waiting=5, tokens_to_prefill=4000)
+    decision = place(priced)
+    assert decision.prefill == "c0"
+    assert decision.forecast.served == pytest.approx(2000 * PRICES.token + decision.predicted_prefill)
+
+
+def test_streams_that_others_have_sent_count(priced) -> None:
+    priced.add_priced("c0", "c1")
+    priced.report("c0", prices=PRICES, running=4)
+    assert place(priced).prefill == "c1"
+
+
+def test_a_report_of_what_is_booked_here_adds_nothing(priced) -> None:
+    priced.add_priced("c0", "c1")
+    occupy(priced, "c0", 0.01)
+    before = place(priced)
+    priced.report("c0", prices=PRICES, waiting=1, tokens_to_prefill=5000)
+    assert place(priced).forecast == before.forecast
+
+
 def test_hands_over_where_streams_would_suffer(priced) -> None:
     priced.add_priced("c0", "d0", "p0")
     assert place(priced).decode in (None, "d0")

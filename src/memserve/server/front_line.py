@@ -35,7 +35,7 @@ class FrontLine:
     """Lets streams through while there is room, and one after the other when there is not.
 
     ``begin`` sends a stream or raises; ``restarting`` tells whether a lost instance is on its way back;
-    ``weight`` is that of a tenant. ``in_flight`` counts the streams that have gone through.
+    ``weight`` is that of a tenant.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """Routing policies on running clusters of this machine: the same workload, each policy on servers of its own.
 
     python benchmarks/policies_live.py --data DIR [--workloads sharegpt,loogle,react] [--sessions 12]
-                                       [--rate 0.4] [--rounds 1] [--out FILE]
+                                       [--rate 0.4] [--think 0.5] [--rounds 1] [--out FILE]
 
 Two colocated instances under every policy, and one prefill and one decode instance under those that can do
 more there than follow the roles: ``cost`` lets D prefill what little it lacks. All servers are up, one is
@@ -40,6 +40,9 @@ def main() -> None:
     parser.add_argument("--workloads", default="sharegpt,loogle,react")
     parser.add_argument("--sessions", type=int, default=12)
     parser.add_argument("--rate", type=float, default=0.4, help="sessions that begin per second")
+    parser.add_argument(
+        "--think", type=float, default=0.5, help="mean seconds between an answer and the next turn"
+    )
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/policies_live.json")
     asyncio.run(compare(parser.parse_args()))
@@ -63,7 +66,8 @@ async def compare(options: argparse.Namespace) -> None:
                 run_bench,
                 *("--url", shown, "--workload", workload, "--data", str(options.data)),
                 *("--sessions", str(options.sessions), "--rate", str(options.rate)),
-                *("--rounds", str(options.rounds), "--recorded-answers", "--fixed-length"),
+                *("--think", str(options.think), "--rounds", str(options.rounds)),
+                *("--recorded-answers", "--fixed-length"),
             )
             rows += [row_of(workload, entry) for entry in report["entries"]]
             print(table_of(rows[-len(urls) :]), flush=True)
@@ -74,7 +78,7 @@ async def compare(options: argparse.Namespace) -> None:
                 for share, error in await read_errors(url)
             }
             print(errors[workload], flush=True)
-            figures = {name: getattr(options, name) for name in ("sessions", "rate", "rounds")}
+            figures = {name: getattr(options, name) for name in ("sessions", "rate", "think", "rounds")}
             write_result(
                 "policies_live",
                 {**figures, "rows": [asdict(row) for row in rows], "prediction_errors": errors},

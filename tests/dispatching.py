@@ -12,6 +12,7 @@ from memserve.core.clock import VirtualClock
 from memserve.core.errors import PeerLost
 from memserve.core.messages import Cancel, GetSnapshot, Member, Message, Ready, Snapshot, Submit, TokenChunk
 from memserve.core.types import FinishReason, InstanceId, Ledger, RequestId, Role, SamplingParams
+from memserve.scheduler.admission import LineLimits
 from memserve.scheduler.policies import policy_by_name
 from memserve.scheduler.prompt_trees import TreeOptions
 from memserve.scheduler.service import GlobalScheduler
@@ -66,10 +67,14 @@ class Quiet:
     def stopped(self) -> None: ...
 
 
-def cluster(max_waiting: int = 8, trees: TreeOptions | None = None) -> tuple[Dispatcher, Outbox]:
+def cluster(
+    limits: LineLimits | None = None,
+    trees: TreeOptions | None = None,
+    weight: Callable[[str], float] = lambda tenant: 1.0,
+) -> tuple[Dispatcher, Outbox]:
     clock = VirtualClock()
     scheduler = GlobalScheduler(policy_by_name("prompt-tree"), clock, trees=trees)
-    dispatcher = Dispatcher(scheduler, clock, Quiet(), model="m", max_waiting=max_waiting)
+    dispatcher = Dispatcher(scheduler, clock, Quiet(), model="m", limits=limits, weight=weight)
     outbox = Outbox()
     dispatcher.manager = outbox  # type: ignore[assignment]
     for name in (P, D):

@@ -58,23 +58,26 @@ def replay(
 
 def _compare(file: Path, policy: str | None, show: int) -> tuple[int, int, list[Replayed]]:
     """How many requests there are, how many come out differently, and some of those."""
+    total = differing = 0
+    examples: list[Replayed] = []
+    for one in _decide_again(file, policy):
+        total += 1
+        if _differs(one, whole=policy is None):
+            differing += 1
+            examples += [one] if len(examples) < show else []
+    return total, differing, examples
+
+
+def _decide_again(file: Path, policy: str | None) -> Iterator[Replayed]:
     from memserve.scheduler.policies import policy_by_name
     from memserve.scheduler.replay import read_log, replay
 
     try:
         with file.open("rb") as lines:
             opened, news = read_log(lines, str(file))
-            decided = replay(opened, _tell_of_end(news), policy_by_name(policy or opened.policy))
-            total = differing = 0
-            examples: list[Replayed] = []
-            for one in decided:
-                total += 1
-                if _differs(one, whole=policy is None):
-                    differing += 1
-                    examples += [one] if len(examples) < show else []
+            yield from replay(opened, _tell_of_end(news), policy_by_name(policy or opened.policy))
     except OSError as error:
         raise ConfigError(f"{file} cannot be read: {error.strerror or error}") from error
-    return total, differing, examples
 
 
 def _tell_of_end(news: Iterable[tuple[int, News]]) -> Iterator[tuple[int, News]]:

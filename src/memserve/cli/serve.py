@@ -58,6 +58,7 @@ class ServeOptions:
     host: str | None = None
     port: int | None = None
     request_timeout: float | None = None
+    slo_ttft: float | None = None
     api_key: str | None = None
 
 
@@ -90,6 +91,7 @@ def serve(
     host: options.Host = None,
     port: options.Port = None,
     request_timeout: options.RequestTimeout = None,
+    slo_ttft: options.SloTtft = None,
     api_key: options.ApiKey = None,
     config: options.Config = None,
 ) -> None:
@@ -102,7 +104,7 @@ def serve(
         kv_cache_dtype=kv_cache_dtype,
         host_memory=host_memory, disk=disk, disk_memory=disk_memory, restart_lost=restart_lost,
         threads=threads, pin=pin, target_tpot=target_tpot, host=host, port=port,
-        request_timeout=request_timeout,
+        request_timeout=request_timeout, slo_ttft=slo_ttft,
         api_key=api_key or None,
     )  # fmt: skip
     try:
@@ -145,6 +147,7 @@ def build_config(said: ServeOptions, file: Path | None) -> Config:
         host=said.host,
         port=said.port,
         request_timeout=said.request_timeout,
+        slo_ttft=said.slo_ttft,
         policy=said.policy,
         api_key=said.api_key,
     )

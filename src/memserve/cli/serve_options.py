@@ -213,6 +213,15 @@ RequestTimeout = Annotated[
         rich_help_panel=_HTTP,
     ),
 ]
+SloTtft = Annotated[
+    float | None,
+    typer.Option(
+        help="Refuse requests whose first token would come later. Default 0: none. Requests may say "
+        "otherwise: x-memserve-slo-ttft.",
+        metavar="SECONDS",
+        rich_help_panel=_HTTP,
+    ),
+]
 ApiKey = Annotated[
     str | None,
     typer.Option(

@@ -66,6 +66,11 @@ def show_cluster(cluster: ClusterBody, health: HealthBody) -> list[RenderableTyp
         f"[dim]{escape(one.instance)}: pid {one.pid}, {escape(one.isa)}[/]" for one in cluster.instances
     ]
     shown += [f"{tree.role} tree: {tree.nodes:,} nodes, {tree.tokens:,} tokens" for tree in cluster.trees]
+    shown += [
+        f"waiting for room: {escape(tenant.tenant)}: {tenant.waiting:,} requests, {tenant.tokens:,} tokens"
+        for tenant in cluster.line.tenants
+        if tenant.waiting
+    ]
     shown += [f"[red]lost {escape(lost.instance)}[/]: {escape(lost.reason)}" for lost in health.lost]
     return shown
 

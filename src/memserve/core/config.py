@@ -148,13 +148,34 @@ class ClusterConfig(_Section, frozen=True):
         return self.prefill + self.decode + self.colocated
 
 
+class TenantConfig(_Section, frozen=True):
+    """One of those who share the cluster. ``weight``: its part of the tokens beside others that wait.
+
+    Requests with ``api_key`` are its own; without one, those that name it in ``x-memserve-tenant``.
+    """
+
+    name: str
+    weight: float = 1.0
+    api_key: str | None = None
+
+
 class ServerConfig(_Section, frozen=True):
-    """HTTP. ``max_body`` in bytes; ``request_timeout`` in seconds from acceptance to the last token."""
+    """HTTP. ``max_body`` in bytes; ``request_timeout`` in seconds from acceptance to the last token.
+
+    At most ``max_waiting`` requests, of ``max_waiting_tokens`` tokens of prompts and expected answers, wait
+    until instances have room, and of each tenant ``tenant_max_waiting`` of ``tenant_max_waiting_tokens``.
+    ``slo_ttft``: a request whose first token would come later than so many seconds is refused; 0: none is.
+    """
 
     host: str = "127.0.0.1"
     port: int = 8000
     max_body: int = 4 << 20
-    max_waiting: int = 256
+    max_waiting: int = 1024
+    max_waiting_tokens: int = 4 << 20
+    tenant_max_waiting: int = 256
+    tenant_max_waiting_tokens: int = 1 << 20
+    slo_ttft: float = 0.0
+    tenants: tuple[TenantConfig, ...] = ()
     request_timeout: float = 600.0
     policy: str = "prompt-tree"
     api_key: str | None = None
@@ -244,13 +265,13 @@ def check_config(config: Config) -> Config:
     _check_scheduler(config.scheduler)
     _require(0 <= server.port <= 65535, "server.port", server.port, "0 (any free port) to 65535")
     _require(server.max_body >= 1024, "server.max_body", server.max_body, "at least 1024 bytes")
-    _require(server.max_waiting >= 1, "server.max_waiting", server.max_waiting, "at least 1")
     _require(
         server.request_timeout > 0,
         "server.request_timeout",
         server.request_timeout,
         "a positive number of seconds",
     )
+    _check_line(server)
     for name in ("heartbeat", "dead_after", "start_timeout", "leave_timeout"):
         value = getattr(cluster, name)
         _require(value > 0, f"cluster.{name}", value, "a positive number of seconds")
@@ -262,6 +283,25 @@ def check_config(config: Config) -> Config:
         "at least two heartbeats",
     )
     return config
+
+
+def _check_line(server: ServerConfig) -> None:
+    """How many may wait, how long, and for whom."""
+    for name in ("max_waiting", "max_waiting_tokens", "tenant_max_waiting", "tenant_max_waiting_tokens"):
+        count = getattr(server, name)
+        _require(count >= 1, f"server.{name}", count, "at least 1")
+    slo = server.slo_ttft
+    _require(0 <= slo <= 86_400, "server.slo_ttft", slo, "0 (none) to 86400 seconds")
+    for field in ("name", "api_key"):
+        given = [value for tenant in server.tenants if (value := getattr(tenant, field)) is not None]
+        # Keys are secrets: the message does not show them.
+        unique = len(given) == len(set(given)) and all(given)
+        _require(unique, f"server.tenants.{field}", "empty or there twice", "one of its own for each tenant")
+    for tenant in server.tenants:
+        where = f"server.tenants ({tenant.name}) weight"
+        _require(1e-3 <= tenant.weight <= 1e3, where, tenant.weight, "0.001 to 1000")
+        taken = tenant.api_key is not None and tenant.api_key == server.api_key
+        _require(not taken, f"server.tenants ({tenant.name}) api_key", "server.api_key", "a key of its own")
 
 
 def _check_names(config: Config) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import enum
+
 
 class MemServeError(Exception):
     """Base of all errors raised by MemServe."""
@@ -99,8 +101,31 @@ class NoInstance(MemServeError):
     """No living instance can take the request; it may be tried again later."""
 
 
+class Refusal(enum.StrEnum):
+    """Why a request is not taken that could be at another time."""
+
+    OVERLOADED = "overloaded"
+    TENANT_QUEUE_FULL = "tenant_queue_full"
+    QUEUE_FULL = "queue_full"
+    SLO_TTFT = "slo_ttft"
+
+
 class Overloaded(MemServeError):
-    """The request was refused because queues are full; it may be tried again later."""
+    """The request was refused because too much is to be done; it may be tried again later.
+
+    Attributes
+    ----------
+    reason : Refusal
+    retry_after : float
+        Seconds after which that is promising.
+    """
+
+    def __init__(
+        self, message: str, *, reason: Refusal = Refusal.OVERLOADED, retry_after: float = 1.0
+    ) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.retry_after = retry_after
 
 
 class RequestFailed(MemServeError):

@@ -53,6 +53,16 @@ class Routed(Entry, frozen=True, tag="routed"):
     error: str = ""
 
 
+class Foreseen(Entry, frozen=True, tag="foreseen"):
+    """It was asked how soon a request would be answered: that counts as use of what it found."""
+
+    request: RequestId
+    namespace: Namespace
+    tokens: bytes
+    session: str | None
+    max_tokens: int
+
+
 class FirstToken(Entry, frozen=True, tag="first-token"):
     request: RequestId
     cached: int | None
@@ -126,6 +136,7 @@ class Closed(Entry, frozen=True, tag="closed"):
 
 News = (
     Routed
+    | Foreseen
     | FirstToken
     | Finished
     | Answered
@@ -207,6 +218,20 @@ class RecordingScheduler(GlobalScheduler):
                     problem,
                 )
             )
+
+    def foresee(self, request: RouteRequest) -> float:
+        tokens = pack_tokens(request.tokens)
+        self._write(
+            Foreseen(
+                self._held.look(),
+                request.request,
+                request.namespace,
+                tokens,
+                request.session,
+                request.max_tokens,
+            )
+        )
+        return super().foresee(request)
 
     def first_token(self, request: RequestId, cached: int | None = None) -> None:
         self._write(FirstToken(self._held.look(), request, cached))

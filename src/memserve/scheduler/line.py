@@ -6,6 +6,7 @@ As engines do it: half of the time goes to the prompt that came first, the other
 from __future__ import annotations
 
 from collections import deque
+from itertools import islice
 
 from memserve.core.types import RequestId
 
@@ -27,13 +28,15 @@ class PrefillLine:
     line is never later than everything that is left would take from now on, and never earlier than now.
     """
 
-    __slots__ = ("_at", "_joined", "_left", "_marks", "_numbers", "free_at")
+    __slots__ = ("_at", "_joined", "_left", "_marks", "_numbers", "_whole", "free_at")
 
     def __init__(self) -> None:
         self.free_at = 0.0
         self._at = 0.0
         self._left: dict[RequestId, float] = {}
         """Seconds of work, in order of arrival."""
+        self._whole: dict[RequestId, float] = {}
+        """Seconds of work that each came with."""
         self._numbers: dict[RequestId, int] = {}
         self._joined = 0
         self._marks: deque[Mark] = deque()
@@ -43,12 +46,24 @@ class PrefillLine:
         """Who is at the end of the line."""
         return next(reversed(self._left), None)
 
+    def behind_first(self, enough: float) -> float:
+        """Seconds that all but the first in line came with, counted until they are ``enough``.
+
+        Passing time does not lessen them: where work takes longer than was expected, they stay.
+        """
+        seconds = 0.0
+        for whole in islice(self._whole.values(), 1, None):
+            seconds += whole
+            if seconds >= enough:
+                break
+        return seconds
+
     def join(self, request: RequestId, now: float, seconds: float) -> float:
         """Add a request at the end; returns when the line will be done."""
         self._advance(now)
         self.free_at = max(now, self.free_at) + seconds
         self._joined += 1
-        self._left[request] = seconds
+        self._left[request] = self._whole[request] = seconds
         self._numbers[request] = self._joined
         return self.free_at
 
@@ -57,7 +72,7 @@ class PrefillLine:
         if request not in self._left:
             return
         self._advance(now)
-        del self._left[request], self._numbers[request]
+        del self._left[request], self._whole[request], self._numbers[request]
         self.free_at = now + sum(self._left.values())
         self._move_on(now)
 

@@ -21,6 +21,7 @@ from memserve.scheduler.decision_log import (
     Draining,
     Finished,
     FirstToken,
+    Foreseen,
     Linked,
     Listed,
     Lost,
@@ -89,13 +90,16 @@ def replay(opened: Opened, news: Iterable[tuple[int, News]], policy: Policy) -> 
     for line, entry in news:
         clock.at = entry.at
         if isinstance(entry, Routed):
-            request = RouteRequest(
-                entry.request, entry.namespace, unpack_tokens(entry.tokens), entry.session, entry.max_tokens
-            )
+            request = _request_of(entry)
             then = entry.error if entry.decision is None else entry.decision
             yield Replayed(line, request, then, _route(scheduler, request))
         else:
             _tell(scheduler, entry)
+
+
+def _request_of(entry: Routed | Foreseen) -> RouteRequest:
+    tokens = unpack_tokens(entry.tokens)
+    return RouteRequest(entry.request, entry.namespace, tokens, entry.session, entry.max_tokens)
 
 
 def _route(scheduler: GlobalScheduler, request: RouteRequest) -> Decision | str:
@@ -109,6 +113,9 @@ def _tell(scheduler: GlobalScheduler, entry: News) -> None:
     match entry:
         case FirstToken():
             scheduler.first_token(entry.request, entry.cached)
+        case Foreseen():
+            with contextlib.suppress(NoInstance):
+                scheduler.foresee(_request_of(entry))
         case Finished():
             scheduler.finish(entry.request)
         case Answered():
@@ -156,7 +163,7 @@ def _read_news(lines: Iterable[bytes], name: str) -> Iterator[tuple[int, News]]:
             entry = _NEWS.decode(line)
         except msgspec.DecodeError as error:
             raise ConfigError(f"{name}, line {number}, cannot be read: {error}") from error
-        if isinstance(entry, Routed | AnswerLearnt) and len(entry.tokens) % 4:
+        if isinstance(entry, Routed | Foreseen | AnswerLearnt) and len(entry.tokens) % 4:
             raise ConfigError(f"{name}, line {number}, cannot be read: {len(entry.tokens)} bytes of tokens")
         at = entry.at
         yield number, entry

@@ -63,6 +63,15 @@ class GlobalScheduler:
         self.state.promise(decision.request, decision.prefill, request.namespace, request.tokens, now)
         return decision
 
+    def foresee(self, request: RouteRequest) -> float:
+        """Seconds to the first token, were the request routed now; books nothing. Raises ``NoInstance``."""
+        now = self._clock.now()
+        return decide(request, self.state, self._policy, now, self._answer).predicted_ttft
+
+    def tokens_of(self, prompt: Tokens, max_tokens: int) -> int:
+        """What a request takes of a tenant's part: its prompt, and an answer as they are on average."""
+        return len(prompt) + max(1, round(min(self._answer, max_tokens)))
+
     def first_token(self, request: RequestId, cached: int | None = None) -> None:
         """The request's prefill is done: its load at the prefill place ends.
 

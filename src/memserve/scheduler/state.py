@@ -93,10 +93,8 @@ _PRIOR = StepPrices()
 
 
 class Foreign(NamedTuple):
-    """Work of requests that this scheduler has not booked, as of the report at ``at`` s: other shards', or
-    those from before its start.
-
-    ``seconds`` of prefill; ``streams`` that are decoded.
+    """Work that this scheduler has not booked, of other shards or from before its start, at ``at`` s:
+    ``seconds`` of prefill, and ``streams`` that are decoded.
     """
 
     at: float = 0.0

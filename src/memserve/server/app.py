@@ -24,6 +24,7 @@ from memserve.server.metrics import Metrics
 from memserve.server.middleware import EveryRequest
 from memserve.server.operations import OperationEndpoints
 from memserve.server.schemas import ChatBody, ChatCompletion, Completion, CompletionBody, ModelCard, ModelList
+from memserve.server.tenants import Tenants
 from memserve.server.validation import Limits
 from memserve.server.views import (
     ClusterBody,
@@ -57,12 +58,13 @@ def create_app(
     assert served_models, "at least one model name is served"
     metrics = Metrics(clock or MonotonicClock())
     limits = Limits(context, tokenizer.vocabulary_size, tuple(tokenizer.eos_tokens))
-    door = Door(backend, tokenizer, template, tuple(served_models), config, limits, metrics)
+    tenants = Tenants(config.api_key, config.tenants)
+    door = Door(backend, tokenizer, template, tuple(served_models), config, limits, metrics, tenants)
     app = FastAPI(title="MemServe", version=__version__, redoc_url=None)
     _add_routes(app, door)
     app.add_exception_handler(MemServeError, on_known_error)
     app.add_exception_handler(HTTPException, on_http_exception)
-    app.add_middleware(EveryRequest, metrics=metrics, api_key=config.api_key)
+    app.add_middleware(EveryRequest, metrics=metrics, tenants=tenants)
     return app
 
 

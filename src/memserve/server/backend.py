@@ -22,12 +22,17 @@ from memserve.core.types import (
 from memserve.scheduler.decision import Decision
 from memserve.scheduler.history import Explanation
 
+DEFAULT_TENANT = "default"
+"""Whose requests are that name nobody."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GenerationRequest:
     """One prompt to continue once. ``tokens``: int32[n], n >= 1, inside vocabulary and context.
 
     ``session`` keeps a conversation together for policies that care; ``salt`` separates tenants' KV;
+    ``tenant`` is on whose account it runs; of two of its requests that wait, the one with the lower
+    ``priority`` goes first; ``slo_ttft``: seconds within which its first token is of use, None: any time.
     ``trace`` asks the instances to report the rooms that the request passes.
     """
 
@@ -37,6 +42,9 @@ class GenerationRequest:
     session: str | None = None
     salt: str = ""
     trace: bool = False
+    tenant: str = DEFAULT_TENANT
+    priority: int = 0
+    slo_ttft: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +160,27 @@ class RegretView(msgspec.Struct, frozen=True):
     error_p90: float
 
 
+class TenantView(msgspec.Struct, frozen=True):
+    """A tenant's requests in the line: ``waiting`` now, of ``tokens`` of prompts and expected answers.
+
+    Since the server's start ``waited`` have gone through it, after ``waited_seconds`` together.
+    """
+
+    tenant: str
+    weight: float
+    waiting: int
+    tokens: int
+    waited: int
+    waited_seconds: float
+
+
+class LineView(msgspec.Struct, frozen=True):
+    """The line in front of the instances; ``refusals`` by reason, since the server's start."""
+
+    tenants: tuple[TenantView, ...] = ()
+    refusals: tuple[Counter, ...] = ()
+
+
 class ClusterView(msgspec.Struct, frozen=True):
     """The cluster at one moment. Units: tokens for ``block_tokens``, bytes for ``block_bytes``.
 
@@ -168,6 +197,7 @@ class ClusterView(msgspec.Struct, frozen=True):
     regrets: tuple[RegretView, ...] = ()
     losses: tuple[Counter, ...] = ()
     failovers: int = 0
+    line: LineView = LineView()
 
 
 class Backend(Protocol):

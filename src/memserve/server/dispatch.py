@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 from collections import Counter, OrderedDict
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 
 from memserve.cluster.manager import ClusterManager
 from memserve.cluster.supervisor import Supervisor
@@ -19,7 +19,6 @@ from memserve.core.errors import (
     InvalidRequest,
     MemServeError,
     NoInstance,
-    Overloaded,
     PeerLost,
 )
 from memserve.core.messages import (
@@ -40,10 +39,12 @@ from memserve.core.messages import (
     Trace,
 )
 from memserve.core.types import FinishReason, InstanceId, RequestId
+from memserve.scheduler.admission import LineLimits
 from memserve.scheduler.decision import Decision
 from memserve.scheduler.history import Explanation
 from memserve.scheduler.service import GlobalScheduler
-from memserve.server.backend import Generated, GenerationRequest
+from memserve.server.backend import Generated, GenerationRequest, LineView
+from memserve.server.front_line import FrontLine
 from memserve.server.placement import Placement
 from memserve.server.progress import StartScreen
 from memserve.server.stream import Interrupted, Stream, attempt_of, request_of
@@ -65,12 +66,12 @@ class Dispatcher:
         screen: StartScreen,
         *,
         model: str,
-        max_waiting: int,
+        limits: LineLimits | None = None,
+        weight: Callable[[str], float] = lambda tenant: 1.0,
     ) -> None:
         self._scheduler = scheduler
         self._clock = clock
         self._screen = screen
-        self._max_waiting = max_waiting
         self._closing = False
         self._streams: dict[RequestId, Stream] = {}
         self._draining: set[InstanceId] = set()
@@ -80,8 +81,17 @@ class Dispatcher:
             scheduler,
             model,
             send=lambda instance, message: self._manager.send(instance, message),
-            restarting=lambda: self.supervisor is not None and bool(self.supervisor.restarting),
+            restarting=self._is_restarting,
             note=self._trace,
+        )
+        self._line = FrontLine(
+            scheduler,
+            clock,
+            model,
+            begin=self._placement.begin,
+            restarting=self._is_restarting,
+            limits=limits or LineLimits(),
+            weight=weight,
         )
         self._snapshots: dict[InstanceId, asyncio.Task[None]] = {}
         self._traces: OrderedDict[RequestId, list[Trace]] = OrderedDict()
@@ -117,6 +127,7 @@ class Dispatcher:
             else:
                 self._placement.leave(stream, FinishReason.CANCELLED)
             del self._streams[request.request]
+            self._line.left(request.request)
             self._dismiss_idle()
 
     def stop(self, request: RequestId) -> None:
@@ -144,6 +155,10 @@ class Dispatcher:
         """The rooms that a traced request has passed, in order of time; empty when unknown."""
         return tuple(sorted(self._traces.get(request, ()), key=lambda trace: trace.at))
 
+    def line(self) -> LineView:
+        """Who waits in front of the instances."""
+        return self._line.view()
+
     @property
     def failovers(self) -> int:
         """How often a request has gone on elsewhere."""
@@ -152,6 +167,7 @@ class Dispatcher:
     def close(self) -> None:
         """End every request with an error that says why, and take no more."""
         self._closing = True
+        self._line.close(_stopping())
         for stream in self._streams.values():
             stream.fail(_stopping())
 
@@ -165,6 +181,7 @@ class Dispatcher:
         if self.supervisor is not None and self.supervisor.became_ready(member.instance):
             self._screen.back(member.instance)
         self._placement.arrived()
+        self._line.move()
         self.members_changed.set()
 
     def on_suspected(self, instance: InstanceId) -> None:
@@ -172,9 +189,11 @@ class Dispatcher:
 
     def on_recovered(self, instance: InstanceId) -> None:
         self._scheduler.member_recovered(instance)
+        self._line.move()
 
     def on_role_changed(self, member: Member) -> None:
         self._scheduler.member_role_changed(member)
+        self._line.move()
 
     def on_draining(self, instance: InstanceId) -> None:
         self._scheduler.member_draining(instance)
@@ -186,11 +205,13 @@ class Dispatcher:
         self._scheduler.member_lost(instance)
         self._draining.discard(instance)
         self._placement.lose(instance, reason)
+        self._line.move()
         self._screen.lost(instance, reason)
         self.members_changed.set()
 
     def on_heartbeat(self, heartbeat: Heartbeat) -> None:
         self._scheduler.on_heartbeat(heartbeat)
+        self._line.move()
 
     def on_message(self, instance: InstanceId, message: Message) -> None:
         if isinstance(message, TokenChunk):
@@ -199,6 +220,7 @@ class Dispatcher:
             self._apply_events(message)
         elif isinstance(message, RequestClosed):
             self._scheduler.finish(message.request)
+            self._line.move()
             self._trace(message.request, "scheduler.unbook", f"closed by {message.instance}")
             self._dismiss_idle()
         elif isinstance(message, RequestError):
@@ -220,8 +242,6 @@ class Dispatcher:
             raise _stopping()
         if request.request in self._streams:
             raise InvalidRequest(f"request id {request.request} is in use", field="x-request-id")
-        if len(self._streams) >= self._max_waiting:
-            raise Overloaded(f"{len(self._streams)} requests are being served already; try again later")
         if request.trace:
             self._traces[request.request] = []
             while len(self._traces) > _TRACES_KEPT:
@@ -232,7 +252,7 @@ class Dispatcher:
 
     async def _place(self, stream: Stream) -> None:
         try:
-            self._placement.begin(stream)
+            await self._line.send(stream)
         except PeerLost as error:
             await self._placement.move(stream, Interrupted(str(error), lost=False))
 
@@ -250,6 +270,7 @@ class Dispatcher:
             if chunk.offset == 0:
                 cached = chunk.ledger.cached if chunk.ledger is not None else None
                 self._scheduler.first_token(chunk.request, cached)
+                self._line.move()
             stream.accept(chunk)
 
     def _apply_events(self, events: PoolEvents) -> None:
@@ -276,6 +297,9 @@ class Dispatcher:
         request = request_of(trace.request)
         if request in self._traces:
             self._traces[request].append(trace)
+
+    def _is_restarting(self) -> bool:
+        return self.supervisor is not None and bool(self.supervisor.restarting)
 
     @property
     def _manager(self) -> ClusterManager:

@@ -24,7 +24,8 @@ from memserve.server.metrics import Meter, Metrics
 from memserve.server.middleware import arrival_of, request_id_of
 from memserve.server.responses import EventStream, WholeAnswer
 from memserve.server.schemas import AskedBase
-from memserve.server.validation import MAX_CHOICES, Limits, Wishes
+from memserve.server.tenants import TENANT_HEADER, Tenants
+from memserve.server.validation import MAX_CHOICES, SLO_TTFT_HEADER, Limits, Wishes, check_slo_ttft
 from memserve.server.why import RecentIds, route_header
 
 SESSION_HEADER = "x-session-id"
@@ -46,6 +47,7 @@ class Door:
     config: ServerConfig
     limits: Limits
     metrics: Metrics
+    tenants: Tenants
     ids: RecentIds = field(default_factory=RecentIds)
 
     async def encode(self, text: str, *, bos: bool) -> Tokens:
@@ -92,6 +94,11 @@ class Door:
             session=body.session_id or request.headers.get(SESSION_HEADER),
             salt=body.cache_salt or "",
             trace=request.headers.get(TRACE_HEADER, "") in ("1", "true"),
+            tenant=self.tenants.tenant_of(
+                request.headers.get("authorization", ""), request.headers.get(TENANT_HEADER)
+            ),
+            priority=body.priority or 0,
+            slo_ttft=check_slo_ttft(request.headers.get(SLO_TTFT_HEADER), self.config.slo_ttft),
         )
 
     def respond(

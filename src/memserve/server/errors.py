@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from http import HTTPStatus
 
 import msgspec
@@ -9,10 +10,17 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from memserve.core.errors import InvalidRequest, MemServeError, NoInstance, Overloaded, PeerLost
+from memserve.core.errors import InvalidRequest, MemServeError, NoInstance, Overloaded, PeerLost, Refusal
 
 RETRY_SECONDS = 1
-"""What ``Retry-After`` says: membership and queues change within about a second."""
+"""What ``Retry-After`` says at least: membership and queues change within about a second."""
+_RETRY_SECONDS_MOST = 600
+_STATUS_OF_REFUSAL = {
+    Refusal.OVERLOADED: HTTPStatus.TOO_MANY_REQUESTS,
+    Refusal.TENANT_QUEUE_FULL: HTTPStatus.TOO_MANY_REQUESTS,
+    Refusal.QUEUE_FULL: HTTPStatus.SERVICE_UNAVAILABLE,
+    Refusal.SLO_TTFT: HTTPStatus.SERVICE_UNAVAILABLE,
+}
 
 _INVALID = "invalid_request_error"
 _STATUS_OF_CODE = {
@@ -48,7 +56,7 @@ class Described(msgspec.Struct, frozen=True):
 
     status: int
     body: ErrorBody
-    retry: bool = False
+    retry_after: int | None = None
 
 
 def describe_error(error: MemServeError) -> Described:
@@ -58,15 +66,11 @@ def describe_error(error: MemServeError) -> Described:
         status = _STATUS_OF_CODE.get(error.code, HTTPStatus.BAD_REQUEST)
         return Described(status, ErrorBody(ErrorObject(text, _INVALID, error.field or None, error.code)))
     if isinstance(error, Overloaded):
-        return _described(HTTPStatus.TOO_MANY_REQUESTS, text, "rate_limit_error", "overloaded", retry=True)
+        return _describe_refusal(error, text)
     if isinstance(error, NoInstance):
-        return _described(
-            HTTPStatus.SERVICE_UNAVAILABLE, text, "service_unavailable_error", "no_instance", retry=True
-        )
+        return _unavailable(text, "no_instance")
     if isinstance(error, PeerLost):
-        return _described(
-            HTTPStatus.SERVICE_UNAVAILABLE, text, "service_unavailable_error", "instance_lost", retry=True
-        )
+        return _unavailable(text, "instance_lost")
     if isinstance(error, RequestTimedOut):
         return _described(HTTPStatus.GATEWAY_TIMEOUT, text, "timeout_error", "request_timeout")
     return _described(HTTPStatus.INTERNAL_SERVER_ERROR, text, "server_error", "request_failed")
@@ -75,7 +79,7 @@ def describe_error(error: MemServeError) -> Described:
 def error_response(error: MemServeError) -> Response:
     """The HTTP response for ``error``."""
     described = describe_error(error)
-    headers = {"retry-after": str(RETRY_SECONDS)} if described.retry else {}
+    headers = {} if described.retry_after is None else {"retry-after": str(described.retry_after)}
     return _respond(described.status, described.body.error, headers)
 
 
@@ -117,8 +121,20 @@ def internal_error() -> ErrorBody:
     return ErrorBody(ErrorObject(text, "server_error", None, "internal_error"))
 
 
-def _described(status: int, text: str, kind: str, code: str, *, retry: bool = False) -> Described:
-    return Described(status, ErrorBody(ErrorObject(text, kind, None, code)), retry)
+def _describe_refusal(error: Overloaded, text: str) -> Described:
+    status = _STATUS_OF_REFUSAL[error.reason]
+    seconds = math.ceil(min(max(error.retry_after, RETRY_SECONDS), _RETRY_SECONDS_MOST))
+    if status is HTTPStatus.SERVICE_UNAVAILABLE:
+        return _unavailable(text, error.reason, seconds)
+    return _described(status, text, "rate_limit_error", error.reason, seconds)
+
+
+def _unavailable(text: str, code: str, retry_after: int = RETRY_SECONDS) -> Described:
+    return _described(HTTPStatus.SERVICE_UNAVAILABLE, text, "service_unavailable_error", code, retry_after)
+
+
+def _described(status: int, text: str, kind: str, code: str, retry_after: int | None = None) -> Described:
+    return Described(status, ErrorBody(ErrorObject(text, kind, None, code)), retry_after)
 
 
 def _respond(status: int, error: ErrorObject, headers: dict[str, str]) -> Response:

@@ -8,6 +8,7 @@ from memserve.core.clock import Clock
 from memserve.core.types import FinishReason, Ledger
 from memserve.server.backend import ClusterView
 from memserve.server.failure_metrics import FailureMetrics
+from memserve.server.line_metrics import LineMetrics
 from memserve.server.routing_metrics import RoutingMetrics
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -60,6 +61,7 @@ class Metrics:
         self._cluster = _ClusterGauges(registry)
         self._routing = RoutingMetrics(registry)
         self._failures = FailureMetrics(registry)
+        self._line = LineMetrics(registry)
 
     def begin_request(self) -> float:
         """Count an HTTP request in and return its time of arrival, s."""
@@ -77,6 +79,7 @@ class Metrics:
         self._cluster.show(view)
         self._routing.show(view.regrets)
         self._failures.show(view)
+        self._line.show(view.line)
 
     def render(self) -> bytes:
         """Everything in Prometheus' text format."""

@@ -5,7 +5,6 @@ This is the edge where bugs become a 500 and a traceback in the log.
 
 from __future__ import annotations
 
-import hmac
 import logging
 import re
 import uuid
@@ -16,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from memserve.server.errors import bug_response, unauthorized_response
 from memserve.server.metrics import Metrics
+from memserve.server.tenants import Tenants
 
 log = logging.getLogger(__name__)
 
@@ -28,13 +28,13 @@ _DISCONNECTED = 499
 class EveryRequest:
     """ASGI middleware; the outermost one, so that it sees every response.
 
-    ``api_key`` guards all paths under ``/v1``; probes and metrics stay open.
+    A key of ``tenants`` guards all paths under ``/v1``; probes and metrics stay open.
     """
 
-    def __init__(self, app: ASGIApp, *, metrics: Metrics, api_key: str | None) -> None:
+    def __init__(self, app: ASGIApp, *, metrics: Metrics, tenants: Tenants) -> None:
         self._app = app
         self._metrics = metrics
-        self._expected = None if api_key is None else f"Bearer {api_key}".encode()
+        self._tenants = tenants
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -67,9 +67,7 @@ class EveryRequest:
             self._metrics.end_request(_endpoint(scope), status, arrived)
 
     def _may_enter(self, path: str, given: str) -> bool:
-        if self._expected is None or not path.startswith("/v1"):
-            return True
-        return hmac.compare_digest(given.encode(), self._expected)
+        return not path.startswith("/v1") or self._tenants.may_enter(given)
 
 
 def request_id_of(request: HTTPConnection) -> str:

@@ -108,6 +108,7 @@ class ClusterOverview:
             self._regrets(),
             tuple(Counter(name, count) for name, count in sorted(self._dispatcher.losses.items())),
             self._dispatcher.failovers,
+            self._dispatcher.line(),
         )
 
     async def resize(self, instance: str, tier: TierName, memory: int) -> TierSize:

@@ -38,6 +38,7 @@ class AskedBase(msgspec.Struct, frozen=True, kw_only=True):
     user: str | None = None
     session_id: str | None = None
     cache_salt: str | None = None
+    priority: int | None = None
 
 
 class ContentPart(msgspec.Struct, frozen=True):

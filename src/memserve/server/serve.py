@@ -35,6 +35,7 @@ from memserve.engine.models.resolve import resolve_model
 from memserve.engine.models.tokenizer import Tokenizer
 from memserve.engine.phases import PHASES
 from memserve.engine.settings import InstanceSettings
+from memserve.scheduler.admission import LineLimits
 from memserve.scheduler.decision_log import RecordingScheduler
 from memserve.scheduler.policies import policy_by_name
 from memserve.scheduler.prompt_trees import TreeOptions
@@ -43,6 +44,7 @@ from memserve.server.dispatch import Dispatcher
 from memserve.server.log_file import LogFile
 from memserve.server.overview import ClusterOverview
 from memserve.server.progress import StartScreen
+from memserve.server.tenants import Tenants
 
 
 def run(config: Config, screen: StartScreen, spare: list[Popen[bytes]] | None = None) -> None:
@@ -121,6 +123,18 @@ def tree_options(config: Config) -> TreeOptions:
     )
 
 
+def line_limits(config: Config) -> LineLimits:
+    """How many requests may wait in front of the instances, and how many these run."""
+    server = config.server
+    return LineLimits(
+        server.max_waiting,
+        server.max_waiting_tokens,
+        server.tenant_max_waiting,
+        server.tenant_max_waiting_tokens,
+        config.engine.max_running,
+    )
+
+
 async def _serve(config: Config, screen: StartScreen, spare: list[Popen[bytes]] | None) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -167,7 +181,8 @@ class _Cluster:
             clock,
             screen,
             model=self._source.spec.identity,
-            max_waiting=config.server.max_waiting,
+            limits=line_limits(config),
+            weight=Tenants(config.server.api_key, config.server.tenants).weight,
         )
         self._ended: dict[InstanceId, str] = {}
         self._supervisor = Supervisor(

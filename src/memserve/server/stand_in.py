@@ -17,6 +17,7 @@ from memserve.server.backend import (
     GenerationRequest,
     Health,
     InstanceView,
+    LineView,
     StateCount,
     TierSize,
     TreeView,
@@ -58,6 +59,7 @@ class StandInBackend:
     stalled: asyncio.Event = field(default_factory=asyncio.Event)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     role: Role = Role.COLOCATED
+    line: LineView = field(default_factory=LineView)
     _prompts: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Generated, None]:
@@ -98,6 +100,7 @@ class StandInBackend:
                     stale_tokens=16,
                 ),
             ),
+            line=self.line,
         )
 
     async def resize(self, instance: str, tier: TierName, memory: int) -> TierSize:

@@ -18,6 +18,9 @@ MAX_TOP_LOGPROBS = 20
 MAX_COMPLETION_LOGPROBS = 5
 COMPLETION_TOKENS = 16
 """OpenAI's default ``max_tokens`` of ``/v1/completions``."""
+SLO_TTFT_HEADER = "x-memserve-slo-ttft"
+MAX_SLO_TTFT = 86_400
+_PRIORITIES = 1 << 31
 _SEEDS = 1 << 63
 N = TypeVar("N", int, float)
 
@@ -76,6 +79,23 @@ def check_model(name: str | None, served: Sequence[str]) -> str:
     return name
 
 
+def check_slo_ttft(given: str | None, default: float) -> float | None:
+    """Seconds within which the first token is of use: as the header says, else ``default``, 0 being none."""
+    if given is None:
+        return default or None
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds <= MAX_SLO_TTFT:
+        _fail(
+            SLO_TTFT_HEADER,
+            f"'{SLO_TTFT_HEADER}' is {given[:40]!r}; it must be a number of seconds greater than 0, at most "
+            f"{MAX_SLO_TTFT}.",
+        )
+    return seconds
+
+
 def check_token_ids(tokens: Sequence[int], limits: Limits, field: str) -> None:
     """Raise ``InvalidRequest`` if an id does not exist."""
     for place, token in enumerate(tokens):
@@ -120,6 +140,8 @@ def _check_common(
         _fail(name, f"'{name}' is {max_tokens}; at least 1 is needed.")
     n = 1 if body.n is None else body.n
     _check_range("n", n, 1, MAX_CHOICES)
+    if body.priority is not None:
+        _check_range("priority", body.priority, -_PRIORITIES, _PRIORITIES - 1)
     if body.cache_salt == "":
         _fail("cache_salt", "'cache_salt' is empty; leave it out to share the cache.")
     sampling = SamplingParams(

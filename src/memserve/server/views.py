@@ -10,7 +10,15 @@ from msgspec.structs import asdict
 
 from memserve.core.messages import Trace
 from memserve.core.types import Ledger
-from memserve.server.backend import ClusterView, Health, InstanceView, LostInstance, TierSize, TreeView
+from memserve.server.backend import (
+    ClusterView,
+    Health,
+    InstanceView,
+    LineView,
+    LostInstance,
+    TierSize,
+    TreeView,
+)
 
 
 class HealthBody(msgspec.Struct, frozen=True):
@@ -57,6 +65,7 @@ class ClusterBody(msgspec.Struct, frozen=True):
     block_bytes: int
     instances: tuple[InstanceBody, ...]
     trees: tuple[TreeView, ...]
+    line: LineView = LineView()
 
 
 class MemoryBody(msgspec.Struct, frozen=True):
@@ -130,6 +139,7 @@ def cluster_body(view: ClusterView) -> ClusterBody:
         view.block_bytes,
         tuple(_instance_body(one) for one in view.instances),
         view.trees,
+        view.line,
     )
 
 

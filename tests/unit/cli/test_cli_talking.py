@@ -16,7 +16,15 @@ from memserve.cli.client import ServerClient, ServerError, read_events
 from memserve.cli.conversation import Conversation
 from memserve.cli.status import show_cluster
 from memserve.core.errors import PeerLost
-from memserve.server.backend import ClusterView, Health, InstanceView, LostInstance, TreeView
+from memserve.server.backend import (
+    ClusterView,
+    Health,
+    InstanceView,
+    LineView,
+    LostInstance,
+    TenantView,
+    TreeView,
+)
 from memserve.server.stand_in import Script
 from memserve.server.views import cluster_body, health_body
 
@@ -149,8 +157,16 @@ def test_status_as_a_table(runner: CliRunner, server: Any) -> None:
 
 def test_the_table_shows_blocks_trees_and_the_lost() -> None:
     one = InstanceView("decode-0", "decode", "ready", 3, 77, "amx", 1000, 600, 100, 250, 50, 2, 5)
+    waiting = (TenantView("[a]", 1.0, 1200, 34_000, 0, 0.0), TenantView("nobody", 1.0, 0, 0, 3, 1.0))
     view = ClusterView(
-        "m[x]", "prompt-tree", "pd-caching-3", 16, 4096, (one,), (TreeView("decode", 9, 1234),)
+        "m[x]",
+        "prompt-tree",
+        "pd-caching-3",
+        16,
+        4096,
+        (one,),
+        (TreeView("decode", 9, 1234),),
+        line=LineView(waiting),
     )
     health = Health("degraded", "serving without prefill-1", (), (LostInstance("prefill-1", "[gone]", 1.0),))
     console = Console(file=io.StringIO(), width=200, record=True)
@@ -160,6 +176,8 @@ def test_the_table_shows_blocks_trees_and_the_lost() -> None:
     for word in ("m[x]", "decode-0", "amx", "77", "1,000", "600", "100", "250", "9 nodes, 1,234 tokens"):
         assert word in text
     assert "lost prefill-1: [gone]" in text
+    assert "waiting for room: [a]: 1,200 requests, 34,000 tokens" in text
+    assert "nobody" not in text
 
 
 def test_events_end_with_done_or_with_an_error() -> None:

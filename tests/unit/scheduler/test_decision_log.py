@@ -8,12 +8,14 @@ import msgspec
 import numpy as np
 import pytest
 
+from memserve.core.clock import VirtualClock
 from memserve.core.config import POLICIES, TreeSource
-from memserve.core.errors import ConfigError
-from memserve.core.types import InstanceId, Namespace, RequestId, Role, StepPrices, Tokens
+from memserve.core.errors import ConfigError, NoInstance
+from memserve.core.messages import Member, PoolEvents, Ready, Stored
+from memserve.core.types import InstanceId, Namespace, RequestId, Role, StepPrices, Tokens, pack_tokens
 from memserve.scheduler.costs import Wire
-from memserve.scheduler.decision import Decision
-from memserve.scheduler.decision_log import AnswerLearnt, Closed, Routed
+from memserve.scheduler.decision import Decision, RouteRequest
+from memserve.scheduler.decision_log import AnswerLearnt, Closed, RecordingScheduler, Routed
 from memserve.scheduler.policies import policy_by_name
 from memserve.scheduler.prompt_trees import TreeOptions
 from memserve.scheduler.replay import Replayed, read_log, replay
@@ -74,6 +76,35 @@ def test_trees_are_made_as_they_were(source: TreeSource) -> None:
     lines = record("cost", TreeOptions(source, ttl=2.0, speculative_seconds=0.5, memory=20_000))
     assert all(one.then == one.now for one in again(lines))
     assert any(isinstance(one.now, Decision) and one.now.matched_prefill for one in again(lines))
+
+
+def test_foresight_counts_as_use_and_replays() -> None:
+    lines: list[bytes] = []
+    clock = VirtualClock()
+    options = TreeOptions(memory=20_000)
+    scheduler = RecordingScheduler(policy_by_name("cost"), clock, lines.append, trees=options)
+    name = InstanceId("c0")
+    member = Member(name, 1, Role.COLOCATED, "@c0")
+    space = Namespace("m")
+
+    def asked(at: int, start: int) -> RouteRequest:
+        return RouteRequest(RequestId(f"r{at}"), space, np.arange(start, start + 320, dtype=np.int32))
+
+    with pytest.raises(NoInstance):
+        scheduler.foresee(asked(0, 0))
+    scheduler.member_ready(member, Ready(name, "@c0", "m", 512, 16, 64, 4096, "layout", "reference"))
+    for at in range(60):
+        clock.advance(0.01)
+        tokens = pack_tokens(np.arange(1000 * at, 1000 * at + 320, dtype=np.int32))
+        scheduler.on_pool_events(PoolEvents(name, 1, at, (Stored(space, tokens),)))
+        # What is asked for stays known, however little room there is.
+        assert scheduler.foresee(asked(at, 0)) > 0
+        scheduler.route(asked(at, 1000 * (at // 2)))
+    replayed = again(lines)
+    assert [one.now for one in replayed] == [one.then for one in replayed]
+    without = [line for line in lines if b'"what":"foreseen"' not in line]
+    assert len(without) == len(lines) - 61
+    assert any(one.now != one.then for one in again(without)), "it was of consequence"
 
 
 def test_another_policy_differs() -> None:

@@ -286,10 +286,10 @@ async def test_unsupported_completion_parameters(client: httpx.AsyncClient, name
 
 
 async def test_unknown_fields_are_ignored_and_named(client: httpx.AsyncClient) -> None:
-    asked = {"prompt": "a", "user": "me", "priority": 3, "blümchen": [1], "x\r\ny": 1}
+    asked = {"prompt": "a", "user": "me", "prefix": 3, "blümchen": [1], "x\r\ny": 1}
     response = await client.post(COMPLETION, json=asked)
     assert response.status_code == 200
-    assert response.headers["x-memserve-ignored"] == "bl\\xfcmchen, priority, x??y"
+    assert response.headers["x-memserve-ignored"] == "bl\\xfcmchen, prefix, x??y"
 
 
 async def test_nulls_mean_defaults(client: httpx.AsyncClient) -> None:

@@ -55,7 +55,7 @@ def test_nothing_is_said_of_a_forgotten_route() -> None:
 def by_cost() -> tuple[Dispatcher, Outbox]:
     clock, outbox = VirtualClock(), Outbox()
     scheduler = GlobalScheduler(policy_by_name("cost"), clock)
-    dispatcher = Dispatcher(scheduler, clock, Quiet(), model="m", max_waiting=8)
+    dispatcher = Dispatcher(scheduler, clock, Quiet(), model="m")
     dispatcher.manager = outbox  # type: ignore[assignment]
     for name in (P, D):
         add(dispatcher, name)

@@ -2,7 +2,7 @@
 
     python benchmarks/engine_vs_peers.py [--model smollm2-135m|llama-1b] [--quick] [--minutes N] [--rounds N]
         [--weights 4bit,bf16] [--threads 2,1] [--only 'prefill*'] [--engines memserve,llama:kv=q8_0,...]
-    python benchmarks/engine_vs_peers.py --markdown [--model M]     the last result as tables for the docs
+    python benchmarks/engine_vs_peers.py --markdown [--output FILE] a result as tables for the docs
 
 Installs each engine into an environment of its own below build/peers (once), writes the model in the format
 that each reads, and starts a process per engine. In every round each figure is measured on each engine, in
@@ -231,6 +231,12 @@ def record(plan: Plan, setting: Setting, measured: Measured, seats: dict[str, Se
     }
 
 
+def read_model(output: Path) -> str:
+    """Whose figures a result has."""
+    model: str = json.loads(output.read_text())["model"]
+    return model
+
+
 def read_tables(path: Path) -> list[Setting]:
     """The tables of a result file."""
     settings = json.loads(path.read_text())["settings"]
@@ -262,7 +268,7 @@ def main() -> None:
     suffix = "" if asked.model == DEFAULT_MODEL else f"_{asked.model}"
     output = asked.output or RESULTS / f"engine_vs_peers{suffix}.json"
     if asked.markdown:
-        print(as_markdown(asked.model, read_tables(output)))
+        print(as_markdown(read_model(output), read_tables(output)))
         return
     try:
         engines = [parse_engine(text) for text in asked.engines.split(",")]

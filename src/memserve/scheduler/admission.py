@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from memserve.core.errors import Overloaded, Refusal
-from memserve.core.types import Role
+from memserve.core.types import InstanceId, Role
 from memserve.scheduler.fair_queue import FairQueue, Lane, Waiting
 from memserve.scheduler.state import InstanceState, Leg, SchedulerState
 
 LEAD_STEPS = 2
 """Behind the prompt that it computes, an instance has so many steps of work: one to begin at once, and one
 while it is told that the first is done and the next request is on its way."""
+_SPARE_PART = 8
+"""The part of its KV that an instance keeps free for what comes, where that is less than its steps bring."""
 _KEPT = 0.95
 """What a take leaves of the weight of those before it in the pace of the line."""
 _ENOUGH = 4
@@ -52,19 +55,51 @@ def is_served(state: SchedulerState) -> bool:
     return bool(state.places(Leg.PREFILL).instances and state.places(Leg.DECODE).instances)
 
 
-def has_room(state: SchedulerState, max_running: int, in_flight: int) -> bool:
+class Room:
     """Whether one more request keeps an instance busy that could have nothing to do otherwise.
 
     Some place has less than ``LEAD_STEPS`` steps of prompts behind the one it computes, and some place to
-    decode has a stream to spare, and KV for as many tokens. Policies that crowd one place find the other
-    ones open; they are stopped at twice the streams that all can run.
+    decode has a stream to spare, and KV for as many tokens, or an eighth of its KV. Policies that crowd one
+    place find the other ones open; they are stopped at twice the streams that all can run.
+
+    It has to be told where something changes, and then looks there only: a place that had no room has none
+    until then.
     """
-    prefill, decode = state.places(Leg.PREFILL).instances, state.places(Leg.DECODE).instances
-    if in_flight >= 2 * max_running * len(decode):
-        return False
-    return any(_prefills_soon(place) for place in prefill) and any(
-        _decodes_soon(place, max_running) for place in decode
-    )
+
+    def __init__(self, state: SchedulerState, max_running: int) -> None:
+        self._state = state
+        self._max_running = max_running
+        self._prefill: dict[InstanceId, None] = {}
+        self._decode: dict[InstanceId, None] = {}
+        """Who may have room, in the order in which they are to be looked at."""
+
+    def look_at(self, instance: InstanceId) -> None:
+        """Something has changed there."""
+        self._prefill[instance] = self._decode[instance] = None
+
+    def look_everywhere(self) -> None:
+        """Who there is, or what they do, has changed."""
+        self._prefill = dict.fromkeys(self._state.places(Leg.PREFILL).by_id)
+        self._decode = dict.fromkeys(self._state.places(Leg.DECODE).by_id)
+
+    def is_left(self, in_flight: int) -> bool:
+        """Whether there is room with so many streams under way."""
+        prefill, decode = self._state.places(Leg.PREFILL).by_id, self._state.places(Leg.DECODE).by_id
+        return (
+            in_flight < 2 * self._max_running * len(decode)
+            and _find_open(self._prefill, prefill, _prefills_soon)
+            and _find_open(self._decode, decode, self._decodes_soon)
+        )
+
+    def _decodes_soon(self, place: InstanceState) -> bool:
+        report = place.report
+        running = place.booked.requests if place.role is Role.COLOCATED else place.load.streams
+        if not running:
+            return True
+        used = (report.active_blocks + report.incoming_blocks) * place.block_tokens
+        # Small pools could never hold as much beside what runs.
+        spare = min(LEAD_STEPS * place.step_tokens, place.capacity // _SPARE_PART)
+        return running < self._max_running and used + spare <= place.capacity
 
 
 class WaitingLine:
@@ -217,13 +252,19 @@ def _prefills_soon(place: InstanceState) -> bool:
     return place.line.behind_first(lead) < lead
 
 
-def _decodes_soon(place: InstanceState, max_running: int) -> bool:
-    report = place.report
-    running = place.booked.requests if place.role is Role.COLOCATED else place.load.streams
-    if not running:
-        return True
-    used = (report.active_blocks + report.incoming_blocks) * place.block_tokens
-    return running < max_running and used + LEAD_STEPS * place.step_tokens <= place.capacity
+def _find_open(
+    candidates: dict[InstanceId, None],
+    places: dict[InstanceId, InstanceState],
+    is_open: Callable[[InstanceState], bool],
+) -> bool:
+    """Whether a candidate is open; those before it, which are not, are candidates no longer."""
+    while candidates:
+        name = next(iter(candidates))
+        place = places.get(name)
+        if place is not None and is_open(place):
+            return True
+        del candidates[name]
+    return False
 
 
 def _is_full(requests: int, tokens: int, most_requests: int, most_tokens: int) -> bool:

@@ -127,7 +127,7 @@ class Dispatcher:
             else:
                 self._placement.leave(stream, FinishReason.CANCELLED)
             del self._streams[request.request]
-            self._line.left(request.request)
+            self._line.left(stream)
             self._dismiss_idle()
 
     def stop(self, request: RequestId) -> None:
@@ -181,23 +181,25 @@ class Dispatcher:
         if self.supervisor is not None and self.supervisor.became_ready(member.instance):
             self._screen.back(member.instance)
         self._placement.arrived()
-        self._line.move()
+        self._line.members_changed()
         self.members_changed.set()
 
     def on_suspected(self, instance: InstanceId) -> None:
         self._scheduler.member_suspected(instance)
+        self._line.members_changed()
 
     def on_recovered(self, instance: InstanceId) -> None:
         self._scheduler.member_recovered(instance)
-        self._line.move()
+        self._line.members_changed()
 
     def on_role_changed(self, member: Member) -> None:
         self._scheduler.member_role_changed(member)
-        self._line.move()
+        self._line.members_changed()
 
     def on_draining(self, instance: InstanceId) -> None:
         self._scheduler.member_draining(instance)
         self._draining.add(instance)
+        self._line.members_changed()
         self._dismiss_idle()
 
     def on_lost(self, instance: InstanceId, reason: str) -> None:
@@ -205,13 +207,13 @@ class Dispatcher:
         self._scheduler.member_lost(instance)
         self._draining.discard(instance)
         self._placement.lose(instance, reason)
-        self._line.move()
+        self._line.members_changed()
         self._screen.lost(instance, reason)
         self.members_changed.set()
 
     def on_heartbeat(self, heartbeat: Heartbeat) -> None:
         self._scheduler.on_heartbeat(heartbeat)
-        self._line.move()
+        self._line.changed(heartbeat.instance)
 
     def on_message(self, instance: InstanceId, message: Message) -> None:
         if isinstance(message, TokenChunk):
@@ -220,7 +222,7 @@ class Dispatcher:
             self._apply_events(message)
         elif isinstance(message, RequestClosed):
             self._scheduler.finish(message.request)
-            self._line.move()
+            self._line.changed(message.instance)
             self._trace(message.request, "scheduler.unbook", f"closed by {message.instance}")
             self._dismiss_idle()
         elif isinstance(message, RequestError):
@@ -270,7 +272,8 @@ class Dispatcher:
             if chunk.offset == 0:
                 cached = chunk.ledger.cached if chunk.ledger is not None else None
                 self._scheduler.first_token(chunk.request, cached)
-                self._line.move()
+                if stream.decision is not None:
+                    self._line.changed(stream.decision.prefill)
             stream.accept(chunk)
 
     def _apply_events(self, events: PoolEvents) -> None:

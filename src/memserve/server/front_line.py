@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from memserve.core.clock import Clock
 from memserve.core.errors import MemServeError, Refusal
-from memserve.core.types import Namespace, RequestId
-from memserve.scheduler.admission import LineLimits, WaitingLine, has_room, is_served, price_rate
+from memserve.core.types import InstanceId, Namespace, RequestId
+from memserve.scheduler.admission import LineLimits, Room, WaitingLine, is_served, price_rate
 from memserve.scheduler.decision import RouteRequest
 from memserve.scheduler.fair_queue import FairQueue, Waiting
 from memserve.scheduler.service import GlobalScheduler
@@ -35,7 +35,7 @@ class FrontLine:
     """Lets streams through while there is room, and one after the other when there is not.
 
     ``begin`` sends a stream or raises; ``restarting`` tells whether a lost instance is on its way back;
-    ``weight`` is that of a tenant. ``in_flight`` counts the streams that have gone through.
+    ``weight`` is that of a tenant.
     """
 
     def __init__(
@@ -55,6 +55,7 @@ class FrontLine:
         self._begin = begin
         self._restarting = restarting
         self._line = WaitingLine(limits, FairQueue(weight))
+        self._room = Room(scheduler.state, limits.max_running)
         self._turns: dict[RequestId, _Turn] = {}
         self._in_flight: set[RequestId] = set()
         self._look: asyncio.TimerHandle | None = None
@@ -83,20 +84,24 @@ class FrontLine:
             self._line.join(waiting, price_rate(self._scheduler.state))
             await self._wait(stream, waiting)
 
-    def left(self, request: RequestId) -> None:
+    def left(self, stream: Stream) -> None:
         """A stream has ended, however: there may be room for others."""
-        self._in_flight.discard(request)
-        self.move()
+        self._in_flight.discard(stream.request.request)
+        decision = self._scheduler.decision(stream.attempt)
+        if decision is not None:
+            self._room.look_at(decision.prefill)
+            self._room.look_at(decision.decode or decision.prefill)
+        self._move()
 
-    def move(self) -> None:
-        """Something has changed: begin those whose turn it is, as far as there is room."""
-        while len(self._line) and self._is_open():
-            waiting = self._line.take(self._clock.now())
-            assert waiting is not None, "somebody waits"
-            turn = self._turns[waiting.request]
-            # A task that is being cancelled has not come to leave the line yet.
-            if not turn.come.done():
-                turn.come.set_result(self._try_to_start(turn.stream))
+    def changed(self, instance: InstanceId) -> None:
+        """An instance has got less to do, or told of itself."""
+        self._room.look_at(instance)
+        self._move()
+
+    def members_changed(self) -> None:
+        """Others take requests now than before, or other ones."""
+        self._room.look_everywhere()
+        self._move()
 
     def close(self, error: MemServeError) -> None:
         """End the wait of all with ``error``."""
@@ -127,6 +132,16 @@ class FrontLine:
 
     # --- inside ---
 
+    def _move(self) -> None:
+        """Begin those whose turn it is, as far as there is room."""
+        while len(self._line) and self._is_open():
+            waiting = self._line.take(self._clock.now())
+            assert waiting is not None, "somebody waits"
+            turn = self._turns[waiting.request]
+            # A task that is being cancelled has not come to leave the line yet.
+            if not turn.come.done():
+                turn.come.set_result(self._try_to_start(turn.stream))
+
     async def _wait(self, stream: Stream, waiting: Waiting) -> None:
         turn = _Turn(stream, asyncio.get_running_loop().create_future())
         self._turns[waiting.request] = turn
@@ -137,6 +152,7 @@ class FrontLine:
         except TimeoutError:
             if not limit.expired():
                 raise
+            self._line.leave(waiting)
             raise self._line.refuse(
                 Refusal.SLO_TTFT,
                 f"the request has waited for {slo:g} s, within which the first token was asked for. Remedy: "
@@ -177,10 +193,10 @@ class FrontLine:
 
     def _look_again(self) -> None:
         self._look = None
-        self.move()
+        self._move()
 
     def _has_room(self) -> bool:
-        return has_room(self._scheduler.state, self._line.limits.max_running, len(self._in_flight))
+        return self._room.is_left(len(self._in_flight))
 
     def _start(self, stream: Stream) -> None:
         self._in_flight.add(stream.request.request)

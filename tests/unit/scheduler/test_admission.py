@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 
 from memserve.core.errors import Overloaded, Refusal
-from memserve.core.types import RequestId
+from memserve.core.types import InstanceId, RequestId
 from memserve.scheduler.admission import (
     LEAD_STEPS,
     LineLimits,
     Pace,
+    Room,
     WaitingLine,
-    has_room,
     is_served,
     price_rate,
 )
@@ -36,6 +36,12 @@ def line(limits: LineLimits | None = None, **weights: float) -> WaitingLine:
 def lead_of(state: SchedulerState) -> float:
     (place,) = (one for one in state.instances() if one.role.prefills)
     return LEAD_STEPS * place.step_tokens * place.prices.token
+
+
+def has_room(state: SchedulerState, max_running: int, in_flight: int) -> bool:
+    room = Room(state, max_running)
+    room.look_everywhere()
+    return room.is_left(in_flight)
 
 
 def book(state: SchedulerState, name: str, seconds: float, place: str = "c1", tokens: int = 100) -> None:
@@ -93,6 +99,29 @@ def test_a_full_batch_or_full_memory_closes(cluster: Cluster, names: tuple[str, 
     for number in range(3):
         state.unbook(RequestId(f"r{number}"))
     assert has_room(state, 4, 0), "nothing of ours runs there: there is nothing to wait for"
+
+
+def test_a_small_pool_runs_several_beside_each_other(cluster: Cluster) -> None:
+    cluster.add("c1")
+    cluster.book("r", "c1", "c1", 16)
+    cluster.report("c1", blocks=32, active_blocks=28)
+    assert has_room(cluster.state, 64, 1), "512 tokens in all are less than two steps"
+    cluster.report("c1", blocks=32, active_blocks=29)
+    assert not has_room(cluster.state, 64, 1)
+
+
+def test_room_is_looked_for_where_something_changed(cluster: Cluster) -> None:
+    cluster.add("p1", "p2", "d1")
+    room = Room(cluster.state, 64)
+    assert not room.is_left(0), "nobody has told of anything"
+    room.look_at(InstanceId("p1"))
+    assert not room.is_left(0), "nobody is known to decode"
+    room.look_at(InstanceId("d1"))
+    assert room.is_left(0)
+    cluster.state.drop_instance(InstanceId("p1"))
+    assert not room.is_left(0)
+    room.look_everywhere()
+    assert room.is_left(0)
 
 
 @pytest.mark.parametrize(

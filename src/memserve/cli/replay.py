@@ -13,9 +13,10 @@ from memserve.core.config import POLICIES
 from memserve.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from memserve.scheduler.decision import Decision
+    from memserve.scheduler.decision_log import News
     from memserve.scheduler.replay import Replayed
 
 DIFFERENT = 1
@@ -74,9 +75,19 @@ def _decide_again(file: Path, policy: str | None) -> Iterator[Replayed]:
     try:
         with file.open("rb") as lines:
             opened, news = read_log(lines, str(file))
-            yield from replay(opened, news, policy_by_name(policy or opened.policy))
+            yield from replay(opened, _tell_of_end(news), policy_by_name(policy or opened.policy))
     except OSError as error:
         raise ConfigError(f"{file} cannot be read: {error.strerror or error}") from error
+
+
+def _tell_of_end(news: Iterable[tuple[int, News]]) -> Iterator[tuple[int, News]]:
+    """All of it; where the log ended before its scheduler did, the user hears of that."""
+    from memserve.scheduler.decision_log import Closed
+
+    for line, entry in news:
+        if isinstance(entry, Closed):
+            typer.echo(f"the log ends at line {line}: {entry.reason}", err=True)
+        yield line, entry
 
 
 def _differs(one: Replayed, *, whole: bool) -> bool:

@@ -17,6 +17,7 @@ from memserve.scheduler.decision_log import (
     AnswerLearnt,
     Beat,
     BecameReady,
+    Closed,
     Draining,
     Finished,
     FirstToken,
@@ -63,8 +64,8 @@ class Replayed:
 def read_log(lines: Iterable[bytes], name: str) -> tuple[Opened, Iterator[tuple[int, News]]]:
     """The head of a log and its other lines, numbered from 2.
 
-    Raises ``ConfigError`` naming ``name`` and the line, at once or when that line is read. A last line that
-    was cut off where its writer died is left out.
+    Raises ``ConfigError`` naming ``name`` and the line, at once or when that line is read. In the place of a
+    last line that was cut off, where its writer died or the disk was full, comes a ``Closed`` that says so.
     """
     coming = iter(lines)
     first = next(coming, b"")
@@ -153,13 +154,19 @@ def _tell_of_member(scheduler: GlobalScheduler, entry: News) -> None:
 
 
 def _read_news(lines: Iterable[bytes], name: str) -> Iterator[tuple[int, News]]:
+    at = 0.0
     for number, line in enumerate(lines, 2):
+        if not line.endswith(b"\n"):
+            yield number, Closed(at, f"{len(line)} bytes of a line whose end was not written")
+            return
         try:
-            yield number, _NEWS.decode(line)
+            entry = _NEWS.decode(line)
         except msgspec.DecodeError as error:
-            if not line.endswith(b"\n"):
-                return
             raise ConfigError(f"{name}, line {number}, cannot be read: {error}") from error
+        if isinstance(entry, Routed | Foreseen | AnswerLearnt) and len(entry.tokens) % 4:
+            raise ConfigError(f"{name}, line {number}, cannot be read: {len(entry.tokens)} bytes of tokens")
+        at = entry.at
+        yield number, entry
 
 
 _HEAD = msgspec.json.Decoder(Opened)

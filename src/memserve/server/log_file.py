@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import stat
 from pathlib import Path
 
 import msgspec
@@ -27,7 +28,7 @@ class LogFile:
         self._left = limit
         self._clock = clock
         try:
-            number = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            number = _open_private(path)
         except OSError as error:
             raise ConfigError(
                 f"scheduler.decision_log: {path} cannot be written: {error.strerror or error}"
@@ -43,11 +44,7 @@ class LogFile:
             self._end(f"scheduler.decision_log_bytes are full after {self._file.tell()} bytes")
             return
         self._left -= len(line)
-        try:
-            self._file.write(line)
-        except OSError as error:
-            self._open = False
-            log.warning("the decision log %s ends: %s", self._path, error)
+        self._write(line)
 
     def close(self) -> None:
         """May be repeated."""
@@ -56,5 +53,29 @@ class LogFile:
 
     def _end(self, reason: str) -> None:
         log.warning("the decision log %s ends: %s", self._path, reason)
-        self._file.write(msgspec.json.encode(Closed(self._clock.now(), reason)) + b"\n")
+        self._write(msgspec.json.encode(Closed(self._clock.now(), reason)) + b"\n")
         self.close()
+
+    def _write(self, line: bytes) -> None:
+        """All of it, or the log ends: nothing may follow a piece of a line."""
+        try:
+            whole = self._file.write(line) == len(line)
+            problem = None if whole else "the disk is full"
+        except OSError as error:
+            problem = str(error)
+        if problem is not None:
+            self._open = False
+            log.warning("the decision log %s ends: %s", self._path, problem)
+
+
+def _open_private(path: Path) -> int:
+    number = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        # A file that was there keeps its mode; prompts come only once others cannot read it.
+        if stat.S_ISREG(os.fstat(number).st_mode):
+            os.fchmod(number, 0o600)
+            os.ftruncate(number, 0)
+    except OSError:
+        os.close(number)
+        raise
+    return number

@@ -27,6 +27,16 @@ def test_every_decision_comes_out_again(log: Path) -> None:
     assert done.output.endswith("decisions come out as they were\n")
 
 
+def test_the_end_of_a_log_that_was_cut_is_told(log: Path, tmp_path: Path) -> None:
+    lines = log.read_bytes().splitlines(keepends=True)
+    cut = tmp_path / "cut"
+    cut.write_bytes(b"".join(lines[:-1]) + lines[-1][:7])
+    done = CliRunner().invoke(app, ["replay", str(cut)])
+    assert done.exit_code == 0, done.output
+    assert f"the log ends at line {len(lines)}: 7 bytes of a line" in done.stderr
+    assert "decisions come out as they were" in done.stdout
+
+
 def test_another_policy_is_compared(log: Path) -> None:
     done = CliRunner().invoke(app, ["replay", str(log), "--policy", "round-robin", "--show", "1"])
     assert done.exit_code == 0, done.output

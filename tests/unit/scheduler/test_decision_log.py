@@ -15,7 +15,7 @@ from memserve.core.messages import Member, PoolEvents, Ready, Stored
 from memserve.core.types import InstanceId, Namespace, RequestId, Role, StepPrices, Tokens, pack_tokens
 from memserve.scheduler.costs import Wire
 from memserve.scheduler.decision import Decision, RouteRequest
-from memserve.scheduler.decision_log import RecordingScheduler, Routed
+from memserve.scheduler.decision_log import AnswerLearnt, Closed, RecordingScheduler, Routed
 from memserve.scheduler.policies import policy_by_name
 from memserve.scheduler.prompt_trees import TreeOptions
 from memserve.scheduler.replay import Replayed, read_log, replay
@@ -31,6 +31,7 @@ CHANGES = (
     RoleChange(InstanceId("colocated-0"), Role.DECODE, 3.0),
     Loss(InstanceId("decode-0"), 5.0),
 )
+ODD_TOKENS = msgspec.json.encode(AnswerLearnt(0.1, RequestId("r0"), Namespace("n"), b"sixbyt")) + b"\n"
 
 
 def requests() -> Iterator[SimRequest]:
@@ -122,10 +123,16 @@ def test_a_changed_log_is_found_out() -> None:
     assert first.line == at + 1
 
 
-def test_what_the_dying_wrote_last_is_left_out() -> None:
+@pytest.mark.parametrize("left", [20, -1])
+def test_what_the_dying_wrote_last_is_left_out(left: int) -> None:
     lines = record("least-load")
-    lines[-1] = lines[-1][:20]
+    lines[-1] = lines[-1][:left]
     assert again(lines)
+    _, news = read_log(lines, "the log")
+    number, last = list(news)[-1]
+    assert number == len(lines)
+    assert isinstance(last, Closed)
+    assert "whose end was not written" in last.reason
 
 
 def test_requests_that_nobody_could_take_are_part_of_it() -> None:
@@ -151,6 +158,7 @@ def test_requests_that_nobody_could_take_are_part_of_it() -> None:
         (lambda lines: [lines[0].replace(b'"version":1', b'"version":9'), *lines[1:]], "has version 9"),
         (lambda lines: [*lines[:7], b'{"what":"nonsense"}\n', *lines[8:]], "the log, line 8, cannot be read"),
         (lambda lines: [*lines[:7], lines[7][:-9] + b"\n", *lines[8:]], "the log, line 8, cannot be read"),
+        (lambda lines: [*lines[:7], ODD_TOKENS, *lines[8:]], "the log, line 8, cannot be read: 6 bytes"),
     ],
 )
 def test_damage_is_named(spoil, complaint: str) -> None:

@@ -87,11 +87,16 @@ def prefill_work(prices: StepPrices, step_tokens: int, prompt: int, computed: fl
     return (prompt - computed) * (token + prices.token_context * (0.5 * (prompt + computed)))
 
 
-def decode_costs(places: Columns, prompt: int, answer: float) -> tuple[Floats, Floats]:
-    """Seconds that the answer takes beside what is decoded there, and what it costs the other streams."""
+def decode_costs(
+    places: Columns, prompt: int, answer: float, own: float = 1.0, others: float = 1.0
+) -> tuple[Floats, Floats]:
+    """Seconds that the answer takes beside what is decoded there, and what it costs the other streams.
+
+    Times the weights ``own`` and ``others``.
+    """
     alone = places.row + places.row_context * (prompt + answer / 2)
     before = places.step + places.row * places.streams + places.row_context * places.context
-    return answer * (before + alone), (answer * places.streams) * alone
+    return (own * answer) * (before + alone), (others * answer * places.streams) * alone
 
 
 def tokens_by_slot(held: Holdings, rows: int, most: int) -> Floats:

@@ -187,8 +187,8 @@ class InstanceState:
 class Places:
     """The instances that may take one leg of a request now, ordered by id.
 
-    In the same order their ``slots`` in the fleet, whether their role ``decodes``, and nothing else. ``mask``
-    has the bits of the slots.
+    In the same order their ``slots`` in the fleet, whether their role ``decodes``, nothing else, or not
+    (``hands_over``). ``mask`` has the bits of the slots.
     """
 
     leg: Leg
@@ -197,6 +197,7 @@ class Places:
     slots: Slots
     decodes: Flags
     only_decodes: Flags
+    hands_over: Flags
     mask: int
 
 
@@ -489,7 +490,7 @@ def _places(leg: Leg, instances: tuple[InstanceState, ...]) -> Places:
     only = np.array([not state.role.prefills for state in instances], np.bool_)
     by_id = {state.instance: state for state in instances}
     mask = sum(1 << state.slot for state in instances)
-    return Places(leg, instances, by_id, slots, decodes, only, mask)
+    return Places(leg, instances, by_id, slots, decodes, only, ~decodes, mask)
 
 
 _ROLES: dict[Leg, tuple[tuple[Role, ...], ...]] = {

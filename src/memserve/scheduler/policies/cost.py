@@ -75,7 +75,9 @@ class LeastCost:
         weighed = Weighed(best, first.costs.fetch, total, first.tier)
         if second is None or not first.hands_over[best]:
             return Plan(prefill, None, fetch, weighed)
-        moved = f"{second.moved[second.best]:.3f} s to move, {second.own[second.best]:.3f} s to decode"
+        moved = (
+            f"{second.moved.item(second.best):.3f} s to move, {second.own.item(second.best):.3f} s to decode"
+        )
         decode = Choice(query.decode.instances[second.best], moved)
         return Plan(prefill, decode, fetch, weighed, Weighed(second.best, second.moved, second.total))
 
@@ -89,11 +91,11 @@ class LeastCost:
         behind = weights.opportunity + weights.append * query.start.only_decodes
         others = (behind + weights.streams * places.streams) * costs.work
         own, beside = self._weigh_streams(query, places)
-        return _Prefill(costs, tier, costs.ttft + others, own, beside, ~query.start.decodes)
+        return _Prefill(costs, tier, costs.ttft + others, own, beside, query.start.hands_over)
 
     def _weigh_streams(self, query: Query, places: Columns) -> tuple[Floats, Floats]:
-        own, others = decode_costs(places, query.prompt, query.answer)
-        return self._weights.decode * own, self._weights.streams * others
+        weights = self._weights
+        return decode_costs(places, query.prompt, query.answer, weights.decode, weights.streams)
 
     def _with_fetches(
         self, query: Query, places: Columns, held: Floats, costs: PrefillCosts, tier: Indices
@@ -101,8 +103,11 @@ class LeastCost:
         wire = query.wire
         # Where a token takes longer to compute than to fetch, no shorter prefix is better than the longest.
         tiers = _FETCHED_TIERS if wire.token > places.token.min() else 1
+        least = held.min()
         for number, longer in enumerate(query.there.tiers[:tiers]):
             there = float(min(longer.tokens, query.prompt - 1))
+            if there <= least:
+                break
             missing = np.maximum(there - held, 0.0)
             fetched = prefill_costs(
                 places, query.prompt, held + missing, wire.latency + wire.token * missing, query.now
@@ -157,5 +162,5 @@ class _Decode(NamedTuple):
 
 
 def _explain(costs: PrefillCosts, best: int, fetch: Fetch | None) -> str:
-    text = f"{costs.wait[best]:.3f} s to wait, {costs.prefill[best]:.3f} s to prefill"
+    text = f"{costs.wait.item(best):.3f} s to wait, {costs.prefill.item(best):.3f} s to prefill"
     return text if fetch is None else f"{text}, fetches {fetch.tokens} tokens from {fetch.source}"

@@ -33,7 +33,7 @@ from recording import summarise, write_result
 
 ROWS = ("pd-caching-2", "pd-caching-3")
 PIECES = (0, 64, 256, 1024)
-ONE_EACH = ("--prefill", "1", "--decode", "1")
+ONE_EACH = ("--prefill", "1", "--decode", "1", "--policy", "prompt-tree")
 PATIENCE = 300.0
 PROMPT = 64
 

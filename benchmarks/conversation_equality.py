@@ -192,7 +192,8 @@ async def measure(options: argparse.Namespace, config: Path) -> dict[str, object
     for at, row in enumerate(rows):
         numbers = list(range(at, len(workload.sessions), len(rows)))
         plain_target = Target(PLAIN.name, None, (*PLAIN.options, "--phases", "pd-basic", *common))
-        target = Target(row, None, ("--prefill", "1", "--decode", "1", "--phases", row, *common))
+        roles = ("--prefill", "1", "--decode", "1", "--policy", "prompt-tree")
+        target = Target(row, None, (*roles, "--phases", row, *common))
         plain = await run_target(plain_target, workload, numbers, options.clients, options.tokens)
         run = await run_target(target, workload, numbers, options.clients, options.tokens)
         found = results[row] = compare(plain, run) | {"seconds_keeping_nothing": plain.seconds}

@@ -29,7 +29,20 @@ from memserve.bench.timeline import Pace, Timeline
 from memserve.bench.workload import Endpoint, Workload
 from recording import write_result
 
-OPTIONS = ("--prefill", "1", "--decode", "1", "--colocated", "1", "--threads", "1", "--kv-memory", "768MiB")
+OPTIONS = (
+    "--prefill",
+    "1",
+    "--decode",
+    "1",
+    "--colocated",
+    "1",
+    "--threads",
+    "1",
+    "--kv-memory",
+    "768MiB",
+    "--policy",
+    "prompt-tree",
+)
 SESSIONS = 2000  # more than a run gets through
 ANSWER_SECONDS = 300.0
 FLIPS = (

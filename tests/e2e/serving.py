@@ -69,8 +69,12 @@ def wait_for(condition: Callable[[], bool], complaint: str, seconds: float = 30)
 
 @contextmanager
 def serving(*arguments: str) -> Iterator[Served]:
-    """Run ``memserve serve`` with ``arguments`` until the block ends; kills it if the test did not end it."""
-    command = [sys.executable, "-m", "memserve.cli", "serve", "--port", "0", *arguments]
+    """Run ``memserve serve`` with ``arguments`` until the block ends; kills it if the test did not end it.
+
+    Without a policy among them requests go by roles: where ``cost`` sends one depends on how fast it is.
+    """
+    always = ("--port", "0", "--policy", "prompt-tree")
+    command = [sys.executable, "-m", "memserve.cli", "serve", *always, *arguments]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     lines: list[str] = []
     found = threading.Event()

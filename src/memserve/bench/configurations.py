@@ -1,9 +1,14 @@
-"""The configurations of ours that can be compared by name, as options of ``memserve serve``."""
+"""The configurations of ours that can be compared by name, as options of ``memserve serve``.
+
+Their policy keeps to the roles, so that what is compared is the arrangement: ``cost`` lets D prefill what
+little it lacks.
+"""
 
 from __future__ import annotations
 
-_TWO_COLOCATED = ("--prefill", "0", "--decode", "0", "--colocated", "2")
-_ONE_EACH = ("--prefill", "1", "--decode", "1")
+_BY_ROLE = ("--policy", "prompt-tree")
+_TWO_COLOCATED = ("--prefill", "0", "--decode", "0", "--colocated", "2", *_BY_ROLE)
+_ONE_EACH = ("--prefill", "1", "--decode", "1", *_BY_ROLE)
 
 CONFIGURATIONS = {
     "colocated": (*_TWO_COLOCATED, "--phases", "pd-basic"),

@@ -104,7 +104,7 @@ Phases = Annotated[
 Policy = Annotated[
     str | None,
     typer.Option(
-        help=f"Who gets a request: {', '.join(POLICIES)}. Default prompt-tree: whoever holds most of it.",
+        help=f"Who gets a request: {', '.join(POLICIES)}. Default cost: the least seconds for all.",
         rich_help_panel=_INSTANCES,
     ),
 ]

@@ -177,7 +177,7 @@ class ServerConfig(_Section, frozen=True):
     slo_ttft: float = 0.0
     tenants: tuple[TenantConfig, ...] = ()
     request_timeout: float = 600.0
-    policy: str = "prompt-tree"
+    policy: str = "cost"
     api_key: str | None = None
 
 

@@ -51,9 +51,9 @@ def test_bad_configurations_are_named(text: str, common: str, named: str) -> Non
 def test_every_configuration_is_one_that_serve_takes(name: str) -> None:
     words = CONFIGURATIONS[name]
     said = dict(zip((word.removeprefix("--") for word in words[::2]), words[1::2], strict=True))
-    phases = said.pop("phases")
+    names = {option: said.pop(option) for option in ("phases", "policy")}
     counts = {role: int(count) for role, count in said.items()}
-    config = build_config(ServeOptions(phases=phases, **counts), None)  # type: ignore[arg-type]
+    config = build_config(ServeOptions(**names, **counts), None)  # type: ignore[arg-type]
     assert config.cluster.prefill + config.cluster.decode + config.cluster.colocated == 2
 
 

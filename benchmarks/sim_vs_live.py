@@ -91,7 +91,16 @@ async def compare(options: argparse.Namespace) -> None:
 def ask(url: str, rate: float, options: argparse.Namespace) -> dict[str, Any]:
     """The report's entry of a run against ``url``; each run's prompts are new to it."""
     report = run_bench(
-        *("--url", url, "--trace", str(options.trace), "--sessions", str(options.requests)),
+        *(
+            "--url",
+            url,
+            "--workload",
+            "mooncake",
+            "--trace",
+            str(options.trace),
+            "--sessions",
+            str(options.requests),
+        ),
         *("--context", str(options.context), "--rate", str(rate), "--salt", f"rate-{rate}"),
     )
     entry: dict[str, Any] = report["entries"][0]

@@ -1,7 +1,7 @@
 """The paper's table: three workloads, each at three loads, on four configurations of two instances.
 
     python benchmarks/paper_table.py --data DIR [--workloads sharegpt,loogle,react] [--loads 0.3,0.6,0.9]
-                                     [--context 2048] [--seconds 40] [--rounds 1] [--out FILE]
+                                     [--context 2048] [--think S] [--seconds 40] [--rounds 1] [--out FILE]
 
 Caching or not, colocated or disaggregated (Hu et al., MemServe, 2024, figures 8 and 9). A load of 1 is what
 the colocated configuration without caching gets done: it is measured first, with sessions in a closed loop.
@@ -55,6 +55,7 @@ def main() -> None:
     parser.add_argument(
         "--context", type=int, default=2048, help="tokens that prompts and answers are cut to"
     )
+    parser.add_argument("--think", type=float, help="mean seconds between turns; default: the workload's")
     parser.add_argument("--seconds", type=float, default=40.0, help="in which sessions arrive, per cell")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/paper_table.json")
@@ -93,6 +94,7 @@ def measure(workload: str, options: argparse.Namespace, load: float, rate: float
         "--compare", ",".join(NAMES), "--workload", workload, "--data", str(options.data),
         "--context", str(options.context), "--rate", f"{rate:.4f}", "--rounds", str(options.rounds),
         "--sessions", str(max(4, round(rate * options.seconds))),
+        *(() if options.think is None else ("--think", str(options.think))),
     )  # fmt: skip
     return [cell_of(workload, load, rate, entry) for entry in report["entries"]]
 

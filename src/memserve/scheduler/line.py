@@ -41,11 +41,6 @@ class PrefillLine:
         self._joined = 0
         self._marks: deque[Mark] = deque()
 
-    @property
-    def last(self) -> RequestId | None:
-        """Who is at the end of the line."""
-        return next(reversed(self._left), None)
-
     def behind_first(self, enough: float) -> float:
         """Seconds that all but the first in line came with, counted until they are ``enough``.
 

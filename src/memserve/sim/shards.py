@@ -57,7 +57,8 @@ class Shards:
         self._chosen[request].first_token(request, cached)
 
     def finish(self, request: RequestId) -> None:
-        self._chosen[request].finish(request)
+        """The last that is heard of it."""
+        self._chosen.pop(request).finish(request)
 
     def learn_answer(self, request: RequestId, namespace: Namespace, tokens: Tokens) -> None:
         self._chosen[request].learn_answer(request, namespace, tokens)
@@ -100,5 +101,7 @@ class Shards:
             one.state.check()
 
     def _shard(self, namespace: Namespace, tokens: Tokens) -> int:
+        if len(self._all) == 1:
+            return 0
         first = tokens[: self._sharding.key_tokens].tobytes()
         return zlib.crc32(first, zlib.crc32(repr(namespace).encode())) % len(self._all)

@@ -222,9 +222,9 @@ class Simulation:
 
     def _answered(self, job: Job) -> None:
         journey = self._journeys.pop(job.request)
-        self._scheduler.finish(job.request)
         self._scheduler.answered(len(job.answer))
         self._scheduler.learn_answer(job.request, SPACE, job.computed)
+        self._scheduler.finish(job.request)
         if job.decode_on is not None:
             self._send_back(self._engines.get(journey.outcome.decisions[-1].prefill), job)
         self._end(journey)

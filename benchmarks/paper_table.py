@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bench_command import run_bench
+from bench_command import Row, row_of, run_bench
 from recording import write_result
 
 NAMES = ("colocated", "colocated-cache", "disagg", "disagg-cache")
@@ -27,23 +27,13 @@ CAPACITY_SESSIONS = 16
 CAPACITY_CONCURRENCY = 8
 
 
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """One configuration under one load; times in seconds, ``itl_p99`` between two tokens."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell(Row):
+    """One configuration, the ``server``, under one load."""
 
-    workload: str
     load: float
     rate: float
-    configuration: str
-    turns: int
-    failed: int
-    ttft: float
-    ttft_p99: float
     ttft_later: float
-    itl_p99: float
-    jct: float
-    jct_p99: float
-    cached_share: float
     moved_bytes: int
 
 
@@ -101,22 +91,11 @@ def measure(workload: str, options: argparse.Namespace, load: float, rate: float
 
 def cell_of(workload: str, load: float, rate: float, entry: Mapping[str, Any]) -> Cell:
     figures = entry["figures"]
-    sources: dict[str, int] = figures["sources"]
-    cached = sum(count for name, count in sources.items() if name not in ("computed", "unknown"))
     return Cell(
-        workload=workload,
+        **asdict(row_of(workload, entry)),
         load=load,
         rate=rate,
-        configuration=entry["name"],
-        turns=figures["turns"],
-        failed=figures["failed"] + figures["unfinished"] + figures["never_sent"],
-        ttft=figures["ttft"]["mean"],
-        ttft_p99=figures["ttft"]["p99"],
         ttft_later=figures["ttft_later"]["mean"],
-        itl_p99=figures["itl"]["p99"],
-        jct=figures["jct"]["mean"],
-        jct_p99=figures["jct"]["p99"],
-        cached_share=cached / max(sum(sources.values()), 1),
         moved_bytes=figures["sent_bytes"] or 0,
     )
 
@@ -124,7 +103,7 @@ def cell_of(workload: str, load: float, rate: float, entry: Mapping[str, Any]) -
 def effects(cells: Sequence[Cell]) -> list[dict[str, str | float]]:
     """What caching saves on top of disaggregation, per workload and load, as shares."""
     found: list[dict[str, str | float]] = []
-    by_key = {(cell.workload, cell.load, cell.configuration): cell for cell in cells}
+    by_key = {(cell.workload, cell.load, cell.server): cell for cell in cells}
     for (workload, load, name), with_cache in by_key.items():
         without = by_key.get((workload, load, "disagg"))
         if name == "disagg-cache" and without is not None:
@@ -146,7 +125,7 @@ def table(cells: Sequence[Cell]) -> str:
     ]
     for cell in cells:
         lines.append(
-            f"| {cell.workload} | {cell.load:g} | {cell.configuration} | {cell.turns} ({cell.failed}) "
+            f"| {cell.workload} | {cell.load:g} | {cell.server} | {cell.turns} ({cell.failed}) "
             f"| {cell.ttft:.3f} / {cell.ttft_p99:.3f} | {cell.ttft_later:.3f} "
             f"| {cell.jct:.2f} / {cell.jct_p99:.2f} | {1e3 * cell.itl_p99:.0f} | {cell.cached_share:.0%} |"
         )

@@ -180,7 +180,8 @@ async def _learn_prices(
     if config.model.runner != "native":
         return None
     cache = open_cache(config.engine.weights_cache)
-    store = ProfileStore(cache.folder, profile_key(runner, settings.threads)) if cache else None
+    key = profile_key(runner, config.engine.weights, settings.threads)
+    store = ProfileStore(cache.folder, key) if cache else None
     prices = store.find() if store else None
     if prices is None:
         progress("measuring step times", 0.0)

@@ -114,9 +114,9 @@ class ProfileStore:
             log.warning("what steps cost is not kept in %s: %s", self._folder, error)
 
 
-def profile_key(runner: Runner, threads: int) -> str:
-    """What prices depend on."""
-    return f"{_VERSION}|{runner.layout.fingerprint}|{runner.isa}|{threads}|{processor_name()}"
+def profile_key(runner: Runner, weights: str, threads: int) -> str:
+    """What prices depend on. The layout names model and numerics; how ``weights`` are kept may not be in it."""
+    return f"{_VERSION}|{runner.layout.fingerprint}|{weights}|{runner.isa}|{threads}|{processor_name()}"
 
 
 def measure_prices(

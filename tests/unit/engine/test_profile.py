@@ -111,6 +111,14 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path, caplog: pytest.
     assert "not kept" in caplog.text
 
 
-def test_prices_depend_on_threads_and_layout() -> None:
-    one, other = (ReferenceRunner(tiny_weights(3, context=length)) for length in (64, 64))
-    assert profile_key(one, 1) == profile_key(other, 1) != profile_key(one, 2)
+def test_prices_depend_on_threads_layout_and_how_weights_are_kept() -> None:
+    one, other = (ReferenceRunner(tiny_weights(3, context=64)) for _ in range(2))
+    assert profile_key(one, "stored", 1) == profile_key(other, "stored", 1)
+    unlike = ReferenceRunner(tiny_weights(4, context=64))
+    keys = [
+        profile_key(one, "stored", 1),
+        profile_key(one, "stored", 2),
+        profile_key(one, "bf16", 1),
+        profile_key(unlike, "stored", 1),
+    ]
+    assert len(set(keys)) == len(keys)

@@ -17,6 +17,7 @@
 #include "model.h"
 #include "pool_module.h"
 #include "product.h"
+#include "scheduler_module.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -377,4 +378,5 @@ NB_MODULE(_native, m) {
       .def("forward", &forward, "tokens"_a, "positions"_a, "starts"_a, "blocks"_a, "logit_rows"_a, "progress"_a = -1,
            "every"_a = 1);
   bind_pool_passes(m);
+  bind_scheduler_passes(m);
 }

@@ -115,7 +115,7 @@ class ProfileStore:
 
 
 def profile_key(runner: Runner, weights: str, threads: int) -> str:
-    """What prices depend on. The layout names model and numerics; how ``weights`` are kept may not be in it."""
+    """What prices depend on. The layout names model and numerics, but not how ``weights`` are kept."""
     return f"{_VERSION}|{runner.layout.fingerprint}|{weights}|{runner.isa}|{threads}|{processor_name()}"
 
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from memserve.core.errors import Overloaded, Refusal
 from memserve.core.types import InstanceId, Role
 from memserve.scheduler.fair_queue import FairQueue, Lane, Waiting
-from memserve.scheduler.state import InstanceState, Leg, SchedulerState
+from memserve.scheduler.places import InstanceState, Leg
+from memserve.scheduler.state import SchedulerState
 
 LEAD_STEPS = 2
 """Behind the prompt that it computes, an instance has so many steps of work: one to begin at once, and one

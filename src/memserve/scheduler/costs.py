@@ -1,19 +1,13 @@
-"""What a request would cost at each place, in seconds. Pure arithmetic on the fleet's columns.
+"""What moving KV and prefilling take, in seconds. Pure arithmetic; all places at once: ``native/weigh.cpp``.
 
-Source: the paper, section 5.3 (cost model and the condition for moving KV), extended by what the request
-does to others: those who wait behind it and the streams beside it.
+Source: the paper, section 5.3 (cost model and the condition for moving KV).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
-
-import numpy as np
 
 from memserve.core.types import StepPrices
-from memserve.scheduler.fleet import Columns, Flags, Floats
-from memserve.scheduler.holdings import Holdings
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,61 +42,10 @@ class Wire:
         return self.latency + self.token * tokens if tokens > 0 else 0.0
 
 
-class PrefillCosts(NamedTuple):
-    """One entry per place, in seconds, float64[n].
-
-    wait : until the prompt's turn comes, or until fetched KV is there, whichever is later.
-    fetch : to bring KV from a peer; 0 where nothing is fetched. Part of ``wait``.
-    work : to compute what is missing then, if nothing else ran.
-    prefill : the same beside the streams that are decoded there.
-    """
-
-    wait: Floats
-    fetch: Floats
-    work: Floats
-    prefill: Floats
-
-    @property
-    def ttft(self) -> Floats:
-        """Until the first token."""
-        return self.wait + self.prefill
-
-    def where(self, better: Flags, other: PrefillCosts) -> PrefillCosts:
-        """``other`` where ``better``, else this."""
-        return PrefillCosts(*(np.where(better, b, a) for a, b in zip(self, other, strict=True)))
-
-
-def prefill_costs(places: Columns, prompt: int, computed: Floats, fetch: Floats, now: float) -> PrefillCosts:
-    """Prefill of ``prompt`` tokens of which the first ``computed`` are there, ``fetch`` seconds from now.
-
-    ``computed`` and ``fetch``, which is nowhere negative: float64[places].
-    """
-    work = (prompt - computed) * (places.token + places.token_context * (0.5 * (prompt + computed)))
-    return PrefillCosts(np.maximum(places.free_at - now, fetch), fetch, work, work * places.stretch)
-
-
 def prefill_work(prices: StepPrices, step_tokens: int, prompt: int, computed: float) -> float:
-    """The ``work`` of :func:`prefill_costs` at one place, to the last bit."""
+    """Seconds to prefill ``prompt`` tokens of which the first ``computed`` are there, if nothing else ran.
+
+    As ``native/weigh.cpp`` has it, to the last bit.
+    """
     token = prices.token + prices.step / step_tokens
     return (prompt - computed) * (token + prices.token_context * (0.5 * (prompt + computed)))
-
-
-def decode_costs(
-    places: Columns, prompt: int, answer: float, own: float = 1.0, others: float = 1.0
-) -> tuple[Floats, Floats]:
-    """Seconds that the answer takes beside what is decoded there, and what it costs the other streams.
-
-    Times the weights ``own`` and ``others``.
-    """
-    alone = places.row + places.row_context * (prompt + answer / 2)
-    before = places.step + places.row * places.streams + places.row_context * places.context
-    return (own * answer) * (before + alone), (others * answer * places.streams) * alone
-
-
-def tokens_by_slot(held: Holdings, rows: int, most: int) -> Floats:
-    """What each row's instance holds of the prompt, at most ``most`` tokens: float64[rows]."""
-    tokens = np.zeros(rows)
-    for tier in reversed(held.tiers):
-        mask = np.frombuffer(tier.mask.to_bytes(-(-rows // 8), "little"), np.uint8)
-        tokens[np.unpackbits(mask, count=rows, bitorder="little").view(bool)] = min(tier.tokens, most)
-    return tokens

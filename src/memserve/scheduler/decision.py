@@ -12,10 +12,11 @@ import msgspec
 from memserve.core.errors import NoInstance
 from memserve.core.types import InstanceId, Namespace, RequestId, Tokens
 from memserve.scheduler.costs import prefill_work
+from memserve.scheduler.places import InstanceState, Leg, Work
 from memserve.scheduler.policies import Plan, Policy, Query
 from memserve.scheduler.predictions import Forecast
 from memserve.scheduler.record import Record, take_record
-from memserve.scheduler.state import InstanceState, Leg, SchedulerState, Share, Work
+from memserve.scheduler.state import SchedulerState, Share
 
 _NOTHING = Forecast()
 
@@ -154,7 +155,7 @@ def _foresee(
     """When the first token will be there by the prices of steps, and the seconds of prefill until then."""
     work = prefill_work(place.prices, place.step_tokens, query.prompt, min(computed, query.prompt - 1))
     prefill = work * float(query.fleet.columns.stretch[place.slot])
-    line = max(place.free_at - query.now, 0.0)
+    line = max(place.view.free_at - query.now, 0.0)
     in_line = promised > 0 or place.foreign.seconds > 0
     served = line + prefill if in_line else place.line.forecast(query.now, prefill)
     return Forecast(max(served, fetch + prefill), place.step_ahead(line)), prefill

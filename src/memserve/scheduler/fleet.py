@@ -45,20 +45,20 @@ class Columns(NamedTuple):
 
 
 class Fleet:
-    """All rows: ``columns`` are to be written to in place."""
+    """All rows: ``columns`` are to be written to in place; ``table`` has all, float64[columns, rows]."""
 
     def __init__(self) -> None:
-        self._table = np.zeros((len(Columns._fields), 0))
-        self.columns = Columns(*self._table)
+        self.table = np.zeros((len(Columns._fields), 0))
+        self.columns = Columns(*self.table)
 
     @property
     def rows(self) -> int:
         """How many there are, those of nobody included."""
-        return self._table.shape[1]
+        return self.table.shape[1]
 
     def at(self, slots: Slots) -> Columns:
         """A copy of some rows, in the order of ``slots``."""
-        return Columns(*self._table.take(slots, axis=1))
+        return Columns(*self.table.take(slots, axis=1))
 
     def reserve(self, slot: int) -> None:
         """Make sure that row ``slot`` exists."""
@@ -76,12 +76,12 @@ class Fleet:
 
     def clear(self, slot: int) -> None:
         """Forget the row's instance."""
-        self._table[:, slot] = 0.0
+        self.table[:, slot] = 0.0
 
     def _resize(self, rows: int) -> None:
         table = np.zeros((len(Columns._fields), rows))
-        table[:, : self.rows] = self._table
-        self._table = table
+        table[:, : self.rows] = self.table
+        self.table = table
         self.columns = Columns(*table)
 
 

@@ -16,6 +16,7 @@ from memserve.scheduler.costs import Wire
 from memserve.scheduler.decision import Decision
 from memserve.scheduler.holdings import Holdings
 from memserve.scheduler.line import Mark
+from memserve.scheduler.places import Leg
 from memserve.scheduler.record import Candidate, Record, Seen
 
 
@@ -59,7 +60,7 @@ class Outcome(msgspec.Struct, frozen=True, gc=False):
 class Known:
     """What the first token's arrival at ``now`` makes known.
 
-    ``ends``: of the lines at the recorded places (``Record.prefill_seen``), None where the place is lost;
+    ``ends``: of the lines at the recorded places (``Record.first``), None where the place is lost;
     ``held``: what places hold of the prompt by now; ``cached``: what the chosen one had of it.
     """
 
@@ -74,10 +75,11 @@ def look_back(decision: Decision, record: Record, known: Known) -> Outcome:
     """Price the recorded places again. Never negative: the chosen one is among them."""
     actual = known.now - decision.decided_at
     places = []
-    for at, one in zip(record.prefill_order(), record.prefill_candidates(), strict=True):
-        end = known.ends[at]
+    seen = record.first.seen()
+    for at in record.first.order():
+        one, end = record.candidate(seen[at], Leg.PREFILL), known.ends[at]
         if end is not None or one.chosen:
-            places.append(_price(decision, Seen(*record.prefill_seen[at]), one, end, known))
+            places.append(_price(decision, seen[at], one, end, known))
     chosen = next(place for place in places if place.chosen)
     best = min(places, key=lambda place: place.ttft)
     totals = [place.total for place in places if place.total is not None]

@@ -50,7 +50,7 @@ class History:
         kept = _Kept(decision, record)
         if record is not None:
             kept.request = request
-            kept.ends = [raw[0].line.mark(record.now) for raw in record.prefill_seen]
+            kept.ends = [place.line.mark() for place in record.first.places]
         self._kept.pop(decision.request, None)
         self._kept[decision.request] = kept
         if len(self._kept) > self._size:
@@ -64,8 +64,8 @@ class History:
         if kept.record is not None and kept.request is not None:
             asked = kept.request
             ends = [
-                end if self._state.knows(raw[0]) else None
-                for raw, end in zip(kept.record.prefill_seen, kept.ends, strict=True)
+                end if self._state.knows(place) else None
+                for place, end in zip(kept.record.first.places, kept.ends, strict=True)
             ]
             held = self._state.match(asked.namespace, asked.tokens)
             known = Known(now, ends, held, cached, self._state.wire)

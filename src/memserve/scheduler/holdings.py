@@ -74,8 +74,7 @@ class Tier(NamedTuple):
         return bin(self.mask)[:1:-1].encode().translate(_BIT_OF_DIGIT)
 
 
-@dataclass(frozen=True, slots=True)
-class Holdings:
+class Holdings(NamedTuple):
     """Tokens of one prompt that each instance holds; those that hold nothing do not occur.
 
     Kept as a few ``tiers``, longest first, because thousands of instances may share a short prefix.

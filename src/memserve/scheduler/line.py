@@ -5,6 +5,7 @@ As engines do it: half of the time goes to the prompt that came first, the other
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from itertools import islice
 
@@ -19,6 +20,9 @@ class Mark:
     def __init__(self, number: int, at: float | None = None) -> None:
         self.number = number
         self.at = at
+
+
+_NOBODY_AHEAD = Mark(0, -math.inf)
 
 
 class PrefillLine:
@@ -89,10 +93,10 @@ class PrefillLine:
                 break
         return passed
 
-    def mark(self, now: float) -> Mark:
-        """The end of the line as it is now. It learns when all ahead of it have gone."""
+    def mark(self) -> Mark:
+        """The end of the line as it is now. It learns when all ahead have gone: always, if nobody is."""
         if not self._left:
-            return Mark(self._joined, now)
+            return _NOBODY_AHEAD
         if not self._marks or self._marks[-1].number != self._joined:
             self._marks.append(Mark(self._joined))
         return self._marks[-1]

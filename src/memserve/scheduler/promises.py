@@ -13,7 +13,7 @@ from memserve.scheduler.holdings import Numbers, Tier
 from memserve.scheduler.tree import GlobalPromptTree
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Promise:
     """``instance`` computes ``tokens`` (int32[n], whole blocks) for ``request``; void from ``until`` s on."""
 

@@ -9,20 +9,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import msgspec
-import numpy as np
 
 from memserve.core.types import InstanceId, Role, StepPrices
 from memserve.scheduler.costs import prefill_work
-from memserve.scheduler.fleet import Floats, stretch_of
+from memserve.scheduler.fleet import stretch_of
 from memserve.scheduler.holdings import Holdings
-from memserve.scheduler.policies import Choice, Plan, Query, Weighed
-from memserve.scheduler.state import InstanceState, Leg, Places, Work
-
-MAX_CANDIDATES = 8
-"""Candidates recorded per leg: all of a small cluster, of a large one those that explain the choice."""
-_CHEAPEST = 3
-_CHEAPEST_TO_DECODE = 2
-"""Of a large one where seconds were weighed: so many with the chosen one, which is the cheapest."""
+from memserve.scheduler.places import InstanceState, Leg, Places, View
+from memserve.scheduler.policies import MAX_CANDIDATES, Choice, Figures, Plan, Query, Weighed
 
 
 class Candidate(msgspec.Struct, frozen=True, gc=False):
@@ -55,35 +48,46 @@ class Candidate(msgspec.Struct, frozen=True, gc=False):
 
 
 class Seen(NamedTuple):
-    """A place as the decision saw it. The last three are those of ``Weighed``, None and -1 without that."""
+    """A place as the decision saw it; ``figures`` where seconds were compared."""
 
     place: InstanceState
-    role: Role
-    load: Work
-    free_at: float
-    prices: StepPrices
-    fetch: float | None
-    total: float | None
-    tier: int
+    view: View
+    figures: Figures | None
 
     def prefill(self, prompt: int, computed: int, prices: StepPrices) -> float:
         """Seconds to prefill beside the streams that were seen, of which ``computed`` tokens are there."""
-        place, load = self.place, self.load
+        place, load = self.place, self.view.load
         work = prefill_work(prices, place.step_tokens, prompt, min(computed, prompt - 1))
         return work * stretch_of(
             prices, place.step_tokens, place.target_tpot, load.streams, load.context_tokens
         )
 
 
-_Raw = tuple[InstanceState, Role, Work, float, StepPrices, float | None, float | None, int]
-"""The fields of ``Seen``: a plain tuple is made in a third of the time."""
+class Looked(NamedTuple):
+    """The places of a leg that were looked at, in any order, perhaps one twice."""
+
+    places: Sequence[InstanceState] = ()
+    views: Sequence[View] = ()
+    weighed: Weighed | None = None
+
+    def seen(self) -> list[Seen]:
+        """In the same order."""
+        figures = self.weighed.figures() if self.weighed else [None] * len(self.places)
+        return [Seen(*each) for each in zip(self.places, self.views, figures, strict=True)]
+
+    def order(self) -> list[int]:
+        """Positions, each place once, by id."""
+        at = {place.instance: position for position, place in enumerate(self.places)}
+        return [at[name] for name in sorted(at)]
+
+
+_NOTHING = Looked()
 
 
 class Record(NamedTuple):
-    """The places of a decision about a prompt of ``prompt`` tokens: those taken, and all that were looked at.
+    """The places of a decision about a prompt of ``prompt`` tokens: those taken, and those looked at.
 
-    Those looked at are in any order, perhaps one twice. ``decode`` None: where it prefills. ``there`` and
-    ``held`` as in ``Query``.
+    ``decode`` None: where it prefills. ``there`` and ``held`` as in ``Query``.
     """
 
     prompt: int
@@ -91,99 +95,74 @@ class Record(NamedTuple):
     there: Holdings
     held: Holdings
     prefill: InstanceState
-    prefill_seen: Sequence[_Raw]
+    first: Looked
     decode: InstanceState | None = None
-    decode_seen: Sequence[_Raw] = ()
-
-    def prefill_order(self) -> list[int]:
-        """Positions in ``prefill_seen``, each place once, by id."""
-        return _order(self.prefill_seen)
+    second: Looked = _NOTHING
 
     def prefill_candidates(self) -> tuple[Candidate, ...]:
         """Where the request could prefill."""
-        return tuple(self._candidate(self.prefill_seen[at], Leg.PREFILL) for at in self.prefill_order())
+        seen = self.first.seen()
+        return tuple(self.candidate(seen[at], Leg.PREFILL) for at in self.first.order())
 
     def decode_candidates(self) -> tuple[Candidate, ...]:
         """Where it could decode then; none if it stays where it prefills."""
-        return tuple(self._candidate(self.decode_seen[at], Leg.DECODE) for at in _order(self.decode_seen))
+        seen = self.second.seen()
+        return tuple(self.candidate(seen[at], Leg.DECODE) for at in self.second.order())
 
-    def _candidate(self, raw: _Raw, leg: Leg) -> Candidate:
-        seen, decodes = Seen(*raw), leg is Leg.DECODE
-        place, load = seen.place, seen.load
-        matched, fetched = self.held.tokens(place.instance), 0
-        if seen.tier >= 0:
-            fetched = min(self.there.tiers[seen.tier].tokens, self.prompt - 1)
+    def candidate(self, seen: Seen, leg: Leg) -> Candidate:
+        """A place that was seen, for people."""
+        decodes, place, view, figures = leg is Leg.DECODE, seen.place, seen.view, seen.figures
+        load = view.load
+        matched, fetched, fetch = self.held.tokens(place.instance), 0, figures.fetch if figures else None
+        if figures and figures.tier >= 0:
+            fetched = min(self.there.tiers[figures.tier].tokens, self.prompt - 1)
         wait = prefill = None
         if not decodes:
-            wait = max(seen.free_at - self.now, seen.fetch or 0.0)
-            prefill = seen.prefill(self.prompt, max(matched, fetched), seen.prices)
+            wait = max(view.free_at - self.now, fetch or 0.0)
+            prefill = seen.prefill(self.prompt, max(matched, fetched), view.prices)
         return Candidate(
             place.instance,
-            seen.role,
+            view.role,
             matched,
             load.context_tokens if decodes else load.prefill_tokens,
             load.requests,
             load.context_tokens,
             place is (self.decode if decodes else self.prefill),
             wait,
-            seen.fetch,
+            fetch,
             prefill,
-            seen.total,
+            figures.total if figures else None,
             fetched,
         )
 
 
-def _order(seen: Sequence[_Raw]) -> list[int]:
-    at = {raw[0].instance: position for position, raw in enumerate(seen)}
-    return [at[name] for name in sorted(at)]
-
-
 def take_record(query: Query, plan: Plan) -> Record:
     """Keep what ``plan`` was chosen from, before anything is booked."""
-    there, held = query.there, query.held
-    prefill, decode, weighed = plan.prefill, plan.decode, plan.prefill_weighed
-    if weighed is None:
+    prompt, now, there, held = query.prompt, query.now, query.there, query.held
+    prefill, decode = plan.prefill, plan.decode
+    if plan.prefill_weighed is None:
         first = _look_at(query.prefill, held, prefill)
     else:
-        first = _look_at_weighed(query.start.instances, weighed, _CHEAPEST)
+        first = _look_at_weighed(query.start.instances, plan.prefill_weighed)
     if decode is None:
-        return Record(query.prompt, query.now, there, held, prefill.place, first)
+        return Record(prompt, now, there, held, prefill.place, first)
     if plan.decode_weighed is None:
         second = _look_at(query.decode, held, decode)
     else:
-        second = _look_at_weighed(query.decode.instances, plan.decode_weighed, _CHEAPEST_TO_DECODE)
-    return Record(query.prompt, query.now, there, held, prefill.place, first, decode.place, second)
+        second = _look_at_weighed(query.decode.instances, plan.decode_weighed)
+    return Record(prompt, now, there, held, prefill.place, first, decode.place, second)
 
 
-def _look_at(places: Places, held: Holdings, choice: Choice) -> Sequence[_Raw]:
+def _look_at(places: Places, held: Holdings, choice: Choice) -> Looked:
     instances: Sequence[InstanceState] = places.instances
     if len(instances) > MAX_CANDIDATES:
         instances = _worth_a_look(places, held, choice)
-    return [(x, x.role, x.load, x.free_at, x.prices, None, None, -1) for x in instances]
+    return Looked(instances, [place.view for place in instances])
 
 
-def _look_at_weighed(instances: Sequence[InstanceState], weighed: Weighed, cheapest: int) -> Sequence[_Raw]:
-    few = len(instances) <= MAX_CANDIDATES
-    rows = range(len(instances)) if few else _cheapest(weighed.total, weighed.best, cheapest)
-    fetch, total, tier = weighed.fetch, weighed.total, weighed.tier
-    seen: list[_Raw] = []
-    for row in rows:
-        x, fetched = instances[row], -1 if tier is None else tier.item(row)
-        seen.append((x, x.role, x.load, x.free_at, x.prices, fetch.item(row), total.item(row), fetched))
-    return seen
-
-
-def _cheapest(total: Floats, best: int, count: int) -> list[int]:
-    """Rows of the chosen place and of the cheapest others. Changes ``total`` and changes it back."""
-    rows, values = [best], []
-    while len(rows) < count:
-        values.append(total.item(rows[-1]))
-        total[rows[-1]] = np.inf
-        rows.append(int(total.argmin()))
-    # A copy would take longer than this.
-    for row, value in zip(rows, values, strict=False):
-        total[row] = value
-    return rows
+def _look_at_weighed(instances: Sequence[InstanceState], weighed: Weighed) -> Looked:
+    places = [instances[number] for number in weighed.numbers]
+    return Looked(places, [place.view for place in places], weighed)
 
 
 def _worth_a_look(places: Places, held: Holdings, choice: Choice) -> list[InstanceState]:

@@ -10,29 +10,21 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-import numpy as np
-
 from memserve.core.errors import LayoutMismatch
-from memserve.core.messages import Heartbeat, LoadReport, Member, PoolEvents, Ready, Removed, Snapshot, Stored
-from memserve.core.types import (
-    InstanceId,
-    Namespace,
-    RequestId,
-    Role,
-    StepPrices,
-    Tokens,
-    unpack_tokens,
-)
+from memserve.core.messages import Heartbeat, Member, PoolEvents, Ready, Removed, Snapshot, Stored
+from memserve.core.types import InstanceId, Namespace, RequestId, Role, Tokens, unpack_tokens
 from memserve.scheduler.accuracy import TreeAccuracy
 from memserve.scheduler.costs import Wire
-from memserve.scheduler.fleet import FLOOR_TOKENS, Flags, Fleet, Slots, stretch_of
+from memserve.scheduler.fleet import Fleet, stretch_of
 from memserve.scheduler.holdings import Holdings
-from memserve.scheduler.line import PrefillLine
-from memserve.scheduler.predictions import Correction, Forecast, Predictions
+from memserve.scheduler.places import Admission, InstanceState, Leg, Places, Work, places_of
+from memserve.scheduler.predictions import Forecast, Predictions
 from memserve.scheduler.prompt_trees import PromptTrees, TreeOptions
 
 MAX_EARLY_BATCHES = 64
 """Event batches kept per instance while its snapshot is awaited."""
+_NO_WORK = Work()
+_STREAM = Work(streams=1)
 
 
 class EventOutcome(enum.Enum):
@@ -43,166 +35,7 @@ class EventOutcome(enum.Enum):
     NEEDS_SNAPSHOT = "needs snapshot"
 
 
-class Admission(enum.Enum):
-    """Whether an instance gets new requests: yes, only if no other can, or no."""
-
-    OPEN = "open"
-    LAST_RESORT = "last resort"
-    CLOSED = "closed"
-
-
-class Leg(enum.Enum):
-    """The two parts of a request's way, each with a place of its own or both at one colocated instance.
-
-    ``START``: where a request may begin when costs are weighed. A decode instance may then prefill what
-    little is missing there, and keep the request.
-    """
-
-    PREFILL = "prefill"
-    DECODE = "decode"
-    START = "start"
-
-
-class Work(NamedTuple):
-    """Load of an instance: prompt tokens to prefill, tokens of context to decode over, requests.
-
-    ``streams`` are those of the requests whose first token is out.
-    """
-
-    prefill_tokens: int = 0
-    context_tokens: int = 0
-    requests: int = 0
-    streams: int = 0
-
-    def plus(self, other: Work) -> Work:
-        return Work(self[0] + other[0], self[1] + other[1], self[2] + other[2], self[3] + other[3])
-
-    def minus(self, other: Work) -> Work:
-        return Work(self[0] - other[0], self[1] - other[1], self[2] - other[2], self[3] - other[3])
-
-    def at_least(self, other: Work) -> Work:
-        return Work(
-            max(self[0], other[0]), max(self[1], other[1]), max(self[2], other[2]), max(self[3], other[3])
-        )
-
-
-_NO_REPORT = LoadReport()
-_NO_WORK = Work()
-_STREAM = Work(streams=1)
-_PRIOR = StepPrices()
-
-
-class Foreign(NamedTuple):
-    """Work that this scheduler has not booked, of other shards or from before its start, at ``at`` s:
-    ``seconds`` of prefill, and ``streams`` that are decoded.
-    """
-
-    at: float = 0.0
-    seconds: float = 0.0
-    streams: float = 0.0
-
-
-_NO_FOREIGN = Foreign()
-
-
-@dataclass(slots=True, eq=False)
-class InstanceState:
-    """One living instance; ``capacity`` in tokens.
-
-    ``load`` is what is booked and not finished, but never less than what the last report said, plus and
-    minus what was booked and finished since. The report adds what this scheduler did not book (before a
-    restart of its own) and contexts that grew while decoding. The ``order`` pairs, kept beside it because
-    policies compare them for every instance, rank places: tokens ahead, then requests. ``slot`` is its row
-    in the fleet, ``line`` the forecast of its prefills, ``correction`` what that leaves out.
-    """
-
-    instance: InstanceId
-    incarnation: int
-    role: Role
-    block_tokens: int
-    capacity: int
-    slot: int
-    step_tokens: int
-    target_tpot: float
-    prices: StepPrices = _PRIOR
-    line: PrefillLine = field(default_factory=PrefillLine)
-    correction: Correction = field(default_factory=Correction)
-    admission: Admission = Admission.OPEN
-    foreign: Foreign = _NO_FOREIGN
-    report: LoadReport = _NO_REPORT
-    booked: Work = _NO_WORK
-    load: Work = _NO_WORK
-    prefill_order: tuple[int, int] = (0, 0)
-    decode_order: tuple[int, int] = (0, 0)
-
-    def book(self, work: Work) -> None:
-        self.booked = self.booked.plus(work)
-        self._set_load(self.load.plus(work))
-
-    def unbook(self, work: Work) -> None:
-        self.booked = self.booked.minus(work)
-        self._set_load(self.load.minus(work))
-
-    def step_ahead(self, line: float) -> float:
-        """Seconds of the steps that a request comes into the middle of, with ``line`` seconds to prefill."""
-        prices, load = self.prices, self.load
-        decoding = prices.decode_step(load.streams, load.context_tokens) if load.streams else 0.0
-        part = self.step_tokens * prices.token
-        if load.streams and self.target_tpot > 0:
-            part = min(part, max(FLOOR_TOKENS * prices.token, self.target_tpot - decoding))
-        return decoding + min(part, line)
-
-    @property
-    def free_at(self) -> float:
-        """When all that is to be prefilled here will be."""
-        return max(self.line.free_at, self.foreign.at) + self.foreign.seconds
-
-    def take_report(self, report: LoadReport, now: float) -> None:
-        """Replace the last load report."""
-        self.report = report
-        self.foreign = self._foreign_of(report, now)
-        if report.prices is not None:
-            self.prices = report.prices
-        if report.blocks:
-            self.capacity = report.blocks * self.block_tokens
-        context = (report.active_blocks + report.incoming_blocks) * self.block_tokens
-        reported = Work(report.tokens_to_prefill, context, report.waiting + report.running, 0)
-        self._set_load(self.booked.at_least(reported))
-
-    def _foreign_of(self, report: LoadReport, now: float) -> Foreign:
-        requests = report.waiting + report.running
-        if requests <= self.booked.requests:
-            return Foreign(now)
-        share = 1 - self.booked.requests / requests
-        prices = report.prices or self.prices
-        return Foreign(now, share * report.tokens_to_prefill * prices.token, share * report.running)
-
-    def _set_load(self, load: Work) -> None:
-        self.load = load
-        self.prefill_order = (load.prefill_tokens, load.requests)
-        self.decode_order = (load.context_tokens, load.requests)
-
-
-@dataclass(frozen=True, slots=True)
-class Places:
-    """The instances that may take one leg of a request now, ordered by id.
-
-    In the same order their ``slots`` in the fleet, whether their role ``decodes``, nothing else, or not
-    (``hands_over``). ``mask`` has the bits of the slots.
-    """
-
-    leg: Leg
-    instances: tuple[InstanceState, ...]
-    by_id: dict[InstanceId, InstanceState]
-    slots: Slots
-    decodes: Flags
-    only_decodes: Flags
-    hands_over: Flags
-    mask: int
-
-
-@dataclass(frozen=True, slots=True)
-class Share:
+class Share(NamedTuple):
     """What one leg of a request adds to the load of its place; ``seconds`` of prefill."""
 
     instance: InstanceId
@@ -287,6 +120,7 @@ class SchedulerState:
         self._instances[member.instance] = state
         self.wire = replace(self.wire, bytes_per_token=ready.block_bytes / ready.block_tokens)
         self.fleet.reserve(state.slot)
+        self.fleet.set_prices(state.slot, state.prices, state.step_tokens)
         self._update_fleet(state)
         self._feeds[member.instance] = _Feed()
         self._refresh_places()
@@ -316,6 +150,7 @@ class SchedulerState:
         state = self._instances.get(instance)
         if state is not None and state.role is not role:
             state.role = role
+            state.look()
             self._refresh_places()
 
     def apply_load(self, heartbeat: Heartbeat, now: float = 0.0) -> None:
@@ -323,6 +158,7 @@ class SchedulerState:
         state = self._instances.get(heartbeat.instance)
         if state is not None and state.incarnation == heartbeat.incarnation:
             state.take_report(heartbeat.load, now)
+            self.fleet.set_prices(state.slot, state.prices, state.step_tokens)
             self._update_fleet(state)
 
     # --- what pools hold ---
@@ -457,18 +293,17 @@ class SchedulerState:
         self._update_fleet(state)
 
     def _update_fleet(self, state: InstanceState) -> None:
+        state.look()
         if self._instances.get(state.instance) is not state:
             return
-        fleet, slot, load, prices = self.fleet, state.slot, state.load, state.prices
-        fleet.set_prices(slot, prices, state.step_tokens)
-        columns = fleet.columns
-        streams = load.streams + state.foreign.streams
-        columns.free_at[slot] = state.free_at
+        columns, slot, load = self.fleet.columns, state.slot, state.load
+        streams, context = load.streams + state.foreign.streams, load.context_tokens
+        columns.free_at[slot] = state.view.free_at
         columns.streams[slot] = streams
-        columns.context[slot] = load.context_tokens
-        columns.room[slot] = state.capacity - load.context_tokens
+        columns.context[slot] = context
+        columns.room[slot] = state.capacity - context
         columns.stretch[slot] = stretch_of(
-            prices, state.step_tokens, state.target_tpot, streams, load.context_tokens
+            state.prices, state.step_tokens, state.target_tpot, streams, context
         )
 
     def _refresh_places(self) -> None:
@@ -480,17 +315,8 @@ class SchedulerState:
             for roles in _ROLES[leg]:
                 found = tuple(i for i in instances if i.admission is admission and i.role in roles)
                 if found:
-                    return _places(leg, found)
-        return _places(leg, ())
-
-
-def _places(leg: Leg, instances: tuple[InstanceState, ...]) -> Places:
-    slots = np.array([state.slot for state in instances], np.intp)
-    decodes = np.array([state.role.decodes for state in instances], np.bool_)
-    only = np.array([not state.role.prefills for state in instances], np.bool_)
-    by_id = {state.instance: state for state in instances}
-    mask = sum(1 << state.slot for state in instances)
-    return Places(leg, instances, by_id, slots, decodes, only, ~decodes, mask)
+                    return places_of(leg, found)
+        return places_of(leg, ())
 
 
 _ROLES: dict[Leg, tuple[tuple[Role, ...], ...]] = {

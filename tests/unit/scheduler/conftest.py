@@ -28,7 +28,8 @@ from memserve.core.types import (
     pack_tokens,
 )
 from memserve.scheduler.decision import RouteRequest
-from memserve.scheduler.state import EventOutcome, Leg, SchedulerState, Share, Work
+from memserve.scheduler.places import Leg, Work
+from memserve.scheduler.state import EventOutcome, SchedulerState, Share
 
 ROLES = {"p": Role.PREFILL, "d": Role.DECODE, "c": Role.COLOCATED}
 SPACE = Namespace("model")

@@ -16,7 +16,8 @@ from memserve.scheduler.admission import (
     price_rate,
 )
 from memserve.scheduler.fair_queue import FairQueue, Waiting
-from memserve.scheduler.state import SchedulerState, Share, Work
+from memserve.scheduler.places import Work
+from memserve.scheduler.state import SchedulerState, Share
 
 from .conftest import Cluster
 

@@ -8,10 +8,11 @@ from memserve.core.errors import NoInstance
 from memserve.core.types import InstanceId, RequestId, StepPrices
 from memserve.scheduler.costs import Wire
 from memserve.scheduler.decision import Decision, decide, decide_recorded
+from memserve.scheduler.places import Work
 from memserve.scheduler.policies.cost import LeastCost, Weights
 from memserve.scheduler.predictions import Forecast
 from memserve.scheduler.record import Candidate
-from memserve.scheduler.state import Share, Work
+from memserve.scheduler.state import Share
 
 PRICES = StepPrices(step=0.01, row=0.001, row_context=1e-6, token=1e-3, token_context=1e-6)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from memserve.core.clock import VirtualClock
@@ -202,12 +204,12 @@ def test_without_explanations_decisions_are_the_same_and_bare(cluster, clock: Vi
 
 def test_marks_learn_when_all_ahead_have_gone() -> None:
     line = PrefillLine()
-    assert line.mark(1.0).at == 1.0
+    assert line.mark().at == -math.inf
     for name in "abc":
         line.join(RequestId(name), 1.0, 1.0)
         if name == "b":
-            mark, same = line.mark(1.0), line.mark(1.5)
-    last = line.mark(2.0)
+            mark, same = line.mark(), line.mark()
+    last = line.mark()
     assert mark is same
     for name, at, ends in (("b", 2.0, None), ("c", 3.0, None), ("a", 4.0, 4.0)):
         assert mark.at is None

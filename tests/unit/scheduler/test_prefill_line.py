@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import count
 
 import pytest
@@ -56,7 +57,7 @@ def test_an_empty_line_is_free_now(now: float) -> None:
     line.join(A, 0.0, 4.0)
     line.leave(A, now)
     line.leave(A, now)
-    assert (line.free_at, line.mark(now).at) == (now, now)
+    assert (line.free_at, line.mark().at) == (now, -math.inf)
 
 
 def test_an_overdue_line_is_not_free_before_now() -> None:
@@ -65,7 +66,7 @@ def test_an_overdue_line_is_not_free_before_now() -> None:
     line.join(B, 0.0, 1.0)
     line.leave(B, 9.0)
     assert line.free_at == 9.0
-    assert line.mark(9.0).at is None, "A is still there"
+    assert line.mark().at is None, "A is still there"
 
 
 def stepwise(lefts: list[float], tick: float) -> float:

@@ -9,9 +9,10 @@ from memserve.core.config import POLICIES
 from memserve.core.errors import NoInstance
 from memserve.core.types import InstanceId
 from memserve.scheduler.decision import Decision, RouteRequest, decide, decide_recorded
-from memserve.scheduler.policies import policy_by_name
-from memserve.scheduler.record import MAX_CANDIDATES, Record
-from memserve.scheduler.state import SchedulerState, Share, Work
+from memserve.scheduler.places import Work
+from memserve.scheduler.policies import MAX_CANDIDATES, policy_by_name
+from memserve.scheduler.record import Record
+from memserve.scheduler.state import SchedulerState, Share
 
 PROMPT_TREE = policy_by_name("prompt-tree")
 

@@ -9,8 +9,8 @@ import pytest
 from memserve.core.config import POLICIES
 from memserve.core.errors import ConfigError
 from memserve.core.types import InstanceId
+from memserve.scheduler.places import Leg
 from memserve.scheduler.policies import LegQuery, policy_by_name
-from memserve.scheduler.state import Leg
 
 
 def choose(cluster, policy: str, leg: Leg = Leg.PREFILL, *, turn: int = 0, session: str | None = None) -> str:

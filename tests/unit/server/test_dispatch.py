@@ -11,8 +11,8 @@ from memserve.core.config import TreeSource
 from memserve.core.errors import InvalidRequest, NoInstance, Overloaded, RequestFailed
 from memserve.core.messages import PoolEvents, RequestClosed, RequestError, Snapshot, Stored
 from memserve.core.types import FinishReason, Ledger, Namespace, as_tokens, pack_tokens
+from memserve.scheduler.places import Work
 from memserve.scheduler.prompt_trees import TreeOptions
-from memserve.scheduler.state import Work
 
 
 def test_chunks_are_put_in_order_whoever_is_first() -> None:

@@ -11,8 +11,8 @@ from dispatching import PROMPT, D, Outbox, P, R, add, chunk, cluster, collect, r
 from memserve.core.errors import NoInstance, PeerLost, RequestFailed
 from memserve.core.messages import Heartbeat, LoadReport, RequestClosed, RequestError, Shutdown, TokenChunk
 from memserve.core.types import FinishReason, InstanceId, Ledger, RequestId, unpack_tokens
+from memserve.scheduler.places import Work
 from memserve.scheduler.service import EASING_BEATS
-from memserve.scheduler.state import Work
 from memserve.server.backend import Generated
 from memserve.server.dispatch import Dispatcher
 from memserve.server.placement import MAX_ATTEMPTS

@@ -11,7 +11,7 @@ from memserve.core.errors import MemServeError, NoInstance, Overloaded, Refusal
 from memserve.core.messages import Cancel, Heartbeat, LoadReport, RequestClosed, TokenChunk
 from memserve.core.types import FinishReason, InstanceId, Ledger, RequestId, SamplingParams
 from memserve.scheduler.admission import LineLimits
-from memserve.scheduler.state import Work
+from memserve.scheduler.places import Work
 from memserve.server.backend import Generated, GenerationRequest
 from memserve.server.dispatch import Dispatcher
 

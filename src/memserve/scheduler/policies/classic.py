@@ -12,8 +12,8 @@ from itertools import chain, groupby, takewhile
 from operator import attrgetter
 
 from memserve.core.types import InstanceId
+from memserve.scheduler.places import InstanceState, Leg
 from memserve.scheduler.policies.plan import Choice, LegPolicy, LegQuery
-from memserve.scheduler.state import InstanceState, Leg
 
 _MASK = (1 << 64) - 1
 _SEEDS_KEPT = 1 << 14

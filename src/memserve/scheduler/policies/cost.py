@@ -2,31 +2,23 @@
 
 Candidates are all pairs of a place to prefill and a place to decode, each with the best way to get KV there:
 compute it, or fetch a longer prefix from a peer where that is quicker (the paper's condition,
-``transfer <= exec(without) - exec(with)``).
+``transfer <= exec(without) - exec(with)``). The arithmetic is ``native/weigh.cpp``.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import astuple, dataclass
 
-import numpy as np
-
-from memserve.scheduler.costs import (
-    PrefillCosts,
-    decode_costs,
-    prefill_costs,
-    tokens_by_slot,
-)
-from memserve.scheduler.fleet import Columns, Flags, Floats, Indices
+from memserve._native import weigh_places
+from memserve.scheduler.holdings import Holdings
+from memserve.scheduler.places import Places
 from memserve.scheduler.policies.classic import PromptTree
-from memserve.scheduler.policies.plan import Choice, Fetch, Plan, Query, Weighed
+from memserve.scheduler.policies.plan import MAX_CANDIDATES, Choice, Fetch, Plan, Query, Weighed
 
-_FETCHED_TIERS = 3
-"""Prefixes of so many lengths are looked at for fetching, longest first."""
 _WORST_ERROR = 1.0
-_LEAST_GAIN = 0.9
-"""A fetch must bring the first token to this part of the time it takes without: forecasts err."""
+_CHEAPEST = 3
+_CHEAPEST_TO_DECODE = 2
+"""Places that explain the choice in a large cluster, the chosen one among them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,78 +47,42 @@ class LeastCost:
     name = "cost"
 
     def __init__(self, weights: Weights | None = None, *, fetches: bool = True) -> None:
-        self._weights = weights or Weights()
+        self._weights = astuple(weights or Weights())
         self._fetches = fetches
         self._fallback = PromptTree()
 
     def plan(self, query: Query) -> Plan:
         if query.error > _WORST_ERROR:
             note = f"predictions are off by {query.error:.0%}, so as {self._fallback.name}"
-            return replace(self._fallback.plan(query), note=note)
-        held = tokens_by_slot(query.held, query.fleet.rows, query.prompt - 1)
-        first = self._weigh_prefill(query, held)
-        second = self._weigh_decode(query, held) if query.decode.instances else None
-        handed = np.inf if second is None else second.total[second.best]
-        total = first.alone + np.where(first.hands_over, handed, first.stays)
-        best = int(total.argmin())
-        tier = int(first.tier[best])
-        fetch = None if tier < 0 else self._fetch_of(query, tier)
-        prefill = Choice(query.start.instances[best], _explain(first.costs, best, fetch))
-        weighed = Weighed(best, first.costs.fetch, total, first.tier)
-        if second is None or not first.hands_over[best]:
-            return Plan(prefill, None, fetch, weighed)
-        moved = (
-            f"{second.moved.item(second.best):.3f} s to move, {second.own.item(second.best):.3f} s to decode"
+            return self._fallback.plan(query)._replace(note=note)
+        start, decode, wire = query.start, query.decode, query.wire
+        starts, decodes, wait, seconds, answering = weigh_places(
+            query.fleet.table,
+            start.slots,
+            start.only_decodes,
+            start.hands_over,
+            decode.slots,
+            _masks(query.held, query.fleet.rows),
+            [tier.tokens for tier in query.there.tiers] if self._fetches else [],
+            (query.prompt, query.answer, query.now, wire.latency, wire.token),
+            self._weights,
+            _shown(start, _CHEAPEST),
+            _shown(decode, _CHEAPEST_TO_DECODE),
         )
-        decode = Choice(query.decode.instances[second.best], moved)
-        return Plan(prefill, decode, fetch, weighed, Weighed(second.best, second.moved, second.total))
-
-    def _weigh_prefill(self, query: Query, held: Floats) -> _Prefill:
-        slots, weights = query.start.slots, self._weights
-        places, there = query.fleet.at(slots), held.take(slots)
-        costs = prefill_costs(places, query.prompt, there, np.zeros(len(slots)), query.now)
-        tier: Indices = np.full(len(slots), -1)
-        if self._fetches:
-            costs, tier = self._with_fetches(query, places, there, costs, tier)
-        behind = weights.opportunity + weights.append * query.start.only_decodes
-        others = (behind + weights.streams * places.streams) * costs.work
-        own, beside = self._weigh_streams(query, places)
-        return _Prefill(costs, tier, costs.ttft + others, own, beside, query.start.hands_over)
-
-    def _weigh_streams(self, query: Query, places: Columns) -> tuple[Floats, Floats]:
-        weights = self._weights
-        return decode_costs(places, query.prompt, query.answer, weights.decode, weights.streams)
-
-    def _with_fetches(
-        self, query: Query, places: Columns, held: Floats, costs: PrefillCosts, tier: Indices
-    ) -> tuple[PrefillCosts, Indices]:
-        wire = query.wire
-        # Where a token takes longer to compute than to fetch, no shorter prefix is better than the longest.
-        tiers = _FETCHED_TIERS if wire.token > places.token.min() else 1
-        least = held.min()
-        for number, longer in enumerate(query.there.tiers[:tiers]):
-            there = float(min(longer.tokens, query.prompt - 1))
-            if there <= least:
-                break
-            missing = np.maximum(there - held, 0.0)
-            fetched = prefill_costs(
-                places, query.prompt, held + missing, wire.latency + wire.token * missing, query.now
-            )
-            better = (missing > 0) & (fetched.ttft < _LEAST_GAIN * costs.ttft)
-            if better.any():
-                costs, tier = costs.where(better, fetched), np.where(better, number, tier)
-        return costs, tier
-
-    def _weigh_decode(self, query: Query, held: Floats) -> _Decode:
-        slots = query.decode.slots
-        places = query.fleet.at(slots)
-        own, others = self._weigh_streams(query, places)
-        missing = query.prompt - held.take(slots)
-        moved = query.wire.latency + query.wire.token * missing
-        # Who has no room lets the request wait for another to end, about as long as an answer takes.
-        full = np.where(places.room < missing, own, 0.0)
-        total = moved + own + others + full
-        return _Decode(moved, own, others, total, int(total.argmin()))
+        first = Weighed(*starts)
+        prefix = first.figures()[0].tier
+        fetch = None if prefix < 0 else self._fetch_of(query, prefix)
+        reason = f"{wait:.3f} s to wait, {seconds:.3f} s to prefill"
+        if fetch is not None:
+            reason = f"{reason}, fetches {fetch.tokens} tokens from {fetch.source}"
+        prefill = Choice(start.instances[first.numbers[0]], reason)
+        if prefill.place.role.decodes:
+            return Plan(prefill, None, fetch, first)
+        second = Weighed(*decodes)
+        moved = second.figures()[0].fetch
+        place = decode.instances[second.numbers[0]]
+        choice = Choice(place, f"{moved:.3f} s to move, {answering:.3f} s to decode")
+        return Plan(prefill, choice, fetch, first, second)
 
     def _fetch_of(self, query: Query, number: int) -> Fetch:
         """From the holder that will be done with its own prompts first."""
@@ -135,32 +91,12 @@ class LeastCost:
         return Fetch(holders[0][1], min(tier.tokens, query.prompt - 1))
 
 
-class _Prefill(NamedTuple):
-    """One entry per place that prefills; ``tier``: what it fetches, an index into the tiers held, or -1."""
-
-    costs: PrefillCosts
-    tier: Indices
-    alone: Floats
-    own: Floats
-    others: Floats
-    hands_over: Flags
-
-    @property
-    def stays(self) -> Floats:
-        """What decoding where it prefills costs."""
-        return self.own + self.others
+def _masks(held: Holdings, slots: int) -> list[tuple[int, bytes]]:
+    size = slots // 8 + 1
+    return [(tier.tokens, tier.mask.to_bytes(size, "little")) for tier in held.tiers]
 
 
-class _Decode(NamedTuple):
-    """One entry per place that takes a request over; ``own`` and ``others`` are weighted seconds."""
-
-    moved: Floats
-    own: Floats
-    others: Floats
-    total: Floats
-    best: int
-
-
-def _explain(costs: PrefillCosts, best: int, fetch: Fetch | None) -> str:
-    text = f"{costs.wait.item(best):.3f} s to wait, {costs.prefill.item(best):.3f} s to prefill"
-    return text if fetch is None else f"{text}, fetches {fetch.tokens} tokens from {fetch.source}"
+def _shown(places: Places, cheapest: int) -> int:
+    """All places of a small cluster are shown, of a large one the cheapest."""
+    count = len(places.instances)
+    return count if count <= MAX_CANDIDATES else cheapest

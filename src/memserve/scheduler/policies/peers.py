@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from operator import attrgetter
 
+from memserve.scheduler.places import InstanceState, Leg
 from memserve.scheduler.policies.classic import LeastLoad
 from memserve.scheduler.policies.plan import Choice, LegPolicy, LegQuery
-from memserve.scheduler.state import InstanceState, Leg
 
 
 class WeightedOverlap(LegPolicy):

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from struct import Struct
 from typing import NamedTuple, Protocol
+
+import msgspec
 
 from memserve.core.types import InstanceId
 from memserve.scheduler.costs import Wire
-from memserve.scheduler.fleet import Fleet, Floats, Indices
+from memserve.scheduler.fleet import Fleet
 from memserve.scheduler.holdings import Holdings
-from memserve.scheduler.state import InstanceState, Leg, Places
+from memserve.scheduler.places import InstanceState, Leg, Places
+
+MAX_CANDIDATES = 8
+"""Places explained per leg: all of a small cluster, of a large one those that explain the choice."""
+_FIGURES = Struct("<ddq")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +35,7 @@ class LegQuery:
     cached: Callable[[InstanceId], int]
 
 
-@dataclass(frozen=True, slots=True)
-class Query:
+class Query(msgspec.Struct, frozen=True, gc=False):
     """A request and the state of the cluster, as far as policies look at them.
 
     ``prompt`` in tokens, at least 1; ``answer``: how many tokens are expected. ``there`` is what instances
@@ -59,8 +65,7 @@ class Query:
         return LegQuery(places, self.held, self.session, self.turn, self.prompt, self.cached)
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(NamedTuple):
     """The place taken, and why, for people; ``considered`` are others that the reason speaks of."""
 
     place: InstanceState
@@ -75,24 +80,34 @@ class Fetch(NamedTuple):
     tokens: int
 
 
-class Weighed(NamedTuple):
-    """The places of a leg as the cost policy saw them, one entry each: seconds, float64[n].
+class Figures(NamedTuple):
+    """A place as the cost policy saw it.
 
-    ``fetch`` to bring KV there, ``total`` with all that counts, least at ``best``. ``tier`` tells which
-    of the prefixes held is fetched before prefill, -1 for none; None where a request would only decode.
+    ``fetch``: seconds to bring KV there; ``total``: seconds of all that counts; ``tier``: which of the
+    prefixes held is fetched, -1 for none.
     """
 
-    best: int
-    fetch: Floats
-    total: Floats
-    tier: Indices | None = None
+    fetch: float
+    total: float
+    tier: int
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Weighed(NamedTuple):
+    """The cheapest places of a leg by their ``numbers``, the chosen one first, with their figures packed."""
+
+    numbers: Sequence[int]
+    packed: bytes
+
+    def figures(self) -> list[Figures]:
+        """In the order of ``numbers``."""
+        return [Figures(*each) for each in _FIGURES.iter_unpack(self.packed)]
+
+
+class Plan(NamedTuple):
     """``decode`` None: where it prefills. Places that were weighed explain a choice by cost.
 
-    Those to prefill are ``Query.start``, those to decode ``Query.decode``. ``note`` says what is unusual.
+    Those to prefill are of ``Query.start``, those to decode of ``Query.decode``. ``note`` says what is
+    unusual.
     """
 
     prefill: Choice

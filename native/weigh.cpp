@@ -1,0 +1,162 @@
+#include "weigh.h"
+
+#include <algorithm>
+#include <limits>
+#include <utility>
+
+namespace memserve {
+namespace {
+
+// Prefixes of so many lengths are looked at for fetching, longest first.
+constexpr size_t kFetchedLengths = 3;
+// A fetch must bring the first token to this part of the time it takes without: forecasts err.
+constexpr double kLeastGain = 0.9;
+
+struct Prefill {
+  double wait;
+  double fetch;
+  double work;     // to compute what is missing, if nothing else ran
+  double prefill;  // the same beside the streams that are decoded there
+  int64_t fetched;
+  double ttft() const { return wait + prefill; }
+};
+
+struct Streams {
+  double own;
+  double others;
+};
+
+class Weighing {
+ public:
+  Weighing(const FleetTable& fleet, const Question& question, const CostWeights& weights)
+      : fleet_(fleet), question_(question), weights_(weights), held_(fleet.slots, 0.0) {
+    // Longest last: it counts where an instance occurs twice.
+    for (auto tier = question.held.rbegin(); tier != question.held.rend(); ++tier) hold(*tier);
+  }
+
+  double held(size_t slot) const { return held_[slot]; }
+
+  Prefill prefill(size_t slot, double computed, double fetch, int64_t fetched) const {
+    const double prompt = question_.prompt;
+    const double context = get(kTokenContext, slot) * (0.5 * (prompt + computed));
+    const double work = (prompt - computed) * (get(kToken, slot) + context);
+    const double wait = std::max(get(kFreeAt, slot) - question_.now, fetch);
+    return {wait, fetch, work, work * get(kStretch, slot), fetched};
+  }
+
+  // With the longest of the prefixes that are worth fetching, or without any.
+  Prefill best_prefill(size_t slot, size_t lengths, double least) const {
+    const double there = held_[slot];
+    Prefill best = prefill(slot, there, 0.0, -1);
+    for (size_t number = 0; number < lengths; ++number) {
+      const double longer = fetchable(number);
+      if (longer <= least) break;
+      const double missing = longer - there;
+      if (missing <= 0) continue;
+      const double fetch = question_.wire_latency + question_.wire_token * missing;
+      const Prefill fetching = prefill(slot, there + missing, fetch, static_cast<int64_t>(number));
+      if (fetching.ttft() < kLeastGain * best.ttft()) best = fetching;
+    }
+    return best;
+  }
+
+  // What the answer takes beside what is decoded there, and what it costs those.
+  Streams decode(size_t slot) const {
+    const double alone = get(kRow, slot) + get(kRowContext, slot) * (question_.prompt + question_.answer / 2);
+    const double before = get(kStep, slot) + get(kRow, slot) * get(kStreams, slot) +
+                          get(kRowContext, slot) * get(kContext, slot);
+    return {(weights_.decode * question_.answer) * (before + alone),
+            (weights_.streams * question_.answer * get(kStreams, slot)) * alone};
+  }
+
+  double others(size_t slot, const Prefill& prefill, bool only_decodes) const {
+    const double behind = weights_.opportunity + weights_.append * (only_decodes ? 1.0 : 0.0);
+    return (behind + weights_.streams * get(kStreams, slot)) * prefill.work;
+  }
+
+  WeighedPlace take_over(size_t place, size_t slot) const {
+    const Streams streams = decode(slot);
+    const double missing = question_.prompt - held_[slot];
+    const double moved = question_.wire_latency + question_.wire_token * missing;
+    // Who has no room lets the request wait for another to end, about as long as an answer takes.
+    const double full = get(kRoom, slot) < missing ? streams.own : 0.0;
+    return {place, {moved, moved + streams.own + streams.others + full, -1}};
+  }
+
+  double fetchable(size_t number) const { return std::min(question_.fetchable[number], question_.prompt - 1); }
+
+  double get(FleetRow row, size_t slot) const { return fleet_.get(row, slot); }
+
+ private:
+  void hold(const HeldTier& tier) {
+    const double tokens = std::min(tier.tokens, question_.prompt - 1);
+    const size_t bytes = std::min(tier.bytes, (held_.size() + 7) / 8);
+    for (size_t byte = 0; byte < bytes; ++byte) {
+      for (unsigned bits = tier.mask[byte]; bits != 0; bits &= bits - 1) {
+        const size_t slot = 8 * byte + static_cast<size_t>(__builtin_ctz(bits));
+        if (slot < held_.size()) held_[slot] = tokens;
+      }
+    }
+  }
+
+  const FleetTable& fleet_;
+  const Question& question_;
+  const CostWeights& weights_;
+  std::vector<double> held_;
+};
+
+std::vector<WeighedPlace> cheapest(std::vector<WeighedPlace> places, size_t count) {
+  count = std::min(count, places.size());
+  const auto cheaper = [](const WeighedPlace& a, const WeighedPlace& b) {
+    const double one = a.figures.total, other = b.figures.total;
+    return one < other || (one == other && a.place < b.place);
+  };
+  std::partial_sort(places.begin(), places.begin() + static_cast<std::ptrdiff_t>(count), places.end(), cheaper);
+  places.resize(count);
+  return places;
+}
+
+// Where a token takes longer to compute than to fetch, no shorter prefix is better than the longest.
+size_t lengths_worth_a_look(const Weighing& weighing, const PlaceLists& places, const Question& question) {
+  double token = std::numeric_limits<double>::infinity();
+  for (size_t i = 0; i < places.starts; ++i) token = std::min(token, weighing.get(kToken, places.start[i]));
+  const size_t most = question.wire_token > token ? kFetchedLengths : 1;
+  return std::min(most, question.fetchable.size());
+}
+
+double least_held(const Weighing& weighing, const PlaceLists& places) {
+  double least = std::numeric_limits<double>::infinity();
+  for (size_t i = 0; i < places.starts; ++i) least = std::min(least, weighing.held(places.start[i]));
+  return least;
+}
+
+}  // namespace
+
+Verdict weigh_places(const FleetTable& fleet, const PlaceLists& places, const Question& question,
+                     const CostWeights& weights, size_t starts, size_t decodes) {
+  const Weighing weighing(fleet, question, weights);
+  std::vector<WeighedPlace> takers(places.decodes);
+  for (size_t i = 0; i < places.decodes; ++i) takers[i] = weighing.take_over(i, places.decode[i]);
+  takers = cheapest(std::move(takers), std::max<size_t>(decodes, 1));
+  const double handed = takers.empty() ? std::numeric_limits<double>::infinity() : takers.front().figures.total;
+
+  const size_t lengths = lengths_worth_a_look(weighing, places, question);
+  const double least = least_held(weighing, places);
+  std::vector<WeighedPlace> candidates(places.starts);
+  for (size_t i = 0; i < places.starts; ++i) {
+    const size_t slot = places.start[i];
+    const Prefill prefill = weighing.best_prefill(slot, lengths, least);
+    const double alone = prefill.ttft() + weighing.others(slot, prefill, places.only_decodes[i]);
+    const Streams streams = weighing.decode(slot);
+    const double rest = places.hands_over[i] ? handed : streams.own + streams.others;
+    candidates[i] = {i, {prefill.fetch, alone + rest, prefill.fetched}};
+  }
+  candidates = cheapest(std::move(candidates), std::max<size_t>(starts, 1));
+
+  const size_t best = places.start[candidates.front().place];
+  const Prefill chosen = weighing.best_prefill(best, lengths, least);
+  const double answering = takers.empty() ? 0.0 : weighing.decode(places.decode[takers.front().place]).own;
+  return {std::move(candidates), std::move(takers), chosen.wait, chosen.prefill, answering};
+}
+
+}  // namespace memserve

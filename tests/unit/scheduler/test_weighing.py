@@ -1,0 +1,206 @@
+"""What places cost: the native pass beside the same formulas in numpy, to the last bit."""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memserve._native import weigh_places
+from memserve.scheduler.fleet import Columns, Floats
+from memserve.scheduler.policies import Figures, Weighed
+from memserve.scheduler.policies.cost import Weights
+
+FETCHED_LENGTHS = 3
+LEAST_GAIN = 0.9
+
+
+@dataclass(frozen=True)
+class Case:
+    """The arguments of ``weigh_places``; ``held``: tokens per slot."""
+
+    table: Floats
+    start: list[int]
+    decodes: list[bool]
+    decode: list[int]
+    held: list[int]
+    fetchable: list[int]
+    prompt: int
+    answer: float
+    now: float
+    latency: float
+    token: float
+
+    def weigh(self, starts: int = 100, decodes: int = 100):
+        lengths = sorted(set(self.held) - {0}, reverse=True)
+        tiers = [
+            (length, mask_of(slot for slot, n in enumerate(self.held) if n == length)) for length in lengths
+        ]
+        starts_found, decodes_found, *seconds = weigh_places(
+            self.table,
+            np.array(self.start, np.intp),
+            np.array(self.decodes, np.bool_),
+            ~np.array(self.decodes, np.bool_),
+            np.array(self.decode, np.intp),
+            tiers,
+            self.fetchable,
+            (self.prompt, self.answer, self.now, self.latency, self.token),
+            astuple(Weights()),
+            starts,
+            decodes,
+        )
+        return rows(*starts_found), rows(*decodes_found), *seconds
+
+    def at(self, slots: list[int]) -> Columns:
+        return Columns(*self.table[:, slots])
+
+
+def rows(numbers: list[int], packed: bytes) -> list[tuple[int, Figures]]:
+    return list(zip(numbers, Weighed(numbers, packed).figures(), strict=True))
+
+
+def mask_of(slots) -> bytes:
+    mask = sum(1 << slot for slot in slots)
+    return mask.to_bytes(mask.bit_length() // 8 + 1, "little")
+
+
+class Prefill(NamedTuple):
+    """One entry per place: seconds."""
+
+    wait: Floats
+    fetch: Floats
+    work: Floats
+    prefill: Floats
+
+    @property
+    def ttft(self) -> Floats:
+        return self.wait + self.prefill
+
+
+def prefill_at(places: Columns, case: Case, computed: Floats, fetch: Floats) -> Prefill:
+    context = places.token_context * (0.5 * (case.prompt + computed))
+    work = (case.prompt - computed) * (places.token + context)
+    return Prefill(np.maximum(places.free_at - case.now, fetch), fetch, work, work * places.stretch)
+
+
+def decode_at(places: Columns, case: Case, weights: Weights) -> tuple[Floats, Floats]:
+    alone = places.row + places.row_context * (case.prompt + case.answer / 2)
+    before = places.step + places.row * places.streams + places.row_context * places.context
+    own = (weights.decode * case.answer) * (before + alone)
+    return own, (weights.streams * case.answer * places.streams) * alone
+
+
+def expected_start(case: Case, handed: float) -> tuple[Prefill, np.ndarray, Floats]:
+    weights, places = Weights(), case.at(case.start)
+    held = np.minimum(np.array(case.held, float)[case.start], case.prompt - 1)
+    costs, fetched = prefill_at(places, case, held, np.zeros(len(held))), np.full(len(held), -1)
+    lengths = FETCHED_LENGTHS if case.token > places.token.min() else 1
+    for number, length in enumerate(case.fetchable[:lengths]):
+        missing = np.maximum(min(length, case.prompt - 1) - held, 0.0)
+        other = prefill_at(places, case, held + missing, case.latency + case.token * missing)
+        better = (missing > 0) & (other.ttft < LEAST_GAIN * costs.ttft)
+        costs = Prefill(*(np.where(better, new, old) for old, new in zip(costs, other, strict=True)))
+        fetched = np.where(better, number, fetched)
+    decodes = np.array(case.decodes)
+    only = weights.append * decodes
+    others = (weights.opportunity + only + weights.streams * places.streams) * costs.work
+    own, beside = decode_at(places, case, weights)
+    return costs, fetched, costs.ttft + others + np.where(decodes, own + beside, handed)
+
+
+def expected_decode(case: Case) -> tuple[Floats, Floats, Floats]:
+    places = case.at(case.decode)
+    own, others = decode_at(places, case, Weights())
+    missing = case.prompt - np.minimum(np.array(case.held, float)[case.decode], case.prompt - 1)
+    moved = case.latency + case.token * missing
+    return moved, own, moved + own + others + np.where(places.room < missing, own, 0.0)
+
+
+def order(totals: Floats) -> list[int]:
+    return np.argsort(totals, kind="stable").tolist()
+
+
+@st.composite
+def cases(draw) -> Case:
+    slots = draw(st.integers(1, 20))
+    random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    coarse = draw(st.booleans())
+    table = random.integers(0, 3, (len(Columns._fields), slots)) if coarse else random.random((10, slots))
+    scales = [1e-2, 1e-3, 1e-6, 1e-3, 1e-6, 2.0, 5.0, 4.0, 1e3, 1e4]
+    chosen = draw(st.lists(st.integers(0, slots - 1), min_size=1, unique=True))
+    lengths = st.integers(0, 60)
+    held = draw(st.lists(lengths, min_size=slots, max_size=slots))
+    return Case(
+        table * np.array(scales)[:, None],
+        chosen,
+        draw(st.lists(st.booleans(), min_size=len(chosen), max_size=len(chosen))),
+        draw(st.lists(st.integers(0, slots - 1), unique=True)),
+        held,
+        sorted(draw(st.sets(lengths, max_size=5)) | set(held), reverse=True),
+        draw(st.integers(1, 50)),
+        draw(st.floats(1, 300)),
+        draw(st.floats(0, 5)),
+        draw(st.sampled_from([0.0, 2e-3])),
+        draw(st.sampled_from([0.0, 1e-5, 3e-3])),
+    )
+
+
+@given(cases())
+def test_weighs_as_numpy_does(case: Case) -> None:
+    starts, decodes, wait, prefill, answering = case.weigh()
+    handed = np.inf
+    if case.decode:
+        moved, own, total = expected_decode(case)
+        ranked = order(total)
+        assert decodes == [(n, (moved[n], total[n], -1)) for n in ranked]
+        assert answering == own[ranked[0]]
+        handed = total[ranked[0]]
+    costs, fetched, totals = expected_start(case, handed)
+    ranked = order(totals)
+    assert starts == [(n, (costs.fetch[n], totals[n], fetched[n])) for n in ranked]
+    assert (wait, prefill) == (costs.wait[ranked[0]], costs.prefill[ranked[0]])
+
+
+@given(cases(), st.integers(0, 5), st.integers(0, 5))
+def test_shows_as_many_as_are_asked_for_and_the_same_ones(case: Case, starts: int, decodes: int) -> None:
+    whole, part = case.weigh(), case.weigh(starts, decodes)
+    assert part[0] == whole[0][: max(1, starts)]
+    assert part[1] == whole[1][: max(1, decodes)]
+    assert part[2:] == whole[2:]
+
+
+def some_case(**changes) -> Case:
+    given = {
+        "table": np.ones((10, 2)),
+        "start": [0, 1],
+        "decodes": [True, True],
+        "decode": [],
+        "held": [0, 0],
+        "fetchable": [],
+        "prompt": 10,
+        "answer": 1.0,
+        "now": 0.0,
+        "latency": 0.0,
+        "token": 0.0,
+    }
+    return Case(**{**given, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"table": np.ones((9, 2))}, "9 columns and not 10"),
+        ({"start": [0, 2]}, "slot 2 is not one of the fleet's 2"),
+        ({"start": [-1, 0]}, "slot -1"),
+        ({"decode": [7]}, "slot 7"),
+        ({"start": [], "decodes": []}, "no place to start"),
+        ({"decodes": [True]}, "as long as start"),
+    ],
+)
+def test_what_does_not_fit_is_refused(changes, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        some_case(**changes).weigh()

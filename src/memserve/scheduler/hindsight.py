@@ -17,7 +17,7 @@ from memserve.scheduler.decision import Decision
 from memserve.scheduler.holdings import Holdings
 from memserve.scheduler.line import Mark
 from memserve.scheduler.places import Leg
-from memserve.scheduler.record import Candidate, Record, Seen
+from memserve.scheduler.record import Candidate, Record, Seen, order_of
 
 
 class Hindsight(msgspec.Struct, frozen=True, gc=False):
@@ -60,7 +60,7 @@ class Outcome(msgspec.Struct, frozen=True, gc=False):
 class Known:
     """What the first token's arrival at ``now`` makes known.
 
-    ``ends``: of the lines at the recorded places (``Record.first``), None where the place is lost;
+    ``ends``: of the lines at the recorded places (``Record.prefill_views``), None where the place is lost;
     ``held``: what places hold of the prompt by now; ``cached``: what the chosen one had of it.
     """
 
@@ -75,8 +75,8 @@ def look_back(decision: Decision, record: Record, known: Known) -> Outcome:
     """Price the recorded places again. Never negative: the chosen one is among them."""
     actual = known.now - decision.decided_at
     places = []
-    seen = record.first.seen()
-    for at in record.first.order():
+    seen = record.prefill_seen()
+    for at in order_of(record.prefill_views):
         one, end = record.candidate(seen[at], Leg.PREFILL), known.ends[at]
         if end is not None or one.chosen:
             places.append(_price(decision, seen[at], one, end, known))
@@ -103,7 +103,7 @@ def _price(decision: Decision, seen: Seen, one: Candidate, end: Mark | None, kno
     fetched = min(one.fetch_tokens, _fetchable(decision, known))
     fetch = known.wire.seconds(fetched - held)
     computed = held if one.chosen and known.cached is not None else max(held, fetched)
-    prefill = seen.prefill(prompt, computed, seen.place.prices)
+    prefill = seen.prefill(prompt, computed, seen.view.place.prices)
     ttft = max(waited, fetch) + prefill
     if one.chosen:
         # Those behind may have overtaken those ahead: what did happen bounds what could.

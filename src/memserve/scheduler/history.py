@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import msgspec
 
@@ -25,8 +24,7 @@ class Explanation(msgspec.Struct, frozen=True):
     outcome: Outcome | None
 
 
-@dataclass(slots=True)
-class _Kept:
+class _Kept(msgspec.Struct):
     """``request`` and ``ends`` only until the first token has come: prompts are long."""
 
     decision: Decision
@@ -50,7 +48,7 @@ class History:
         kept = _Kept(decision, record)
         if record is not None:
             kept.request = request
-            kept.ends = [place.line.mark() for place in record.first.places]
+            kept.ends = [view.place.line.mark() for view in record.prefill_views]
         self._kept.pop(decision.request, None)
         self._kept[decision.request] = kept
         if len(self._kept) > self._size:
@@ -64,8 +62,8 @@ class History:
         if kept.record is not None and kept.request is not None:
             asked = kept.request
             ends = [
-                end if self._state.knows(place) else None
-                for place, end in zip(kept.record.first.places, kept.ends, strict=True)
+                end if self._state.knows(view.place) else None
+                for view, end in zip(kept.record.prefill_views, kept.ends, strict=True)
             ]
             held = self._state.match(asked.namespace, asked.tokens)
             known = Known(now, ends, held, cached, self._state.wire)

@@ -79,6 +79,7 @@ _NO_FOREIGN = Foreign()
 class View(NamedTuple):
     """An instance at one moment; ``free_at``: when all that is to be prefilled there will be."""
 
+    place: InstanceState
     role: Role
     load: Work
     prices: StepPrices
@@ -123,7 +124,7 @@ class InstanceState:
     def look(self) -> None:
         """What is seen of it from now on is as it is now."""
         free_at = max(self.line.free_at, self.foreign.at) + self.foreign.seconds
-        self.view = View(self.role, self.load, self.prices, free_at)
+        self.view = View(self, self.role, self.load, self.prices, free_at)
 
     def book(self, work: Work) -> None:
         self.booked = self.booked.plus(work)

@@ -50,76 +50,56 @@ class Candidate(msgspec.Struct, frozen=True, gc=False):
 class Seen(NamedTuple):
     """A place as the decision saw it; ``figures`` where seconds were compared."""
 
-    place: InstanceState
     view: View
     figures: Figures | None
 
     def prefill(self, prompt: int, computed: int, prices: StepPrices) -> float:
         """Seconds to prefill beside the streams that were seen, of which ``computed`` tokens are there."""
-        place, load = self.place, self.view.load
+        place, load = self.view.place, self.view.load
         work = prefill_work(prices, place.step_tokens, prompt, min(computed, prompt - 1))
         return work * stretch_of(
             prices, place.step_tokens, place.target_tpot, load.streams, load.context_tokens
         )
 
 
-class Looked(NamedTuple):
-    """The places of a leg that were looked at, in any order, perhaps one twice."""
-
-    places: Sequence[InstanceState] = ()
-    views: Sequence[View] = ()
-    weighed: Weighed | None = None
-
-    def seen(self) -> list[Seen]:
-        """In the same order."""
-        figures = self.weighed.figures() if self.weighed else [None] * len(self.places)
-        return [Seen(*each) for each in zip(self.places, self.views, figures, strict=True)]
-
-    def order(self) -> list[int]:
-        """Positions, each place once, by id."""
-        at = {place.instance: position for position, place in enumerate(self.places)}
-        return [at[name] for name in sorted(at)]
-
-
-_NOTHING = Looked()
-
-
 class Record(NamedTuple):
-    """The places of a decision about a prompt of ``prompt`` tokens: those taken, and those looked at.
+    """A decision's question and answer, and the places that it was chosen from as they were.
 
-    ``decode`` None: where it prefills. ``there`` and ``held`` as in ``Query``.
+    ``prefill_views`` and ``decode_views`` are in any order, perhaps with one twice; the latter are none where
+    a request stays where it prefills.
     """
 
-    prompt: int
-    now: float
-    there: Holdings
-    held: Holdings
-    prefill: InstanceState
-    first: Looked
-    decode: InstanceState | None = None
-    second: Looked = _NOTHING
+    query: Query
+    plan: Plan
+    prefill_views: Sequence[View]
+    decode_views: Sequence[View] = ()
+
+    def prefill_seen(self) -> list[Seen]:
+        """In the order of ``prefill_views``."""
+        return _seen(self.prefill_views, self.plan.prefill_weighed)
 
     def prefill_candidates(self) -> tuple[Candidate, ...]:
         """Where the request could prefill."""
-        seen = self.first.seen()
-        return tuple(self.candidate(seen[at], Leg.PREFILL) for at in self.first.order())
+        seen = self.prefill_seen()
+        return tuple(self.candidate(seen[at], Leg.PREFILL) for at in order_of(self.prefill_views))
 
     def decode_candidates(self) -> tuple[Candidate, ...]:
-        """Where it could decode then; none if it stays where it prefills."""
-        seen = self.second.seen()
-        return tuple(self.candidate(seen[at], Leg.DECODE) for at in self.second.order())
+        """Where it could decode then."""
+        seen = _seen(self.decode_views, self.plan.decode_weighed)
+        return tuple(self.candidate(seen[at], Leg.DECODE) for at in order_of(self.decode_views))
 
     def candidate(self, seen: Seen, leg: Leg) -> Candidate:
         """A place that was seen, for people."""
-        decodes, place, view, figures = leg is Leg.DECODE, seen.place, seen.view, seen.figures
-        load = view.load
-        matched, fetched, fetch = self.held.tokens(place.instance), 0, figures.fetch if figures else None
+        query, view, figures, decodes = self.query, seen.view, seen.figures, leg is Leg.DECODE
+        place, load = view.place, view.load
+        choice = self.plan.decode if decodes else self.plan.prefill
+        matched, fetched, fetch = query.held.tokens(place.instance), 0, figures.fetch if figures else None
         if figures and figures.tier >= 0:
-            fetched = min(self.there.tiers[figures.tier].tokens, self.prompt - 1)
+            fetched = min(query.there.tiers[figures.tier].tokens, query.prompt - 1)
         wait = prefill = None
         if not decodes:
-            wait = max(view.free_at - self.now, fetch or 0.0)
-            prefill = seen.prefill(self.prompt, max(matched, fetched), view.prices)
+            wait = max(view.free_at - query.now, fetch or 0.0)
+            prefill = seen.prefill(query.prompt, max(matched, fetched), view.prices)
         return Candidate(
             place.instance,
             view.role,
@@ -127,7 +107,7 @@ class Record(NamedTuple):
             load.context_tokens if decodes else load.prefill_tokens,
             load.requests,
             load.context_tokens,
-            place is (self.decode if decodes else self.prefill),
+            choice is not None and choice.place is place,
             wait,
             fetch,
             prefill,
@@ -136,33 +116,34 @@ class Record(NamedTuple):
         )
 
 
+def order_of(views: Sequence[View]) -> list[int]:
+    """Positions in ``views``, each place once, by id."""
+    at = {view.place.instance: position for position, view in enumerate(views)}
+    return [at[name] for name in sorted(at)]
+
+
+def _seen(views: Sequence[View], weighed: Weighed | None) -> list[Seen]:
+    figures = weighed.figures() if weighed else [None] * len(views)
+    return [Seen(*each) for each in zip(views, figures, strict=True)]
+
+
 def take_record(query: Query, plan: Plan) -> Record:
-    """Keep what ``plan`` was chosen from, before anything is booked."""
-    prompt, now, there, held = query.prompt, query.now, query.there, query.held
-    prefill, decode = plan.prefill, plan.decode
-    if plan.prefill_weighed is None:
-        first = _look_at(query.prefill, held, prefill)
-    else:
-        first = _look_at_weighed(query.start.instances, plan.prefill_weighed)
-    if decode is None:
-        return Record(prompt, now, there, held, prefill.place, first)
-    if plan.decode_weighed is None:
-        second = _look_at(query.decode, held, decode)
-    else:
-        second = _look_at_weighed(query.decode.instances, plan.decode_weighed)
-    return Record(prompt, now, there, held, prefill.place, first, decode.place, second)
+    """Keep what ``plan`` was chosen from, before anything is booked. References only: most are never read."""
+    first = _look(query.prefill, query.start, query.held, plan.prefill, plan.prefill_weighed)
+    if plan.decode is None:
+        return Record(query, plan, first)
+    second = _look(query.decode, query.decode, query.held, plan.decode, plan.decode_weighed)
+    return Record(query, plan, first, second)
 
 
-def _look_at(places: Places, held: Holdings, choice: Choice) -> Looked:
-    instances: Sequence[InstanceState] = places.instances
-    if len(instances) > MAX_CANDIDATES:
-        instances = _worth_a_look(places, held, choice)
-    return Looked(instances, [place.view for place in instances])
-
-
-def _look_at_weighed(instances: Sequence[InstanceState], weighed: Weighed) -> Looked:
-    places = [instances[number] for number in weighed.numbers]
-    return Looked(places, [place.view for place in places], weighed)
+def _look(
+    asked: Places, weighed_of: Places, held: Holdings, choice: Choice, weighed: Weighed | None
+) -> Sequence[View]:
+    if weighed is not None:
+        instances = weighed_of.instances
+        return [instances[number].view for number in weighed.numbers]
+    few = len(asked.instances) <= MAX_CANDIDATES
+    return [place.view for place in (asked.instances if few else _worth_a_look(asked, held, choice))]
 
 
 def _worth_a_look(places: Places, held: Holdings, choice: Choice) -> list[InstanceState]:

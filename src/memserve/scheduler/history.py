@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
 
 import msgspec
 
 from memserve.core.types import RequestId
 from memserve.scheduler.decision import Decision, RouteRequest
 from memserve.scheduler.hindsight import Known, Outcome, Regrets, look_back
-from memserve.scheduler.line import Mark
 from memserve.scheduler.record import Candidate, Record
 from memserve.scheduler.state import SchedulerState
 
@@ -25,12 +23,11 @@ class Explanation(msgspec.Struct, frozen=True):
 
 
 class _Kept(msgspec.Struct):
-    """``request`` and ``ends`` only until the first token has come: prompts are long."""
+    """``request`` only until the first token has come: prompts are long."""
 
     decision: Decision
     record: Record | None
     request: RouteRequest | None = None
-    ends: Sequence[Mark] = ()
     outcome: Outcome | None = None
 
 
@@ -45,10 +42,7 @@ class History:
 
     def add(self, request: RouteRequest, decision: Decision, record: Record | None) -> None:
         """Remember a decision, before it is booked; one of the same name is replaced, the oldest is lost."""
-        kept = _Kept(decision, record)
-        if record is not None:
-            kept.request = request
-            kept.ends = [view.place.line.mark() for view in record.prefill_views]
+        kept = _Kept(decision, record, request if record is not None else None)
         self._kept.pop(decision.request, None)
         self._kept[decision.request] = kept
         if len(self._kept) > self._size:
@@ -61,22 +55,19 @@ class History:
             return None
         if kept.record is not None and kept.request is not None:
             asked = kept.request
-            ends = [
-                end if self._state.knows(view.place) else None
-                for view, end in zip(kept.record.prefill_views, kept.ends, strict=True)
-            ]
+            ends = [view.end if self._state.knows(view.place) else None for view in kept.record.prefill_views]
             held = self._state.match(asked.namespace, asked.tokens)
             known = Known(now, ends, held, cached, self._state.wire)
             kept.outcome = look_back(kept.decision, kept.record, known)
             self.regrets.add(kept.decision.policy, kept.outcome)
-            kept.request, kept.ends = None, ()
+            kept.request = None
         return kept.decision
 
     def end(self, request: RequestId) -> None:
         """The request has ended, perhaps without a token."""
         kept = self._kept.get(request)
         if kept is not None:
-            kept.request, kept.ends = None, ()
+            kept.request = None
 
     def names(self) -> tuple[RequestId, ...]:
         """Whose decisions are remembered, oldest first."""

@@ -11,7 +11,7 @@ import numpy as np
 from memserve.core.messages import LoadReport
 from memserve.core.types import InstanceId, Role, StepPrices
 from memserve.scheduler.fleet import FLOOR_TOKENS, Flags, Slots
-from memserve.scheduler.line import PrefillLine
+from memserve.scheduler.line import Mark, PrefillLine
 from memserve.scheduler.predictions import Correction
 
 
@@ -77,13 +77,17 @@ _NO_FOREIGN = Foreign()
 
 
 class View(NamedTuple):
-    """An instance at one moment; ``free_at``: when all that is to be prefilled there will be."""
+    """An instance at one moment.
+
+    ``free_at``: when all that is to be prefilled there will be; ``end`` of its line will tell when it was.
+    """
 
     place: InstanceState
     role: Role
     load: Work
     prices: StepPrices
     free_at: float
+    end: Mark
 
 
 @dataclass(slots=True, eq=False)
@@ -124,7 +128,7 @@ class InstanceState:
     def look(self) -> None:
         """What is seen of it from now on is as it is now."""
         free_at = max(self.line.free_at, self.foreign.at) + self.foreign.seconds
-        self.view = View(self, self.role, self.load, self.prices, free_at)
+        self.view = View(self, self.role, self.load, self.prices, free_at, self.line.mark())
 
     def book(self, work: Work) -> None:
         self.booked = self.booked.plus(work)

@@ -7,8 +7,6 @@
 namespace memserve {
 namespace {
 
-// Prefixes of so many lengths are looked at for fetching, longest first.
-constexpr size_t kFetchedLengths = 3;
 // A fetch must bring the first token to this part of the time it takes without: forecasts err.
 constexpr double kLeastGain = 0.9;
 
@@ -83,18 +81,32 @@ class Weighing {
     return {place, {moved, moved + streams.own + streams.others + full, -1}};
   }
 
-  double fetchable(size_t number) const { return std::min(question_.fetchable[number], question_.prompt - 1); }
+  double fetchable(size_t number) const { return std::min(question_.fetchable[number].tokens, question_.prompt - 1); }
+
+  // The holder that will be done with its own prompts first.
+  int64_t source(int64_t fetched) const {
+    int64_t first = -1;
+    if (fetched < 0) return first;
+    each_slot(question_.fetchable[static_cast<size_t>(fetched)], [&](size_t slot) {
+      if (first < 0 || get(kFreeAt, slot) < get(kFreeAt, static_cast<size_t>(first))) first = static_cast<int64_t>(slot);
+    });
+    return first;
+  }
 
   double get(FleetRow row, size_t slot) const { return fleet_.get(row, slot); }
 
  private:
   void hold(const HeldTier& tier) {
     const double tokens = std::min(tier.tokens, question_.prompt - 1);
-    const size_t bytes = std::min(tier.bytes, (held_.size() + 7) / 8);
-    for (size_t byte = 0; byte < bytes; ++byte) {
+    each_slot(tier, [&](size_t slot) { held_[slot] = tokens; });
+  }
+
+  template <typename Visit>
+  void each_slot(const HeldTier& tier, Visit visit) const {
+    for (size_t byte = 0; byte < tier.bytes; ++byte) {
       for (unsigned bits = tier.mask[byte]; bits != 0; bits &= bits - 1) {
         const size_t slot = 8 * byte + static_cast<size_t>(__builtin_ctz(bits));
-        if (slot < held_.size()) held_[slot] = tokens;
+        if (slot < held_.size()) visit(slot);
       }
     }
   }
@@ -120,8 +132,8 @@ std::vector<WeighedPlace> cheapest(std::vector<WeighedPlace> places, size_t coun
 size_t lengths_worth_a_look(const Weighing& weighing, const PlaceLists& places, const Question& question) {
   double token = std::numeric_limits<double>::infinity();
   for (size_t i = 0; i < places.starts; ++i) token = std::min(token, weighing.get(kToken, places.start[i]));
-  const size_t most = question.wire_token > token ? kFetchedLengths : 1;
-  return std::min(most, question.fetchable.size());
+  const size_t all = question.fetchable.size();
+  return question.wire_token > token ? all : std::min<size_t>(all, 1);
 }
 
 double least_held(const Weighing& weighing, const PlaceLists& places) {
@@ -156,7 +168,8 @@ Verdict weigh_places(const FleetTable& fleet, const PlaceLists& places, const Qu
   const size_t best = places.start[candidates.front().place];
   const Prefill chosen = weighing.best_prefill(best, lengths, least);
   const double answering = takers.empty() ? 0.0 : weighing.decode(places.decode[takers.front().place]).own;
-  return {std::move(candidates), std::move(takers), chosen.wait, chosen.prefill, answering};
+  const int64_t source = weighing.source(chosen.fetched);
+  return {std::move(candidates), std::move(takers), chosen.wait, chosen.prefill, answering, source};
 }
 
 }  // namespace memserve

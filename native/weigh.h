@@ -44,8 +44,8 @@ struct Question {
   double now;
   double wire_latency;
   double wire_token;  // seconds per token of KV
-  std::vector<HeldTier> held;
-  std::vector<double> fetchable;  // lengths of prefixes that somebody holds now, longest first
+  std::vector<HeldTier> held;       // what instances will hold when the prompt's turn comes, longest first
+  std::vector<HeldTier> fetchable;  // what they hold now, the longest few, longest first
 };
 
 // The slots where a request may begin, what they do, and the slots that take requests over.
@@ -85,6 +85,7 @@ struct Verdict {
   double wait;                       // at the cheapest to start: until the prompt's turn, and KV that is fetched is there
   double prefill;                    // and from then to the first token
   double answering;                  // at the cheapest to decode: of the request's own answer, weighted
+  int64_t source;                    // the slot that sends what the cheapest fetches: free first; -1 if nothing is
 };
 
 // `starts` and `decodes`: how many of the cheapest are wanted. Slots lie in the table; there is a place to start.

@@ -218,19 +218,19 @@ def weigh_places(
     hands_over: NDArray[np.bool_],
     decode: NDArray[np.intp],
     held: list[tuple[int, bytes]],
-    fetchable: list[int],
+    fetchable: list[tuple[int, bytes]],
     question: tuple[float, float, float, float, float],
     weights: tuple[float, float, float, float],
     starts: int,
     decodes: int,
-) -> tuple[tuple[list[int], bytes], tuple[list[int], bytes], float, float, float]:
+) -> tuple[tuple[list[int], bytes], tuple[list[int], bytes], float, float, float, int]:
     """What a request would cost at each place: ``native/weigh.h``.
 
-    ``table``: float64[columns, slots]; ``start`` with its two flags, and ``decode``: slots; ``held``: tokens
-    and the mask of the slots that hold them, little-endian, longest first; ``fetchable``: lengths, longest
-    first. ``question``: prompt and answer in tokens, now, and of the wire seconds and seconds per token;
-    ``weights`` as in ``Weights``. Returns the cheapest places to start and to decode, at most so many and at
-    least one of each: their numbers, and packed as ``<ddq`` what ``Figures`` are; and at the cheapest the
-    seconds to wait, to prefill and, weighted, to decode. ValueError if shapes do not fit or a slot is not in
-    the table.
+    ``table``: float64[columns, slots]; ``start`` with its two flags, and ``decode``: slots; ``held`` and
+    ``fetchable``: tokens and the mask of the slots that will hold, or hold now, as many, little-endian, the
+    longest first. ``question``: prompt and answer in tokens, now, and of the wire seconds and seconds per
+    token; ``weights`` as in ``Weights``. Returns the cheapest places to start and to decode, at most so many
+    and at least one of each: their numbers, and packed as ``<ddq`` what ``Figures`` are; at the cheapest the
+    seconds to wait, to prefill and, weighted, to decode; the slot that sends what is fetched, or -1.
+    ValueError if shapes do not fit or a slot is not in the table.
     """

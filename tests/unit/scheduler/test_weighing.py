@@ -21,14 +21,14 @@ LEAST_GAIN = 0.9
 
 @dataclass(frozen=True)
 class Case:
-    """The arguments of ``weigh_places``; ``held``: tokens per slot."""
+    """The arguments of ``weigh_places``; ``held`` and ``there``: tokens per slot."""
 
     table: Floats
     start: list[int]
     decodes: list[bool]
     decode: list[int]
     held: list[int]
-    fetchable: list[int]
+    there: list[int]
     prompt: int
     answer: float
     now: float
@@ -36,18 +36,14 @@ class Case:
     token: float
 
     def weigh(self, starts: int = 100, decodes: int = 100):
-        lengths = sorted(set(self.held) - {0}, reverse=True)
-        tiers = [
-            (length, mask_of(slot for slot, n in enumerate(self.held) if n == length)) for length in lengths
-        ]
         starts_found, decodes_found, *seconds = weigh_places(
             self.table,
             np.array(self.start, np.intp),
             np.array(self.decodes, np.bool_),
             ~np.array(self.decodes, np.bool_),
             np.array(self.decode, np.intp),
-            tiers,
-            self.fetchable,
+            tiers_of(self.held),
+            tiers_of(self.there)[:FETCHED_LENGTHS],
             (self.prompt, self.answer, self.now, self.latency, self.token),
             astuple(Weights()),
             starts,
@@ -61,6 +57,11 @@ class Case:
 
 def rows(numbers: list[int], packed: bytes) -> list[tuple[int, Figures]]:
     return list(zip(numbers, Weighed(numbers, packed).figures(), strict=True))
+
+
+def tiers_of(held: list[int]) -> list[tuple[int, bytes]]:
+    lengths = sorted(set(held) - {0}, reverse=True)
+    return [(length, mask_of(slot for slot, n in enumerate(held) if n == length)) for length in lengths]
 
 
 def mask_of(slots) -> bytes:
@@ -99,7 +100,7 @@ def expected_start(case: Case, handed: float) -> tuple[Prefill, np.ndarray, Floa
     held = np.minimum(np.array(case.held, float)[case.start], case.prompt - 1)
     costs, fetched = prefill_at(places, case, held, np.zeros(len(held))), np.full(len(held), -1)
     lengths = FETCHED_LENGTHS if case.token > places.token.min() else 1
-    for number, length in enumerate(case.fetchable[:lengths]):
+    for number, (length, _) in enumerate(tiers_of(case.there)[:lengths]):
         missing = np.maximum(min(length, case.prompt - 1) - held, 0.0)
         other = prefill_at(places, case, held + missing, case.latency + case.token * missing)
         better = (missing > 0) & (other.ttft < LEAST_GAIN * costs.ttft)
@@ -118,6 +119,14 @@ def expected_decode(case: Case) -> tuple[Floats, Floats, Floats]:
     missing = case.prompt - np.minimum(np.array(case.held, float)[case.decode], case.prompt - 1)
     moved = case.latency + case.token * missing
     return moved, own, moved + own + others + np.where(places.room < missing, own, 0.0)
+
+
+def expected_source(case: Case, fetched: int) -> int:
+    if fetched < 0:
+        return -1
+    length, _ = tiers_of(case.there)[fetched]
+    free = Columns(*case.table).free_at
+    return min((slot for slot, n in enumerate(case.there) if n == length), key=lambda slot: free[slot])
 
 
 def order(totals: Floats) -> list[int]:
@@ -140,7 +149,7 @@ def cases(draw) -> Case:
         draw(st.lists(st.booleans(), min_size=len(chosen), max_size=len(chosen))),
         draw(st.lists(st.integers(0, slots - 1), unique=True)),
         held,
-        sorted(draw(st.sets(lengths, max_size=5)) | set(held), reverse=True),
+        draw(st.lists(lengths, min_size=slots, max_size=slots)),
         draw(st.integers(1, 50)),
         draw(st.floats(1, 300)),
         draw(st.floats(0, 5)),
@@ -151,7 +160,7 @@ def cases(draw) -> Case:
 
 @given(cases())
 def test_weighs_as_numpy_does(case: Case) -> None:
-    starts, decodes, wait, prefill, answering = case.weigh()
+    starts, decodes, wait, prefill, answering, source = case.weigh()
     handed = np.inf
     if case.decode:
         moved, own, total = expected_decode(case)
@@ -163,6 +172,7 @@ def test_weighs_as_numpy_does(case: Case) -> None:
     ranked = order(totals)
     assert starts == [(n, (costs.fetch[n], totals[n], fetched[n])) for n in ranked]
     assert (wait, prefill) == (costs.wait[ranked[0]], costs.prefill[ranked[0]])
+    assert source == expected_source(case, fetched[ranked[0]])
 
 
 @given(cases(), st.integers(0, 5), st.integers(0, 5))
@@ -180,7 +190,7 @@ def some_case(**changes) -> Case:
         "decodes": [True, True],
         "decode": [],
         "held": [0, 0],
-        "fetchable": [],
+        "there": [0, 0],
         "prompt": 10,
         "answer": 1.0,
         "now": 0.0,

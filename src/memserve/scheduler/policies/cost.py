@@ -10,11 +10,13 @@ from __future__ import annotations
 from dataclasses import astuple, dataclass
 
 from memserve._native import weigh_places
-from memserve.scheduler.holdings import Holdings
+from memserve.scheduler.holdings import Tier
 from memserve.scheduler.places import Places
 from memserve.scheduler.policies.classic import PromptTree
 from memserve.scheduler.policies.plan import MAX_CANDIDATES, Choice, Fetch, Plan, Query, Weighed
 
+_FETCHED_TIERS = 3
+"""Prefixes of so many lengths are looked at for fetching, longest first."""
 _WORST_ERROR = 1.0
 _CHEAPEST = 3
 _CHEAPEST_TO_DECODE = 2
@@ -55,25 +57,25 @@ class LeastCost:
         if query.error > _WORST_ERROR:
             note = f"predictions are off by {query.error:.0%}, so as {self._fallback.name}"
             return self._fallback.plan(query)._replace(note=note)
-        start, decode, wire = query.start, query.decode, query.wire
-        starts, decodes, wait, seconds, answering = weigh_places(
+        start, decode, wire, there = query.start, query.decode, query.wire, query.there.tiers
+        starts, decodes, wait, seconds, answering, source = weigh_places(
             query.fleet.table,
             start.slots,
             start.only_decodes,
             start.hands_over,
             decode.slots,
-            _masks(query.held, query.fleet.rows),
-            [tier.tokens for tier in query.there.tiers] if self._fetches else [],
+            _masks(query.held.tiers, query.fleet.rows),
+            _masks(there[:_FETCHED_TIERS], query.fleet.rows) if self._fetches else [],
             (query.prompt, query.answer, query.now, wire.latency, wire.token),
             self._weights,
             _shown(start, _CHEAPEST),
             _shown(decode, _CHEAPEST_TO_DECODE),
         )
         first = Weighed(*starts)
-        prefix = first.figures()[0].tier
-        fetch = None if prefix < 0 else self._fetch_of(query, prefix)
-        reason = f"{wait:.3f} s to wait, {seconds:.3f} s to prefill"
-        if fetch is not None:
+        reason, fetch = f"{wait:.3f} s to wait, {seconds:.3f} s to prefill", None
+        if source >= 0:
+            tier = there[first.figures()[0].tier]
+            fetch = Fetch(tier.numbering.names[source], min(tier.tokens, query.prompt - 1))
             reason = f"{reason}, fetches {fetch.tokens} tokens from {fetch.source}"
         prefill = Choice(start.instances[first.numbers[0]], reason)
         if prefill.place.role.decodes:
@@ -84,16 +86,10 @@ class LeastCost:
         choice = Choice(place, f"{moved:.3f} s to move, {answering:.3f} s to decode")
         return Plan(prefill, choice, fetch, first, second)
 
-    def _fetch_of(self, query: Query, number: int) -> Fetch:
-        """From the holder that will be done with its own prompts first."""
-        tier = query.there.tiers[number]
-        holders = sorted((query.fleet.columns.free_at[slot], name) for slot, name in tier.numbered())
-        return Fetch(holders[0][1], min(tier.tokens, query.prompt - 1))
 
-
-def _masks(held: Holdings, slots: int) -> list[tuple[int, bytes]]:
+def _masks(tiers: tuple[Tier, ...], slots: int) -> list[tuple[int, bytes]]:
     size = slots // 8 + 1
-    return [(tier.tokens, tier.mask.to_bytes(size, "little")) for tier in held.tiers]
+    return [(tier.tokens, tier.mask.to_bytes(size, "little")) for tier in tiers]
 
 
 def _shown(places: Places, cheapest: int) -> int:

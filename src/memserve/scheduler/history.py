@@ -32,7 +32,10 @@ class _Kept(msgspec.Struct):
 
 
 class History:
-    """The last ``size`` decisions about ``state``, and the regret of all."""
+    """The last ``size`` decisions about ``state``, and the regret of all.
+
+    Up to twice as many while no request ends: to forget takes longer than to remember, and nobody waits then.
+    """
 
     def __init__(self, state: SchedulerState, size: int) -> None:
         self._state = state
@@ -41,12 +44,11 @@ class History:
         self.regrets = Regrets()
 
     def add(self, request: RouteRequest, decision: Decision, record: Record | None) -> None:
-        """Remember a decision, before it is booked; one of the same name is replaced, the oldest is lost."""
+        """Remember a decision, before it is booked; one of the same name is replaced."""
         kept = _Kept(decision, record, request if record is not None else None)
         self._kept.pop(decision.request, None)
         self._kept[decision.request] = kept
-        if len(self._kept) > self._size:
-            self._kept.popitem(last=False)
+        self._forget(2 * self._size)
 
     def settle(self, request: RequestId, cached: int | None, now: float) -> Decision | None:
         """The first token has come: look back. None if the decision is not remembered."""
@@ -68,6 +70,7 @@ class History:
         kept = self._kept.get(request)
         if kept is not None:
             kept.request = None
+        self._forget(self._size)
 
     def names(self) -> tuple[RequestId, ...]:
         """Whose decisions are remembered, oldest first."""
@@ -87,3 +90,7 @@ class History:
         first = () if record is None else record.prefill_candidates()
         second = () if record is None else record.decode_candidates()
         return Explanation(kept.decision, first, second, kept.outcome)
+
+    def _forget(self, size: int) -> None:
+        while len(self._kept) > size:
+            self._kept.popitem(last=False)

@@ -41,9 +41,12 @@ def test_route_books_until_finished(cluster, scheduler: GlobalScheduler, clock: 
 
 
 def test_history_is_bounded(cluster, scheduler: GlobalScheduler) -> None:
-    made = [scheduler.route(cluster.request(name)) for name in "abcd"]
-    assert scheduler.decision(RequestId("a")) is None
-    assert [scheduler.decision(decision.request) for decision in made[1:]] == made[1:]
+    made = [scheduler.route(cluster.request(name)) for name in "abcdefg"]
+    assert scheduler.remembered() == tuple("bcdefg"), "twice as many while none ends"
+    scheduler.finish(RequestId("e"))
+    assert scheduler.remembered() == tuple("efg")
+    assert scheduler.decision(RequestId("d")) is None
+    assert [scheduler.decision(decision.request) for decision in made[4:]] == made[4:]
 
 
 def test_refused_request_leaves_no_trace(cluster, scheduler: GlobalScheduler) -> None:

@@ -69,7 +69,7 @@ class SchedulerState:
         self.wire = Wire()
         """How KV travels between instances."""
         self._bookings: dict[RequestId, list[tuple[InstanceState, Work]]] = {}
-        self._places = {leg: self._find_places(leg) for leg in Leg}
+        self._places: dict[Leg, Places] = {}
 
     # --- reading ---
 
@@ -87,7 +87,10 @@ class SchedulerState:
         Decode goes to decode-only instances, to colocated ones when there is none. Instances that are
         open for requests go before those of last resort.
         """
-        return self._places[leg]
+        found = self._places.get(leg)
+        if found is None:
+            found = self._places[leg] = self._find_places(leg)
+        return found
 
     def match(self, namespace: Namespace, tokens: Tokens) -> Holdings:
         """What instances hold of ``tokens`` (contiguous int32[n]), and what they will."""
@@ -123,7 +126,7 @@ class SchedulerState:
         self.fleet.set_prices(state.slot, state.prices, state.step_tokens)
         self._update_fleet(state)
         self._feeds[member.instance] = _Feed()
-        self._refresh_places()
+        self._places.clear()
 
     def drop_instance(self, instance: InstanceId) -> None:
         """Forget an instance and all it held. Its requests stay booked elsewhere until unbooked."""
@@ -133,14 +136,14 @@ class SchedulerState:
         del self._feeds[instance]
         self.tree.drop_instance(instance)
         self.fleet.clear(state.slot)
-        self._refresh_places()
+        self._places.clear()
 
     def set_admission(self, instance: InstanceId, admission: Admission) -> None:
         """Open or close an instance for new requests; unknown names are ignored."""
         state = self._instances.get(instance)
         if state is not None:
             state.admission = admission
-            self._refresh_places()
+            self._places.clear()
 
     def set_role(self, instance: InstanceId, role: Role) -> None:
         """The instance does other work from now on and holds what it held; unknown names are ignored.
@@ -151,7 +154,7 @@ class SchedulerState:
         if state is not None and state.role is not role:
             state.role = role
             state.look()
-            self._refresh_places()
+            self._places.clear()
 
     def apply_load(self, heartbeat: Heartbeat, now: float = 0.0) -> None:
         """Take a load report in; one of another incarnation is ignored."""
@@ -305,9 +308,6 @@ class SchedulerState:
         columns.stretch[slot] = stretch_of(
             state.prices, state.step_tokens, state.target_tpot, streams, context
         )
-
-    def _refresh_places(self) -> None:
-        self._places = {leg: self._find_places(leg) for leg in Leg}
 
     def _find_places(self, leg: Leg) -> Places:
         instances = self.instances()

@@ -30,6 +30,7 @@ class Columns(NamedTuple):
     free_at : when the prefill line will be done, in the scheduler's clock.
     streams, context : requests that decode, and the tokens they attend to.
     room : tokens of KV that fit beside what is in use.
+    swap : seconds per token to bring KV up to the device.
     """
 
     step: Floats
@@ -42,6 +43,7 @@ class Columns(NamedTuple):
     streams: Floats
     context: Floats
     room: Floats
+    swap: Floats
 
 
 class Fleet:

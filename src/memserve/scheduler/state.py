@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from memserve.core.errors import LayoutMismatch
-from memserve.core.messages import Heartbeat, LoadReport, Member, PoolEvents, Ready, Removed, Snapshot, Stored
+from memserve.core.messages import Heartbeat, LoadReport, Member, PoolEvents, Ready, Snapshot
 from memserve.core.types import (
     InstanceId,
     Namespace,
@@ -21,26 +21,15 @@ from memserve.core.types import (
     Role,
     StepPrices,
     Tokens,
-    unpack_tokens,
 )
 from memserve.scheduler.accuracy import TreeAccuracy
 from memserve.scheduler.costs import Wire
+from memserve.scheduler.feeds import EventOutcome, Feed
 from memserve.scheduler.fleet import FLOOR_TOKENS, Flags, Fleet, Slots, stretch_of
 from memserve.scheduler.holdings import Holdings
 from memserve.scheduler.line import PrefillLine
 from memserve.scheduler.predictions import Correction, Forecast, Predictions
 from memserve.scheduler.prompt_trees import PromptTrees, TreeOptions
-
-MAX_EARLY_BATCHES = 64
-"""Event batches kept per instance while its snapshot is awaited."""
-
-
-class EventOutcome(enum.Enum):
-    """What became of a batch of pool events or of a snapshot."""
-
-    APPLIED = "applied"
-    STALE_INCARNATION = "stale incarnation"
-    NEEDS_SNAPSHOT = "needs snapshot"
 
 
 class Admission(enum.Enum):
@@ -113,7 +102,8 @@ class InstanceState:
     minus what was booked and finished since. The report adds what this scheduler did not book (before a
     restart of its own) and contexts that grew while decoding. The ``order`` pairs, kept beside it because
     policies compare them for every instance, rank places: tokens ahead, then requests. ``slot`` is its row
-    in the fleet, ``line`` the forecast of its prefills, ``correction`` what that leaves out.
+    in the fleet, ``line`` the forecast of its prefills, ``correction`` what that leaves out, ``swap`` the
+    seconds per token to bring KV up to the device.
     """
 
     instance: InstanceId
@@ -125,6 +115,7 @@ class InstanceState:
     step_tokens: int
     target_tpot: float
     prices: StepPrices = _PRIOR
+    swap: float = 0.0
     line: PrefillLine = field(default_factory=PrefillLine)
     correction: Correction = field(default_factory=Correction)
     admission: Admission = Admission.OPEN
@@ -163,6 +154,7 @@ class InstanceState:
         self.foreign = self._foreign_of(report, now)
         if report.prices is not None:
             self.prices = report.prices
+        self.swap = report.swap
         if report.blocks:
             self.capacity = report.blocks * self.block_tokens
         context = (report.active_blocks + report.incoming_blocks) * self.block_tokens
@@ -210,14 +202,6 @@ class Share:
     seconds: float = 0.0
 
 
-@dataclass(slots=True)
-class _Feed:
-    """How far an instance's pool events have been applied; ``early`` batches wait for a snapshot."""
-
-    next_seq: int = 0
-    early: list[PoolEvents] = field(default_factory=list)
-
-
 class SchedulerState:
     """Instances, load and the global prompt trees. ``turn`` counts the bookings ever made."""
 
@@ -225,7 +209,7 @@ class SchedulerState:
         self.block_tokens = block_tokens
         self.turn = 0
         self._instances: dict[InstanceId, InstanceState] = {}
-        self._feeds: dict[InstanceId, _Feed] = {}
+        self._feeds: dict[InstanceId, Feed] = {}
         self.tree = PromptTrees(block_tokens, trees or TreeOptions())
         """Who holds what; change it through this object's methods only."""
         self.accuracy = TreeAccuracy()
@@ -288,7 +272,7 @@ class SchedulerState:
         self.wire = replace(self.wire, bytes_per_token=ready.block_bytes / ready.block_tokens)
         self.fleet.reserve(state.slot)
         self._update_fleet(state)
-        self._feeds[member.instance] = _Feed()
+        self._feeds[member.instance] = Feed(member.instance, self.tree)
         self._refresh_places()
 
     def drop_instance(self, instance: InstanceId) -> None:
@@ -343,54 +327,21 @@ class SchedulerState:
                 self.tree.used(instance, namespace, tokens, now)
 
     def apply_events(self, batch: PoolEvents) -> EventOutcome:
-        """Apply a batch of pool events, which number from 0 in each incarnation.
+        """Apply a batch of pool events, which number from 0 in each incarnation: see ``Feed.apply``.
 
-        Events known already are skipped. After a gap nothing is applied until a snapshot came; batches
-        that come meanwhile are kept for it. Where trees do not go by events, nothing ever is.
+        Where trees do not go by events, nothing ever is.
         """
         state = self._instances.get(batch.instance)
         if state is None or state.incarnation != batch.incarnation:
             return EventOutcome.STALE_INCARNATION
-        if not self.tree.by_events:
-            return EventOutcome.APPLIED
-        feed = self._feeds[batch.instance]
-        if batch.seq > feed.next_seq:
-            if len(feed.early) == MAX_EARLY_BATCHES:
-                feed.early.clear()
-            feed.early.append(batch)
-            return EventOutcome.NEEDS_SNAPSHOT
-        self._apply_known_start(state, feed, batch)
-        return EventOutcome.APPLIED
+        return self._feeds[batch.instance].apply(batch)
 
     def apply_snapshot(self, snapshot: Snapshot) -> EventOutcome:
-        """Replace all that is known of the instance's pool, then apply the batches that came early.
-
-        A snapshot older than the events applied already changes nothing.
-        """
+        """Replace all that is known of the instance's pool: see ``Feed.replace``."""
         state = self._instances.get(snapshot.instance)
         if state is None or state.incarnation != snapshot.incarnation:
             return EventOutcome.STALE_INCARNATION
-        feed = self._feeds[snapshot.instance]
-        if snapshot.next_seq < feed.next_seq:
-            return EventOutcome.NEEDS_SNAPSHOT if feed.early else EventOutcome.APPLIED
-        self.tree.forget(state.instance)
-        for path in snapshot.paths:
-            self.tree.store(state.instance, path.namespace, unpack_tokens(path.tokens))
-        feed.next_seq = snapshot.next_seq
-        early, feed.early = feed.early, []
-        outcomes = [self.apply_events(batch) for batch in early]
-        gap = EventOutcome.NEEDS_SNAPSHOT in outcomes
-        return EventOutcome.NEEDS_SNAPSHOT if gap else EventOutcome.APPLIED
-
-    def _apply_known_start(self, state: InstanceState, feed: _Feed, batch: PoolEvents) -> None:
-        tree = self.tree
-        for event in batch.events[feed.next_seq - batch.seq :]:
-            tokens = unpack_tokens(event.tokens)
-            if isinstance(event, Stored):
-                tree.store(state.instance, event.namespace, tokens)
-            elif isinstance(event, Removed):
-                tree.remove(state.instance, event.namespace, tokens, event.keep)
-        feed.next_seq = max(feed.next_seq, batch.seq + len(batch.events))
+        return self._feeds[snapshot.instance].replace(snapshot)
 
     # --- foresight ---
 
@@ -467,6 +418,7 @@ class SchedulerState:
         columns.streams[slot] = streams
         columns.context[slot] = load.context_tokens
         columns.room[slot] = state.capacity - load.context_tokens
+        columns.swap[slot] = state.swap
         columns.stretch[slot] = stretch_of(
             prices, state.step_tokens, state.target_tpot, streams, load.context_tokens
         )

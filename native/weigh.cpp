@@ -13,8 +13,8 @@ constexpr double kLeastGain = 0.9;
 struct Prefill {
   double wait;
   double fetch;
-  double work;     // to compute what is missing, if nothing else ran
-  double prefill;  // the same beside the streams that are decoded there
+  double work;     // to compute what is missing, if nothing else ran, and to swap in what lies below the device
+  double prefill;  // the same beside the streams that are decoded there; they stand still during a swap
   int64_t fetched;
   double ttft() const { return wait + prefill; }
 };
@@ -27,32 +27,44 @@ struct Streams {
 class Weighing {
  public:
   Weighing(const FleetTable& fleet, const Question& question, const CostWeights& weights)
-      : fleet_(fleet), question_(question), weights_(weights), held_(fleet.slots, 0.0) {
-    // Longest last: it counts where an instance occurs twice.
-    for (auto tier = question.held.rbegin(); tier != question.held.rend(); ++tier) hold(*tier);
+      : fleet_(fleet), question_(question), weights_(weights), held_(spread(std::vector<double>(fleet.slots), question.held)) {
+    if (!question.lowered.empty()) device_ = spread(held_, question.lowered);
   }
 
   double held(size_t slot) const { return held_[slot]; }
 
-  Prefill prefill(size_t slot, double computed, double fetch, int64_t fetched) const {
+  double on_device(size_t slot) const { return device_.empty() ? held_[slot] : device_[slot]; }
+
+  // Seconds to bring up all that lies below the device.
+  double swap(size_t slot) const { return get(kSwap, slot) * (held_[slot] - on_device(slot)); }
+
+  Prefill prefill(size_t slot, double computed, double swap, double fetch, int64_t fetched) const {
     const double prompt = question_.prompt;
     const double context = get(kTokenContext, slot) * (0.5 * (prompt + computed));
     const double work = (prompt - computed) * (get(kToken, slot) + context);
     const double wait = std::max(get(kFreeAt, slot) - question_.now, fetch);
-    return {wait, fetch, work, work * get(kStretch, slot), fetched};
+    return {wait, fetch, work + swap, work * get(kStretch, slot) + swap, fetched};
+  }
+
+  // As engines do: with all that is held, or, where computing is quicker than swapping in, with what is on the device.
+  Prefill prefill_local(size_t slot) const {
+    const double there = held_[slot], above = on_device(slot), seconds = swap(slot), below = there - above;
+    const double again = below * (get(kToken, slot) + get(kTokenContext, slot) * (0.5 * (there + above)));
+    return seconds > again ? prefill(slot, above, 0.0, 0.0, -1) : prefill(slot, there, seconds, 0.0, -1);
   }
 
   // With the longest of the prefixes that are worth fetching, or without any.
   Prefill best_prefill(size_t slot, size_t lengths, double least) const {
     const double there = held_[slot];
-    Prefill best = prefill(slot, there, 0.0, -1);
+    Prefill best = prefill_local(slot);
     for (size_t number = 0; number < lengths; ++number) {
       const double longer = fetchable(number);
       if (longer <= least) break;
       const double missing = longer - there;
       if (missing <= 0) continue;
       const double fetch = question_.wire_latency + question_.wire_token * missing;
-      const Prefill fetching = prefill(slot, there + missing, fetch, static_cast<int64_t>(number));
+      // Who receives KV swaps in first what it has of the prompt.
+      const Prefill fetching = prefill(slot, there + missing, swap(slot), fetch, static_cast<int64_t>(number));
       if (fetching.ttft() < kLeastGain * best.ttft()) best = fetching;
     }
     return best;
@@ -75,7 +87,7 @@ class Weighing {
   WeighedPlace take_over(size_t place, size_t slot) const {
     const Streams streams = decode(slot);
     const double missing = question_.prompt - held_[slot];
-    const double moved = question_.wire_latency + question_.wire_token * missing;
+    const double moved = question_.wire_latency + question_.wire_token * missing + swap(slot);
     // Who has no room lets the request wait for another to end, about as long as an answer takes.
     const double full = get(kRoom, slot) < missing ? streams.own : 0.0;
     return {place, {moved, moved + streams.own + streams.others + full, -1}};
@@ -96,9 +108,12 @@ class Weighing {
   double get(FleetRow row, size_t slot) const { return fleet_.get(row, slot); }
 
  private:
-  void hold(const HeldTier& tier) {
-    const double tokens = std::min(tier.tokens, question_.prompt - 1);
-    each_slot(tier, [&](size_t slot) { held_[slot] = tokens; });
+  std::vector<double> spread(std::vector<double> tokens, const std::vector<HeldTier>& tiers) const {
+    for (auto tier = tiers.rbegin(); tier != tiers.rend(); ++tier) {
+      const double most = std::min(tier->tokens, question_.prompt - 1);
+      each_slot(*tier, [&](size_t slot) { tokens[slot] = most; });
+    }
+    return tokens;
   }
 
   template <typename Visit>
@@ -106,7 +121,7 @@ class Weighing {
     for (size_t byte = 0; byte < tier.bytes; ++byte) {
       for (unsigned bits = tier.mask[byte]; bits != 0; bits &= bits - 1) {
         const size_t slot = 8 * byte + static_cast<size_t>(__builtin_ctz(bits));
-        if (slot < held_.size()) visit(slot);
+        if (slot < fleet_.slots) visit(slot);
       }
     }
   }
@@ -115,6 +130,7 @@ class Weighing {
   const Question& question_;
   const CostWeights& weights_;
   std::vector<double> held_;
+  std::vector<double> device_;  // empty: all that is held is there
 };
 
 std::vector<WeighedPlace> cheapest(std::vector<WeighedPlace> places, size_t count) {

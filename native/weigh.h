@@ -22,6 +22,7 @@ enum FleetRow : size_t {
   kStreams,
   kContext,
   kRoom,
+  kSwap,
   kFleetRows
 };
 
@@ -44,8 +45,10 @@ struct Question {
   double now;
   double wire_latency;
   double wire_token;  // seconds per token of KV
-  std::vector<HeldTier> held;       // what instances will hold when the prompt's turn comes, longest first
-  std::vector<HeldTier> fetchable;  // what they hold now, the longest few, longest first
+  // The longest first; of an instance that occurs twice the longer counts.
+  std::vector<HeldTier> held;       // what instances will hold when the prompt's turn comes
+  std::vector<HeldTier> lowered;    // of them those of whose KV only so much lies on the device
+  std::vector<HeldTier> fetchable;  // what they can send now, the longest few
 };
 
 // The slots where a request may begin, what they do, and the slots that take requests over.

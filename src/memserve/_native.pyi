@@ -218,6 +218,7 @@ def weigh_places(
     hands_over: NDArray[np.bool_],
     decode: NDArray[np.intp],
     held: list[tuple[int, bytes]],
+    lowered: list[tuple[int, bytes]],
     fetchable: list[tuple[int, bytes]],
     question: tuple[float, float, float, float, float],
     weights: tuple[float, float, float, float],

@@ -118,7 +118,8 @@ class Heartbeat(Message, frozen=True):
 class LoadReport(msgspec.Struct, frozen=True, array_like=True):
     """Requests waiting and running, prompt tokens still to prefill, blocks of the device, those by state.
 
-    ``prices`` is what the engine's steps have cost of late.
+    ``prices`` is what the engine's steps have cost of late, ``swap`` the seconds per token to bring KV up
+    to the device from where it lies below; 0 without lower tiers.
     """
 
     waiting: int = 0
@@ -130,6 +131,7 @@ class LoadReport(msgspec.Struct, frozen=True, array_like=True):
     incoming_blocks: int = 0
     blocks: int = 0
     prices: StepPrices | None = None
+    swap: float = 0.0
 
 
 class SetRole(Message, frozen=True):

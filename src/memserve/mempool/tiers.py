@@ -360,6 +360,7 @@ class Tiers:
         for path, blocks, origins in list(self._disk.continuations(namespace, tokens)):
             found = self._index.find(namespace, path)
             count = len(path) // self._index.block_tokens - len(found.blocks)
+            above = int(np.count_nonzero(self._table.on_device(found.blocks)))
             new = blocks[len(blocks) - count :]
             if count:
                 self._disk.take(new)
@@ -368,8 +369,8 @@ class Tiers:
                 leaf = self._index.add(namespace, path, found, new, usage, Tier.DISK)
                 self.add_leaf(leaf)
                 self._events.stored(namespace, path)
-                start = len(path) - count * self._index.block_tokens
-                self._events.moved(namespace, path, start, Tier.DISK)
+                # Stored means on the device: what the leaf continues may have come from the disk as well.
+                self._events.moved(namespace, path, above * self._index.block_tokens, Tier.DISK)
 
     def reattach_all(self) -> None:
         """Index all that the disk holds from its beginning on; the rest waits for its prompts."""

@@ -30,6 +30,7 @@ class Columns(NamedTuple):
     free_at : when the prefill line will be done, in the scheduler's clock.
     streams, context : requests that decode, and the tokens they attend to.
     room : tokens of KV that fit beside what is in use.
+    swap : seconds per token to bring KV up to the device.
     """
 
     step: Floats
@@ -42,6 +43,7 @@ class Columns(NamedTuple):
     streams: Floats
     context: Floats
     room: Floats
+    swap: Floats
 
 
 class Fleet:
@@ -65,7 +67,7 @@ class Fleet:
         if slot >= self.rows:
             self._resize(max(8, 2 * slot))
 
-    def set_prices(self, slot: int, prices: StepPrices, step_tokens: int) -> None:
+    def set_prices(self, slot: int, prices: StepPrices, step_tokens: int, swap: float = 0.0) -> None:
         """What steps of the instance cost. A prompt token bears its part of a step of ``step_tokens``."""
         columns = self.columns
         columns.step[slot] = prices.step
@@ -73,6 +75,7 @@ class Fleet:
         columns.row_context[slot] = prices.row_context
         columns.token[slot] = prices.token + prices.step / step_tokens
         columns.token_context[slot] = prices.token_context
+        columns.swap[slot] = swap
 
     def clear(self, slot: int) -> None:
         """Forget the row's instance."""

@@ -80,10 +80,13 @@ class Holdings(NamedTuple):
     Kept as a few ``tiers``, longest first, because thousands of instances may share a short prefix.
     ``coming``, likewise, is what instances will hold as soon as they have prefilled what was sent to them:
     not before their line of prefills has come to its end. It may be less than what they hold.
+    ``lowered`` are those of which a part of what they hold lies below the device, in host memory or on disk,
+    by what lies on the device, perhaps 0 tokens. The others have all of it there.
     """
 
     tiers: tuple[Tier, ...] = ()
     coming: tuple[Tier, ...] = ()
+    lowered: tuple[Tier, ...] = ()
 
     def tokens(self, instance: InstanceId) -> int:
         """What ``instance`` holds, 0 if nothing."""
@@ -93,13 +96,39 @@ class Holdings(NamedTuple):
         bit = 0 if number is None else 1 << number
         return next((tier.tokens for tier in self.tiers if tier.mask & bit), 0)
 
+    def on_device(self, instance: InstanceId) -> int:
+        """What of it ``instance`` has on its device."""
+        if self.lowered:
+            number = self.lowered[0].numbering.numbers.get(instance)
+            bit = 0 if number is None else 1 << number
+            for tier in self.lowered:
+                if tier.mask & bit:
+                    return tier.tokens
+        return self.tokens(instance)
+
+    def device_tiers(self) -> tuple[Tier, ...]:
+        """As ``tiers``, of what lies on devices: what can be sent to others."""
+        if not self.lowered:
+            return self.tiers
+        some = masks_of(self.lowered)
+        whole = (tier._replace(mask=tier.mask & ~some) for tier in self.tiers)
+        return merge_tiers((*whole, *(tier for tier in self.lowered if tier.tokens)))
+
     def by_instance(self) -> dict[InstanceId, int]:
         """The same as a plain dictionary."""
         return {name: tier.tokens for tier in self.tiers for name in tier.instances()}
 
     def expected(self) -> Holdings:
         """What instances will hold when a request's turn comes there: what they do, and what is coming."""
-        return Holdings(merge_tiers((*self.tiers, *self.coming))) if self.coming else self
+        if not self.coming:
+            return self
+        tiers = merge_tiers((*self.tiers, *self.coming))
+        if not self.lowered:
+            return Holdings(tiers)
+        # Who computes a prompt has all of it on the device afterwards.
+        some = masks_of(self.lowered)
+        computed = (tier._replace(mask=tier.mask & some) for tier in self.coming)
+        return Holdings(tiers, lowered=short_of(tiers, merge_tiers((*self.lowered, *computed)), some))
 
 
 def merge_tiers(tiers: Iterable[Tier]) -> tuple[Tier, ...]:
@@ -112,6 +141,33 @@ def merge_tiers(tiers: Iterable[Tier]) -> tuple[Tier, ...]:
             merged.append(tier._replace(mask=fresh))
             seen |= fresh
     return tuple(merged)
+
+
+def masks_of(tiers: Iterable[Tier]) -> int:
+    """Everyone who is in one of them."""
+    mask = 0
+    for tier in tiers:
+        mask |= tier.mask
+    return mask
+
+
+def short_of(held: tuple[Tier, ...], on_device: tuple[Tier, ...], among: int) -> tuple[Tier, ...]:
+    """Those of the mask ``among`` that hold more than they have ``on_device``, by what they have there.
+
+    Both are longest first.
+    """
+    short: list[Tier] = []
+    beyond = at = 0
+    for tier in on_device:
+        while at < len(held) and held[at].tokens > tier.tokens:
+            beyond |= held[at].mask
+            at += 1
+        if mask := tier.mask & among & beyond:
+            short.append(tier._replace(mask=mask))
+    nothing = masks_of(held) & among & ~masks_of(on_device)
+    if nothing:
+        short.append(Tier(0, nothing, held[0].numbering))
+    return tuple(short)
 
 
 def _tokens_of(tier: Tier) -> int:

@@ -86,6 +86,7 @@ class View(NamedTuple):
     role: Role
     load: Work
     prices: StepPrices
+    swap: float
     free_at: float
     end: Mark
 
@@ -98,8 +99,9 @@ class InstanceState:
     minus what was booked and finished since. The report adds what this scheduler did not book (before a
     restart of its own) and contexts that grew while decoding. The ``order`` pairs, kept beside it because
     policies compare them for every instance, rank places: tokens ahead, then requests. ``slot`` is its row
-    in the fleet, ``line`` the forecast of its prefills, ``correction`` what that leaves out. ``view`` is
-    replaced by :meth:`look`, which whoever changes something calls: decisions keep views.
+    in the fleet, ``line`` the forecast of its prefills, ``correction`` what that leaves out, ``swap`` the
+    seconds per token to bring KV up to the device. ``view`` is replaced by :meth:`look`, which whoever
+    changes something calls: decisions keep views.
     """
 
     instance: InstanceId
@@ -111,6 +113,7 @@ class InstanceState:
     step_tokens: int
     target_tpot: float
     prices: StepPrices = _PRIOR
+    swap: float = 0.0
     line: PrefillLine = field(default_factory=PrefillLine)
     correction: Correction = field(default_factory=Correction)
     admission: Admission = Admission.OPEN
@@ -128,7 +131,7 @@ class InstanceState:
     def look(self) -> None:
         """What is seen of it from now on is as it is now."""
         free_at = max(self.line.free_at, self.foreign.at) + self.foreign.seconds
-        self.view = View(self, self.role, self.load, self.prices, free_at, self.line.mark())
+        self.view = View(self, self.role, self.load, self.prices, self.swap, free_at, self.line.mark())
 
     def book(self, work: Work) -> None:
         self.booked = self.booked.plus(work)
@@ -153,6 +156,7 @@ class InstanceState:
         self.foreign = self._foreign_of(report, now)
         if report.prices is not None:
             self.prices = report.prices
+        self.swap = report.swap
         if report.blocks:
             self.capacity = report.blocks * self.block_tokens
         context = (report.active_blocks + report.incoming_blocks) * self.block_tokens

@@ -10,12 +10,13 @@ from memserve.core.messages import Heartbeat, Member, PoolEvents, Ready, Snapsho
 from memserve.core.types import InstanceId, Namespace, RequestId, Tokens
 from memserve.scheduler.costs import Wire
 from memserve.scheduler.decision import Decision, RouteRequest, decide, decide_recorded
+from memserve.scheduler.feeds import EventOutcome
 from memserve.scheduler.hindsight import RegretSum
 from memserve.scheduler.history import Explanation, History
 from memserve.scheduler.places import Admission
 from memserve.scheduler.policies import Policy
 from memserve.scheduler.prompt_trees import TreeOptions
-from memserve.scheduler.state import EventOutcome, SchedulerState
+from memserve.scheduler.state import SchedulerState
 
 _ANSWER_TOKENS = 128.0
 _ANSWER_RATE = 0.02

@@ -5,34 +5,24 @@ Changes only through its methods, one per kind of news, so that a log of calls r
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 from memserve.core.errors import LayoutMismatch
-from memserve.core.messages import Heartbeat, Member, PoolEvents, Ready, Removed, Snapshot, Stored
-from memserve.core.types import InstanceId, Namespace, RequestId, Role, Tokens, unpack_tokens
+from memserve.core.messages import Heartbeat, Member, PoolEvents, Ready, Snapshot
+from memserve.core.types import InstanceId, Namespace, RequestId, Role, Tokens
 from memserve.scheduler.accuracy import TreeAccuracy
 from memserve.scheduler.costs import Wire
+from memserve.scheduler.feeds import EventOutcome, Feed
 from memserve.scheduler.fleet import Fleet, stretch_of
 from memserve.scheduler.holdings import Holdings
 from memserve.scheduler.places import Admission, InstanceState, Leg, Places, Work, places_of
 from memserve.scheduler.predictions import Forecast, Predictions
 from memserve.scheduler.prompt_trees import PromptTrees, TreeOptions
 
-MAX_EARLY_BATCHES = 64
-"""Event batches kept per instance while its snapshot is awaited."""
 _NO_WORK = Work()
 _STREAM = Work(streams=1)
-
-
-class EventOutcome(enum.Enum):
-    """What became of a batch of pool events or of a snapshot."""
-
-    APPLIED = "applied"
-    STALE_INCARNATION = "stale incarnation"
-    NEEDS_SNAPSHOT = "needs snapshot"
 
 
 class Share(NamedTuple):
@@ -43,14 +33,6 @@ class Share(NamedTuple):
     seconds: float = 0.0
 
 
-@dataclass(slots=True)
-class _Feed:
-    """How far an instance's pool events have been applied; ``early`` batches wait for a snapshot."""
-
-    next_seq: int = 0
-    early: list[PoolEvents] = field(default_factory=list)
-
-
 class SchedulerState:
     """Instances, load and the global prompt trees. ``turn`` counts the bookings ever made."""
 
@@ -58,7 +40,7 @@ class SchedulerState:
         self.block_tokens = block_tokens
         self.turn = 0
         self._instances: dict[InstanceId, InstanceState] = {}
-        self._feeds: dict[InstanceId, _Feed] = {}
+        self._feeds: dict[InstanceId, Feed] = {}
         self.tree = PromptTrees(block_tokens, trees or TreeOptions())
         """Who holds what; change it through this object's methods only."""
         self.accuracy = TreeAccuracy()
@@ -125,7 +107,7 @@ class SchedulerState:
         self.fleet.reserve(state.slot)
         self.fleet.set_prices(state.slot, state.prices, state.step_tokens)
         self._update_fleet(state)
-        self._feeds[member.instance] = _Feed()
+        self._feeds[member.instance] = Feed(member.instance, self.tree)
         self._places.clear()
 
     def drop_instance(self, instance: InstanceId) -> None:
@@ -161,7 +143,7 @@ class SchedulerState:
         state = self._instances.get(heartbeat.instance)
         if state is not None and state.incarnation == heartbeat.incarnation:
             state.take_report(heartbeat.load, now)
-            self.fleet.set_prices(state.slot, state.prices, state.step_tokens)
+            self.fleet.set_prices(state.slot, state.prices, state.step_tokens, state.swap)
             self._update_fleet(state)
 
     # --- what pools hold ---
@@ -182,54 +164,21 @@ class SchedulerState:
                 self.tree.used(instance, namespace, tokens, now)
 
     def apply_events(self, batch: PoolEvents) -> EventOutcome:
-        """Apply a batch of pool events, which number from 0 in each incarnation.
+        """Apply a batch of pool events, which number from 0 in each incarnation: see ``Feed.apply``.
 
-        Events known already are skipped. After a gap nothing is applied until a snapshot came; batches
-        that come meanwhile are kept for it. Where trees do not go by events, nothing ever is.
+        Where trees do not go by events, nothing ever is.
         """
         state = self._instances.get(batch.instance)
         if state is None or state.incarnation != batch.incarnation:
             return EventOutcome.STALE_INCARNATION
-        if not self.tree.by_events:
-            return EventOutcome.APPLIED
-        feed = self._feeds[batch.instance]
-        if batch.seq > feed.next_seq:
-            if len(feed.early) == MAX_EARLY_BATCHES:
-                feed.early.clear()
-            feed.early.append(batch)
-            return EventOutcome.NEEDS_SNAPSHOT
-        self._apply_known_start(state, feed, batch)
-        return EventOutcome.APPLIED
+        return self._feeds[batch.instance].apply(batch)
 
     def apply_snapshot(self, snapshot: Snapshot) -> EventOutcome:
-        """Replace all that is known of the instance's pool, then apply the batches that came early.
-
-        A snapshot older than the events applied already changes nothing.
-        """
+        """Replace all that is known of the instance's pool: see ``Feed.replace``."""
         state = self._instances.get(snapshot.instance)
         if state is None or state.incarnation != snapshot.incarnation:
             return EventOutcome.STALE_INCARNATION
-        feed = self._feeds[snapshot.instance]
-        if snapshot.next_seq < feed.next_seq:
-            return EventOutcome.NEEDS_SNAPSHOT if feed.early else EventOutcome.APPLIED
-        self.tree.forget(state.instance)
-        for path in snapshot.paths:
-            self.tree.store(state.instance, path.namespace, unpack_tokens(path.tokens))
-        feed.next_seq = snapshot.next_seq
-        early, feed.early = feed.early, []
-        outcomes = [self.apply_events(batch) for batch in early]
-        gap = EventOutcome.NEEDS_SNAPSHOT in outcomes
-        return EventOutcome.NEEDS_SNAPSHOT if gap else EventOutcome.APPLIED
-
-    def _apply_known_start(self, state: InstanceState, feed: _Feed, batch: PoolEvents) -> None:
-        tree = self.tree
-        for event in batch.events[feed.next_seq - batch.seq :]:
-            tokens = unpack_tokens(event.tokens)
-            if isinstance(event, Stored):
-                tree.store(state.instance, event.namespace, tokens)
-            elif isinstance(event, Removed):
-                tree.remove(state.instance, event.namespace, tokens, event.keep)
-        feed.next_seq = max(feed.next_seq, batch.seq + len(batch.events))
+        return self._feeds[snapshot.instance].replace(snapshot)
 
     # --- foresight ---
 

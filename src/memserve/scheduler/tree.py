@@ -124,6 +124,11 @@ class GlobalPromptTree:
             self._forget_if_empty(namespace)
         self._held_blocks[instance] = 0
 
+    def keep_within(self, memory: int | None) -> None:
+        """Take about so many bytes at most from now on; None: no limit."""
+        self._limit = memory
+        self._keep_within_limit()
+
     def check(self) -> None:
         """Raise ``AssertionError`` if masks, tree and counts contradict each other. Costs a full pass."""
         held = dict.fromkeys(self._held_blocks, 0)

@@ -10,12 +10,14 @@ from memserve.core.messages import (
     Heartbeat,
     LoadReport,
     Member,
+    Moved,
     PoolEvent,
     PoolEvents,
     Ready,
     Removed,
     Snapshot,
     Stored,
+    TierName,
 )
 from memserve.core.types import (
     InstanceId,
@@ -28,8 +30,9 @@ from memserve.core.types import (
     pack_tokens,
 )
 from memserve.scheduler.decision import RouteRequest
+from memserve.scheduler.feeds import EventOutcome
 from memserve.scheduler.places import Leg, Work
-from memserve.scheduler.state import EventOutcome, SchedulerState, Share
+from memserve.scheduler.state import SchedulerState, Share
 
 ROLES = {"p": Role.PREFILL, "d": Role.DECODE, "c": Role.COLOCATED}
 SPACE = Namespace("model")
@@ -70,22 +73,28 @@ class Cluster:
     def removed(self, start: int, blocks: int, keep: int) -> Removed:
         return Removed(SPACE, pack_tokens(self.tokens(start, blocks)), keep * 16)
 
+    def moved(self, start: int, blocks: int, keep: int, tier: TierName = "host") -> Moved:
+        """Of the path, all but the first ``keep`` blocks."""
+        return Moved(SPACE, pack_tokens(self.tokens(start, blocks)), keep * 16, tier)
+
     def events(self, name: str, seq: int, *events: PoolEvent, incarnation: int = 1) -> PoolEvents:
         return PoolEvents(InstanceId(name), incarnation, seq, events)
 
     def apply(self, name: str, seq: int, *events: PoolEvent, incarnation: int = 1) -> EventOutcome:
         return self.state.apply_events(self.events(name, seq, *events, incarnation=incarnation))
 
-    def snapshot(self, name: str, next_seq: int, *paths: Stored, incarnation: int = 1) -> EventOutcome:
-        return self.state.apply_snapshot(Snapshot(InstanceId(name), incarnation, next_seq, paths))
+    def snapshot(
+        self, name: str, next_seq: int, *paths: Stored, moved: tuple[Moved, ...] = (), incarnation: int = 1
+    ) -> EventOutcome:
+        return self.state.apply_snapshot(Snapshot(InstanceId(name), incarnation, next_seq, paths, moved))
 
     def set_wire(self, **fields: float) -> None:
         self.state.wire = replace(self.state.wire, **fields)
 
-    def heartbeat(self, name: str, incarnation: int = 1, **load: int | StepPrices) -> Heartbeat:
+    def heartbeat(self, name: str, incarnation: int = 1, **load: float | StepPrices) -> Heartbeat:
         return Heartbeat(InstanceId(name), incarnation, LoadReport(**load))
 
-    def report(self, name: str, incarnation: int = 1, **load: int | StepPrices) -> None:
+    def report(self, name: str, incarnation: int = 1, **load: float | StepPrices) -> None:
         self.state.apply_load(self.heartbeat(name, incarnation, **load))
 
     def request(self, name: str, start: int = 0, blocks: int = 4, session: str | None = None) -> RouteRequest:
@@ -103,6 +112,11 @@ class Cluster:
         places = self.state.places(leg).by_id
         held = holdings.by_instance().items()
         return {name: tokens // 16 for name, tokens in held if name in places}
+
+    def on_device(self, start: int, blocks: int) -> dict[InstanceId, int]:
+        """Blocks of the path that each of its holders is believed to have on its device."""
+        holdings = self.state.match(SPACE, self.tokens(start, blocks)).expected()
+        return {name: holdings.on_device(name) // 16 for name in holdings.by_instance()}
 
     def load(self, name: str) -> Work:
         return next(state.load for state in self.state.instances() if state.instance == name)

@@ -7,8 +7,8 @@ import pytest
 from memserve.core.errors import LayoutMismatch
 from memserve.core.messages import Moved
 from memserve.core.types import InstanceId, Namespace, RequestId, Role
+from memserve.scheduler.feeds import EventOutcome
 from memserve.scheduler.places import Admission, Leg, Work
-from memserve.scheduler.state import EventOutcome
 
 SPACE = Namespace("model")
 APPLIED, STALE, SNAPSHOT = EventOutcome.APPLIED, EventOutcome.STALE_INCARNATION, EventOutcome.NEEDS_SNAPSHOT

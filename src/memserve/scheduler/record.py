@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 
 from memserve.core.types import InstanceId, Role, StepPrices
-from memserve.scheduler.costs import prefill_work
+from memserve.scheduler.costs import prefill_work, use_lowered_at
 from memserve.scheduler.fleet import Floats, stretch_of
 from memserve.scheduler.holdings import Holdings
 from memserve.scheduler.policies import Choice, Plan, Query, Weighed
@@ -31,7 +31,8 @@ class Candidate(msgspec.Struct, frozen=True, gc=False):
     ``queued_tokens`` are ahead of the request: prompt tokens to compute where it would prefill, tokens
     of context to read in each step where it would decode. ``context_tokens`` are read there by what decodes.
     In seconds, where it would prefill: ``wait`` until its turn or until KV has been fetched, ``fetch`` among
-    that for ``fetch_tokens`` tokens, ``prefill``; where it would decode: ``fetch`` to bring the KV there.
+    that for ``fetch_tokens`` tokens, ``prefill``, ``swap`` among that to bring up what lies below the device;
+    where it would decode: ``fetch`` to bring the KV there.
     ``total`` is what the policy compared, where it compares seconds.
     """
 
@@ -47,6 +48,7 @@ class Candidate(msgspec.Struct, frozen=True, gc=False):
     prefill: float | None = None
     total: float | None = None
     fetch_tokens: int = 0
+    swap: float = 0.0
 
     @property
     def ttft(self) -> float:
@@ -62,9 +64,16 @@ class Seen(NamedTuple):
     load: Work
     free_at: float
     prices: StepPrices
+    swap: float
     fetch: float | None
     total: float | None
     tier: int
+
+    def use(self, prompt: int, held: int, on_device: int, fetched: int) -> tuple[int, float]:
+        """Tokens that need not be computed, and seconds to swap in those below the device."""
+        place, most = self.place, prompt - 1
+        held, on_device = min(held, most), min(on_device, most)
+        return use_lowered_at(self.prices, place.step_tokens, self.swap, held, on_device, fetched)
 
     def prefill(self, prompt: int, computed: int, prices: StepPrices) -> float:
         """Seconds to prefill beside the streams that were seen, of which ``computed`` tokens are there."""
@@ -75,7 +84,7 @@ class Seen(NamedTuple):
         )
 
 
-_Raw = tuple[InstanceState, Role, Work, float, StepPrices, float | None, float | None, int]
+_Raw = tuple[InstanceState, Role, Work, float, StepPrices, float, float | None, float | None, int]
 """The fields of ``Seen``: a plain tuple is made in a third of the time."""
 
 
@@ -112,11 +121,12 @@ class Record(NamedTuple):
         place, load = seen.place, seen.load
         matched, fetched = self.held.tokens(place.instance), 0
         if seen.tier >= 0:
-            fetched = min(self.there.tiers[seen.tier].tokens, self.prompt - 1)
-        wait = prefill = None
+            fetched = min(self.there.device_tiers()[seen.tier].tokens, self.prompt - 1)
+        wait, prefill, swap = None, None, 0.0
         if not decodes:
             wait = max(seen.free_at - self.now, seen.fetch or 0.0)
-            prefill = seen.prefill(self.prompt, max(matched, fetched), seen.prices)
+            used, swap = seen.use(self.prompt, matched, self.held.on_device(place.instance), fetched)
+            prefill = seen.prefill(self.prompt, used, seen.prices) + swap
         return Candidate(
             place.instance,
             seen.role,
@@ -130,6 +140,7 @@ class Record(NamedTuple):
             prefill,
             seen.total,
             fetched,
+            swap,
         )
 
 
@@ -159,7 +170,7 @@ def _look_at(places: Places, held: Holdings, choice: Choice) -> Sequence[_Raw]:
     instances: Sequence[InstanceState] = places.instances
     if len(instances) > MAX_CANDIDATES:
         instances = _worth_a_look(places, held, choice)
-    return [(x, x.role, x.load, x.free_at, x.prices, None, None, -1) for x in instances]
+    return [(x, x.role, x.load, x.free_at, x.prices, x.swap, None, None, -1) for x in instances]
 
 
 def _look_at_weighed(instances: Sequence[InstanceState], weighed: Weighed, cheapest: int) -> Sequence[_Raw]:
@@ -169,7 +180,8 @@ def _look_at_weighed(instances: Sequence[InstanceState], weighed: Weighed, cheap
     seen: list[_Raw] = []
     for row in rows:
         x, fetched = instances[row], -1 if tier is None else tier.item(row)
-        seen.append((x, x.role, x.load, x.free_at, x.prices, fetch.item(row), total.item(row), fetched))
+        costs = fetch.item(row), total.item(row), fetched
+        seen.append((x, x.role, x.load, x.free_at, x.prices, x.swap, *costs))
     return seen
 
 

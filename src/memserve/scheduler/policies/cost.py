@@ -1,8 +1,8 @@
 """Least cost: the time a request will take, and the time it will take from others, at every place.
 
 Candidates are all pairs of a place to prefill and a place to decode, each with the best way to get KV there:
-compute it, or fetch a longer prefix from a peer where that is quicker (the paper's condition,
-``transfer <= exec(without) - exec(with)``).
+compute it, swap it in from below the device, or fetch a longer prefix from a peer where that is quicker (the
+paper's condition, ``transfer <= exec(without) - exec(with)``).
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ import numpy as np
 from memserve.scheduler.costs import (
     PrefillCosts,
     decode_costs,
+    on_device_by_slot,
     prefill_costs,
     tokens_by_slot,
+    use_lowered,
 )
 from memserve.scheduler.fleet import Columns, Flags, Floats, Indices
 from memserve.scheduler.policies.classic import PromptTree
@@ -64,8 +66,9 @@ class LeastCost:
             note = f"predictions are off by {query.error:.0%}, so as {self._fallback.name}"
             return replace(self._fallback.plan(query), note=note)
         held = tokens_by_slot(query.held, query.fleet.rows, query.prompt - 1)
-        first = self._weigh_prefill(query, held)
-        second = self._weigh_decode(query, held) if query.decode.instances else None
+        above = on_device_by_slot(query.held, held, query.prompt - 1)
+        first = self._weigh_prefill(query, held, above)
+        second = self._weigh_decode(query, held, above) if query.decode.instances else None
         handed = np.inf if second is None else second.total[second.best]
         total = first.alone + np.where(first.hands_over, handed, first.stays)
         best = int(total.argmin())
@@ -81,13 +84,19 @@ class LeastCost:
         decode = Choice(query.decode.instances[second.best], moved)
         return Plan(prefill, decode, fetch, weighed, Weighed(second.best, second.moved, second.total))
 
-    def _weigh_prefill(self, query: Query, held: Floats) -> _Prefill:
+    def _weigh_prefill(self, query: Query, held: Floats, above: Floats) -> _Prefill:
         slots, weights = query.start.slots, self._weights
         places, there = query.fleet.at(slots), held.take(slots)
-        costs = prefill_costs(places, query.prompt, there, np.zeros(len(slots)), query.now)
+        swap = no_fetch = np.zeros(len(slots))
+        used = there
+        if query.held.lowered:
+            used, swap = use_lowered(places, there, above.take(slots))
+        costs = prefill_costs(places, query.prompt, used, no_fetch, query.now, swap)
         tier: Indices = np.full(len(slots), -1)
         if self._fetches:
-            costs, tier = self._with_fetches(query, places, there, costs, tier)
+            # Who receives KV swaps in first what it has of the prompt.
+            swap = places.swap * (there - above.take(slots)) if query.held.lowered else swap
+            costs, tier = self._with_fetches(query, places, there, swap, costs, tier)
         behind = weights.opportunity + weights.append * query.start.only_decodes
         others = (behind + weights.streams * places.streams) * costs.work
         own, beside = self._weigh_streams(query, places)
@@ -98,31 +107,32 @@ class LeastCost:
         return decode_costs(places, query.prompt, query.answer, weights.decode, weights.streams)
 
     def _with_fetches(
-        self, query: Query, places: Columns, held: Floats, costs: PrefillCosts, tier: Indices
+        self, query: Query, places: Columns, held: Floats, swap: Floats, costs: PrefillCosts, tier: Indices
     ) -> tuple[PrefillCosts, Indices]:
         wire = query.wire
         # Where a token takes longer to compute than to fetch, no shorter prefix is better than the longest.
         tiers = _FETCHED_TIERS if wire.token > places.token.min() else 1
         least = held.min()
-        for number, longer in enumerate(query.there.tiers[:tiers]):
+        for number, longer in enumerate(query.there.device_tiers()[:tiers]):
             there = float(min(longer.tokens, query.prompt - 1))
             if there <= least:
                 break
             missing = np.maximum(there - held, 0.0)
-            fetched = prefill_costs(
-                places, query.prompt, held + missing, wire.latency + wire.token * missing, query.now
-            )
+            fetch = wire.latency + wire.token * missing
+            fetched = prefill_costs(places, query.prompt, held + missing, fetch, query.now, swap)
             better = (missing > 0) & (fetched.ttft < _LEAST_GAIN * costs.ttft)
             if better.any():
                 costs, tier = costs.where(better, fetched), np.where(better, number, tier)
         return costs, tier
 
-    def _weigh_decode(self, query: Query, held: Floats) -> _Decode:
+    def _weigh_decode(self, query: Query, held: Floats, above: Floats) -> _Decode:
         slots = query.decode.slots
         places = query.fleet.at(slots)
         own, others = self._weigh_streams(query, places)
         missing = query.prompt - held.take(slots)
         moved = query.wire.latency + query.wire.token * missing
+        if query.held.lowered:
+            moved += places.swap * (held - above).take(slots)
         # Who has no room lets the request wait for another to end, about as long as an answer takes.
         full = np.where(places.room < missing, own, 0.0)
         total = moved + own + others + full
@@ -130,7 +140,7 @@ class LeastCost:
 
     def _fetch_of(self, query: Query, number: int) -> Fetch:
         """From the holder that will be done with its own prompts first."""
-        tier = query.there.tiers[number]
+        tier = query.there.device_tiers()[number]
         holders = sorted((query.fleet.columns.free_at[slot], name) for slot, name in tier.numbered())
         return Fetch(holders[0][1], min(tier.tokens, query.prompt - 1))
 

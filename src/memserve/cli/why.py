@@ -82,14 +82,16 @@ def _table(*columns: str) -> Table:
 
 
 def _prefill_table(attempt: Explanation) -> Table:
-    """Narrow enough for 80 columns."""
-    table = _table("prefill", "cached", "ahead", "wait", "fetch", "prefill", "total")
+    """Narrow enough for 80 columns, but where KV is swapped in."""
+    swaps = any(one.swap for one in attempt.prefill_candidates)
+    columns = ("wait", "fetch", *(("swap",) if swaps else ()), "prefill", "total")
+    table = _table("prefill", "cached", "ahead", *columns)
     later = {} if attempt.outcome is None else {place.instance: place for place in attempt.outcome.places}
     if later:
         for name in ("waited", "found", "ttft"):
             table.add_column(name, justify="right", style="cyan")
     for one in attempt.prefill_candidates:
-        cells = (_seconds(value) for value in (one.wait, one.fetch, one.prefill, one.total))
+        cells = [_seconds(getattr(one, name)) for name in columns]
         hindsight = _hindsight(later.get(one.instance)) if later else ()
         table.add_row(_name(one), *_load(one)[:2], *cells, *hindsight)
     return table

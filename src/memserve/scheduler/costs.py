@@ -49,3 +49,20 @@ def prefill_work(prices: StepPrices, step_tokens: int, prompt: int, computed: fl
     """
     token = prices.token + prices.step / step_tokens
     return (prompt - computed) * (token + prices.token_context * (0.5 * (prompt + computed)))
+
+
+def use_lowered_at(
+    prices: StepPrices, step_tokens: int, swap: float, held: int, on_device: int, fetched: int
+) -> tuple[int, float]:
+    """How many tokens need not be computed, and seconds to swap in those of them below the device.
+
+    Of ``held`` tokens only ``on_device`` are there, and ``swap`` is what bringing one up takes. As engines
+    do: all of it, or, where computing is quicker, what is on the device. ``fetched`` tokens come from a peer,
+    0 or more than ``held``; who receives KV swaps in first what it has. As ``native/weigh.cpp`` has it, to the
+    last bit.
+    """
+    if fetched > held or on_device >= held:
+        return max(fetched, held), swap * max(held - on_device, 0)
+    seconds = swap * (held - on_device)
+    leave = seconds > prefill_work(prices, step_tokens, held, on_device)
+    return (on_device, 0.0) if leave else (held, seconds)

@@ -11,7 +11,7 @@ import msgspec
 
 from memserve.core.errors import NoInstance
 from memserve.core.types import InstanceId, Namespace, RequestId, Tokens
-from memserve.scheduler.costs import prefill_work
+from memserve.scheduler.costs import prefill_work, use_lowered_at
 from memserve.scheduler.places import InstanceState, Leg, Work
 from memserve.scheduler.policies import Plan, Policy, Query
 from memserve.scheduler.predictions import Forecast
@@ -37,9 +37,10 @@ class Decision(msgspec.Struct, frozen=True, gc=False):
 
     ``matched_prefill`` and ``matched_decode`` are the tokens of the prompt believed to be held there;
     ``decided_at`` is in the scheduler's clock, seconds. ``predicted_ttft``: seconds from then to the first
-    token, of which ``predicted_prefill`` to compute it. With ``fetch_from``, that instance sends the first
-    ``fetch_tokens`` tokens of the prompt to where it is prefilled. Of ``matched_prefill`` the last
-    ``promised_prefill`` are not there yet: requests before this one compute them. ``forecast`` is what the
+    token, of which ``predicted_prefill`` to compute it and to swap KV in. With ``fetch_from``, that instance
+    sends the first ``fetch_tokens`` tokens of the prompt to where it is prefilled. Of ``matched_prefill`` the
+    last ``promised_prefill`` are not there yet: requests before this one compute them; the last
+    ``left_below`` lie below the device and are computed again, which is quicker. ``forecast`` is what the
     prediction was made from.
     """
 
@@ -58,11 +59,12 @@ class Decision(msgspec.Struct, frozen=True, gc=False):
     fetch_tokens: int = 0
     promised_prefill: int = 0
     forecast: Forecast = _NOTHING
+    left_below: int = 0
 
     @property
     def believed(self) -> int:
         """Tokens of the prompt that need not be computed, as far as was known."""
-        return max(self.matched_prefill, self.fetch_tokens)
+        return max(self.matched_prefill - self.left_below, self.fetch_tokens)
 
     def prefill_share(self) -> Share:
         """Load to book where it prefills. The last prompt token is always computed."""
@@ -102,7 +104,11 @@ def _conclude(request: RouteRequest, policy: Policy, query: Query, plan: Plan) -
     fetched = plan.fetch.tokens if plan.fetch else 0
     promised = max(0, matched - query.there.tokens(prefill.instance))
     fetch = query.wire.seconds(fetched - matched)
-    forecast, work = _foresee(query, prefill, max(matched, fetched), fetch, promised)
+    most, on_device = query.prompt - 1, held.on_device(prefill.instance)
+    used, swap = use_lowered_at(
+        prefill.prices, prefill.step_tokens, prefill.swap, min(matched, most), min(on_device, most), fetched
+    )
+    forecast, work = _foresee(query, prefill, used, swap, fetch, promised)
     return Decision(
         request=request.request,
         prefill=prefill.instance,
@@ -119,6 +125,7 @@ def _conclude(request: RouteRequest, policy: Policy, query: Query, plan: Plan) -
         fetch_tokens=fetched,
         promised_prefill=promised,
         forecast=forecast,
+        left_below=max(0, min(matched, most) - used),
     )
 
 
@@ -150,11 +157,11 @@ def _ask(request: RouteRequest, state: SchedulerState, now: float, answer: float
 
 
 def _foresee(
-    query: Query, place: InstanceState, computed: int, fetch: float, promised: int
+    query: Query, place: InstanceState, computed: int, swap: float, fetch: float, promised: int
 ) -> tuple[Forecast, float]:
     """When the first token will be there by the prices of steps, and the seconds of prefill until then."""
-    work = prefill_work(place.prices, place.step_tokens, query.prompt, min(computed, query.prompt - 1))
-    prefill = work * float(query.fleet.columns.stretch[place.slot])
+    work = prefill_work(place.prices, place.step_tokens, query.prompt, computed)
+    prefill = work * float(query.fleet.columns.stretch[place.slot]) + swap
     line = max(place.view.free_at - query.now, 0.0)
     in_line = promised > 0 or place.foreign.seconds > 0
     served = line + prefill if in_line else place.line.forecast(query.now, prefill)

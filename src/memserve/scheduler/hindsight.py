@@ -102,8 +102,13 @@ def _price(decision: Decision, seen: Seen, one: Candidate, end: Mark | None, kno
     held = _held(decision, one, known)
     fetched = min(one.fetch_tokens, _fetchable(decision, known))
     fetch = known.wire.seconds(fetched - held)
-    computed = held if one.chosen and known.cached is not None else max(held, fetched)
-    prefill = seen.prefill(prompt, computed, seen.view.place.prices)
+    computed, swap = seen.use(prompt, held, _on_device(one, held, known), fetched)
+    if one.chosen or one.instance == decision.decode:
+        # It has brought up itself what it found below the device.
+        swap = one.swap
+    if one.chosen and known.cached is not None:
+        computed = held
+    prefill = seen.prefill(prompt, computed, seen.view.place.prices) + swap
     ttft = max(waited, fetch) + prefill
     if one.chosen:
         # Those behind may have overtaken those ahead: what did happen bounds what could.
@@ -131,12 +136,16 @@ def _held(decision: Decision, one: Candidate, known: Known) -> int:
     return known.held.tokens(one.instance)
 
 
+def _on_device(one: Candidate, held: int, known: Known) -> int:
+    return min(known.held.on_device(one.instance), held)
+
+
 def _fetchable(decision: Decision, known: Known) -> int:
     """The longest prefix that anybody had to send. What lies where the request has come by may be its own."""
     if known.cached is None:
         return decision.prompt_tokens
     own = (decision.prefill, decision.decode)
-    for tier in known.held.tiers:
+    for tier in known.held.device_tiers():
         if tier.tokens <= known.cached or any(name not in own for name in tier.instances()):
             return max(tier.tokens, known.cached)
     return known.cached

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import msgspec
 
 from memserve.core.types import InstanceId, Role, StepPrices
-from memserve.scheduler.costs import prefill_work
+from memserve.scheduler.costs import prefill_work, use_lowered_at
 from memserve.scheduler.fleet import stretch_of
 from memserve.scheduler.holdings import Holdings
 from memserve.scheduler.places import InstanceState, Leg, Places, View
@@ -24,7 +24,8 @@ class Candidate(msgspec.Struct, frozen=True, gc=False):
     ``queued_tokens`` are ahead of the request: prompt tokens to compute where it would prefill, tokens
     of context to read in each step where it would decode. ``context_tokens`` are read there by what decodes.
     In seconds, where it would prefill: ``wait`` until its turn or until KV has been fetched, ``fetch`` among
-    that for ``fetch_tokens`` tokens, ``prefill``; where it would decode: ``fetch`` to bring the KV there.
+    that for ``fetch_tokens`` tokens, ``prefill``, ``swap`` among that to bring up what lies below the device;
+    where it would decode: ``fetch`` to bring the KV there.
     ``total`` is what the policy compared, where it compares seconds.
     """
 
@@ -40,6 +41,7 @@ class Candidate(msgspec.Struct, frozen=True, gc=False):
     prefill: float | None = None
     total: float | None = None
     fetch_tokens: int = 0
+    swap: float = 0.0
 
     @property
     def ttft(self) -> float:
@@ -52,6 +54,12 @@ class Seen(NamedTuple):
 
     view: View
     figures: Figures | None
+
+    def use(self, prompt: int, held: int, on_device: int, fetched: int) -> tuple[int, float]:
+        """Tokens that need not be computed, and seconds to swap in those below the device."""
+        view, most = self.view, prompt - 1
+        held, on_device = min(held, most), min(on_device, most)
+        return use_lowered_at(view.prices, view.place.step_tokens, view.swap, held, on_device, fetched)
 
     def prefill(self, prompt: int, computed: int, prices: StepPrices) -> float:
         """Seconds to prefill beside the streams that were seen, of which ``computed`` tokens are there."""
@@ -95,11 +103,12 @@ class Record(NamedTuple):
         choice = self.plan.decode if decodes else self.plan.prefill
         matched, fetched, fetch = query.held.tokens(place.instance), 0, figures.fetch if figures else None
         if figures and figures.tier >= 0:
-            fetched = min(query.there.tiers[figures.tier].tokens, query.prompt - 1)
-        wait = prefill = None
+            fetched = min(query.there.device_tiers()[figures.tier].tokens, query.prompt - 1)
+        wait, prefill, swap = None, None, 0.0
         if not decodes:
             wait = max(view.free_at - query.now, fetch or 0.0)
-            prefill = seen.prefill(query.prompt, max(matched, fetched), view.prices)
+            used, swap = seen.use(query.prompt, matched, query.held.on_device(place.instance), fetched)
+            prefill = seen.prefill(query.prompt, used, view.prices) + swap
         return Candidate(
             place.instance,
             view.role,
@@ -113,6 +122,7 @@ class Record(NamedTuple):
             prefill,
             figures.total if figures else None,
             fetched,
+            swap,
         )
 
 

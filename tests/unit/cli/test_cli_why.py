@@ -93,6 +93,15 @@ def test_every_place_with_what_was_known_then_and_later() -> None:
         assert words in shown(Explanation(DECISION, PREFILL, DECODE, outcome(1.0, BEST, CHOSEN)), width=200)
 
 
+def test_what_is_swapped_in_has_a_column_where_something_is() -> None:
+    lowered = Candidate(P0, Role.PREFILL, 48, 5, 0, 0, True, 0.5, 0.0, 2.0, 4.25, swap=0.75)
+    text = shown(Explanation(DECISION, (PREFILL[0], lowered), (), None))
+    rows = [line.split() for line in text.splitlines()]
+    assert ["prefill", "cached", "ahead", "wait", "fetch", "swap", "prefill", "total"] in rows
+    assert ["prefill-0", "48", "5", "0.500", "0.000", "0.750", "2.000", "4.250"] in rows
+    assert "swap" not in shown(Explanation(DECISION, PREFILL, (), None))
+
+
 def test_a_right_decision_says_so_and_the_lost_are_named() -> None:
     text = shown(Explanation(DECISION, PREFILL, (), outcome(0.0, CHOSEN)), width=200)
     assert "regret: none; no place looked at would have been sooner than prefill-0" in text

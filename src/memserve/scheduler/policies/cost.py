@@ -1,8 +1,8 @@
 """Least cost: the time a request will take, and the time it will take from others, at every place.
 
 Candidates are all pairs of a place to prefill and a place to decode, each with the best way to get KV there:
-compute it, or fetch a longer prefix from a peer where that is quicker (the paper's condition,
-``transfer <= exec(without) - exec(with)``). The arithmetic is ``native/weigh.cpp``.
+compute it, swap it in from below the device, or fetch a longer prefix from a peer where that is quicker (the
+paper's condition, ``transfer <= exec(without) - exec(with)``). The arithmetic is ``native/weigh.cpp``.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class LeastCost:
         if query.error > _WORST_ERROR:
             note = f"predictions are off by {query.error:.0%}, so as {self._fallback.name}"
             return self._fallback.plan(query)._replace(note=note)
-        start, decode, wire, there = query.start, query.decode, query.wire, query.there.tiers
+        start, decode, wire, there = query.start, query.decode, query.wire, query.there.device_tiers()
         starts, decodes, wait, seconds, answering, source = weigh_places(
             query.fleet.table,
             start.slots,
@@ -65,6 +65,7 @@ class LeastCost:
             start.hands_over,
             decode.slots,
             _masks(query.held.tiers, query.fleet.rows),
+            _masks(query.held.lowered, query.fleet.rows),
             _masks(there[:_FETCHED_TIERS], query.fleet.rows) if self._fetches else [],
             (query.prompt, query.answer, query.now, wire.latency, wire.token),
             self._weights,

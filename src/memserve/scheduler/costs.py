@@ -58,8 +58,8 @@ def use_lowered_at(
 
     Of ``held`` tokens only ``on_device`` are there, and ``swap`` is what bringing one up takes. As engines
     do: all of it, or, where computing is quicker, what is on the device. ``fetched`` tokens come from a peer,
-    0 or more than ``held``; who receives KV swaps in first what it has. As ``native/weigh.cpp`` has it, to the
-    last bit.
+    0 or more than ``held``; who receives KV swaps in first what it has. As ``native/weigh.cpp`` has it, to
+    the last bit.
     """
     if fetched > held or on_device >= held:
         return max(fetched, held), swap * max(held - on_device, 0)

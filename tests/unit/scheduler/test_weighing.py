@@ -23,7 +23,7 @@ LEAST_GAIN = 0.9
 
 @dataclass(frozen=True)
 class Case:
-    """The arguments of ``weigh_places``; ``held``, of it ``above`` on the device, ``there``: tokens per slot."""
+    """The arguments of ``weigh_places``; ``held``, of it ``above`` on the device, ``there``: by slot."""
 
     table: Floats
     start: list[int]

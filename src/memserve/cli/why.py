@@ -128,12 +128,11 @@ def _tell(attempt: Explanation) -> list[str]:
         return [
             f"first token: predicted after {decision.predicted_ttft:.3f} s, not there yet or not recorded"
         ]
-    believed = max(decision.matched_prefill, decision.fetch_tokens)
     found = "unknown" if outcome.cached_tokens is None else f"{outcome.cached_tokens:,}"
     return [
         f"first token: after {outcome.ttft:.3f} s, predicted {decision.predicted_ttft:.3f} s "
         f"({outcome.error:.0%} off); not explained {outcome.unexplained:.3f} s",
-        f"cached: {found} of {decision.prompt_tokens:,} prompt tokens, believed {believed:,}",
+        f"cached: {found} of {decision.prompt_tokens:,} prompt tokens, believed {decision.believed:,}",
         _regret(decision.prefill, outcome),
     ]
 

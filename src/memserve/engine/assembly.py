@@ -65,6 +65,9 @@ class Assembled:
             incoming_blocks=blocks.incoming,
             blocks=blocks.blocks,
             prices=batcher.pace.times.prices,
+            swap=self.engine.swap_seconds(
+                blocks.host.active + blocks.host.historical, blocks.disk.active + blocks.disk.historical
+            ),
         )
 
     def read_stats(self) -> Stats:

@@ -140,6 +140,10 @@ class Engine:
         parts = (self._blocks, self._heads, self._backflow, self._speculated)
         return own | {name: value for part in parts for name, value in part.counters().items()}
 
+    def swap_seconds(self, host: int, disk: int) -> float:
+        """See ``SequenceBlocks.swap_seconds``."""
+        return self._blocks.swap_seconds(host, disk)
+
     def submit(self, message: Submit) -> None:
         """Queue a new request; a bad one is answered with a ``RequestError``."""
         try:

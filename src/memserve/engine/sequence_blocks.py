@@ -51,6 +51,17 @@ class SequenceBlocks:
             **{f"prompt_tokens_{source}": float(tokens) for source, tokens in accounted},
         }
 
+    def swap_seconds(self, host: int, disk: int) -> float:
+        """Seconds per token to swap in KV of which so many blocks lie on host and on disk; 0 without tiers.
+
+        Where nothing lies below the device yet it is the price of where it would go.
+        """
+        if not host + disk:
+            host, disk = (int(self._pool.size_of(tier) > 0) for tier in (Tier.HOST, Tier.DISK))
+            disk = 0 if host else disk
+        tokens = (host + disk) * self._pool.layout.block_tokens
+        return self._swaps.predict((host, disk)) / tokens if tokens else 0.0
+
     def take(self, sequence: Sequence) -> bool:
         """Look the tokens up in the pool and allocate what is missing; False if there is no room now."""
         pool, limit = self._pool, sequence.length - 1 if self._phases.reuses else 0

@@ -55,6 +55,8 @@ class Feed:
 
         A snapshot older than the events applied already changes nothing.
         """
+        if not self._trees.by_events:
+            return EventOutcome.APPLIED
         if snapshot.next_seq < self._next_seq:
             return EventOutcome.NEEDS_SNAPSHOT if self._early else EventOutcome.APPLIED
         self._trees.forget(self._instance)

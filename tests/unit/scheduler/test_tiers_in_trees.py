@@ -6,9 +6,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from memserve.core.config import TreeSource
 from memserve.core.types import InstanceId, Namespace, RequestId, Tokens, as_tokens
 from memserve.scheduler.feeds import EventOutcome
 from memserve.scheduler.prompt_trees import PromptTrees, TreeOptions
+from memserve.scheduler.state import SchedulerState
+
+from .conftest import Cluster
 
 SPACE = Namespace("m")
 A, B, C = InstanceId("a"), InstanceId("b"), InstanceId("c")
@@ -198,3 +202,15 @@ def test_devices_by_a_model_of_sets(script: list[Change], asked: list[Path]) -> 
             assert found.on_device(name) == 2 * len(prefixes(path) & model.device[name])
         best = max((found.on_device(name) for name in (A, B, C)), default=0)
         assert max((tier.tokens for tier in found.device_tiers()), default=0) == best
+
+
+def test_trees_that_go_by_time_know_no_tiers() -> None:
+    state = SchedulerState(16, TreeOptions(source=TreeSource.TTL))
+    cluster = Cluster()
+    cluster.state = state
+    cluster.add("c0")
+    state.learn_answer([InstanceId("c0")], Namespace("model"), cluster.tokens(0, 10), 0.0)
+    assert cluster.apply("c0", 0, cluster.moved(0, 10, 6)) is APPLIED
+    assert cluster.snapshot("c0", 1, cluster.stored(0, 10), moved=(cluster.moved(0, 10, 6),)) is APPLIED
+    assert cluster.on_device(0, 10) == {"c0": 10}
+    state.check()

@@ -1,12 +1,12 @@
 """The simulator beside running clusters of this machine: the same trace, arrivals and policy.
 
     python benchmarks/sim_vs_live.py --trace FILE [--requests 80] [--rates 0.5,1.0] [--context 2048]
-                                     [--policy cost] [--out FILE]
+                                     [--policy cost] [--clusters "2 colocated,1P1D"] [--out FILE]
 
 Each cluster (two colocated instances; one prefill and one decode instance) answers the beginning of a
-Mooncake-format trace, then the simulator does, with the prices that the instances' own steps have had
-(``/v1/cluster``) and the default link. ``ratio`` is simulated over live. The simulator has no HTTP, no
-tokenizer and no processes that share a machine.
+Mooncake-format trace, then the simulator does, with the mean of the prices that the instances' own steps had
+meanwhile (``/v1/cluster``) and the default link. ``ratio`` is simulated over live. The simulator has no HTTP,
+no tokenizer and no processes that share a machine.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 
 import httpx
 import msgspec
+from msgspec.structs import replace
 
 from bench_command import row_of, run_bench
 from memserve.bench.records import Record
@@ -33,6 +34,7 @@ from memserve.sim.speeds import profile_of_cluster
 from memserve.sim.trial import Load, run_trial
 from recording import write_result
 
+_SAMPLED_SECONDS = 2.0
 CLUSTERS = {"2 colocated": (0, 0, 2), "1P1D": (1, 1, 0)}
 
 
@@ -58,6 +60,7 @@ def main() -> None:
     parser.add_argument("--rates", default="0.5,1.0", help="requests per second")
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--policy", default="cost")
+    parser.add_argument("--clusters", default=",".join(CLUSTERS))
     parser.add_argument("--kv-memory", default="384MiB")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/sim_vs_live.json")
     asyncio.run(compare(parser.parse_args()))
@@ -66,15 +69,20 @@ def main() -> None:
 async def compare(options: argparse.Namespace) -> None:
     workload = read_replay(options.trace, options.requests, options.context)
     pairs: list[Pair] = []
-    for cluster, (prefill, decode, colocated) in CLUSTERS.items():
+    for cluster in options.clusters.split(","):
+        prefill, decode, colocated = CLUSTERS[cluster]
         roles = ("--prefill", prefill, "--decode", decode) if prefill else ("--colocated", colocated)
         own = (*map(str, roles), "--policy", options.policy, "--kv-memory", options.kv_memory)
         async with open_target(Target(cluster, None, own), asyncio.Event()) as url:
             assert url is not None, "nobody asks it to stop"
             for rate in (float(text) for text in options.rates.split(",")):
-                live = await asyncio.to_thread(ask, url, rate, options)
-                shown = await read_cluster(url)
-                done = simulate(shown, (prefill, decode, colocated), workload, rate, options.policy)
+                asking = asyncio.create_task(asyncio.to_thread(ask, url, rate, options))
+                shown = [await read_cluster(url)]
+                while not asking.done():
+                    await asyncio.wait([asking], timeout=_SAMPLED_SECONDS)
+                    shown.append(await read_cluster(url))
+                live = await asking
+                done = simulate(mean_of(shown), (prefill, decode, colocated), workload, rate, options.policy)
                 pairs += pairs_of(cluster, rate, live, done)
                 for pair in pairs[-3:]:
                     print(
@@ -113,13 +121,24 @@ async def read_cluster(url: str) -> ClusterBody:
         return msgspec.json.decode(answer.content, type=ClusterBody)
 
 
+def mean_of(shown: list[ClusterBody]) -> ClusterBody:
+    """The last of them, with each instance's prices as they were on average."""
+    told = [{one.instance: one.prices for one in body.instances if one.prices} for body in shown]
+    instances = []
+    for one in shown[-1].instances:
+        prices = [names[one.instance] for names in told if one.instance in names]
+        mean = {field: statistics.mean(each[field] for each in prices) for field in prices[0]}
+        instances.append(replace(one, prices=mean))
+    return replace(shown[-1], instances=tuple(instances))
+
+
 def simulate(
     shown: ClusterBody, roles: tuple[int, int, int], workload: Workload, rate: float, policy: str
 ) -> list[Record]:
     """The same load on a cluster of the shown instances' prices."""
     profile = profile_of_cluster(shown, "the cluster")
     blocks = profile.kv_tokens // shown.block_tokens
-    site = Site(*roles, profile.speed, blocks, profile.wire)
+    site = Site(*roles, profile.speed, blocks, profile.wire, profile.decode_speed)
     return list(run_trial(Load(workload, Pace(rate)), site, policy).measured.records)
 
 

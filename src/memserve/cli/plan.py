@@ -121,8 +121,11 @@ def _prepare(goal: Goal, policy: str, speeds: Speeds, what: What, rate: float | 
     if policy not in POLICIES:
         raise ConfigError(f"--policy is {policy!r}; accepted: {', '.join(POLICIES)}")
     profile = options.choose_profile(speeds)
-    speed = replace(profile.speed, target_tpot=_PACED * (goal.slo.itl or 0.0))
-    site = options.choose_site(replace(profile, speed=speed), speeds.kv_tokens, 0, 0, 1)
+    paced = _PACED * (goal.slo.itl or 0.0)
+    speed = replace(profile.speed, target_tpot=paced)
+    decode = profile.decode_speed and replace(profile.decode_speed, target_tpot=paced)
+    paced_profile = replace(profile, speed=speed, decode_speed=decode)
+    site = options.choose_site(paced_profile, speeds.kv_tokens, 0, 0, 1)
     workload = options.choose_workload(what)
     if rate is None and any(session.arrival is None for session in workload.sessions):
         raise ConfigError(f"workload {workload.name} has no arrivals of its own; give --rate")

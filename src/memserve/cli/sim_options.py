@@ -202,7 +202,8 @@ def choose_site(profile: Profile, kv_tokens: int | None, prefill: int, decode: i
     tokens = profile.kv_tokens if kv_tokens is None else kv_tokens
     if tokens < LAYOUT.block_tokens:
         raise ConfigError(f"--kv-tokens is {tokens}; accepted: at least {LAYOUT.block_tokens}")
-    return Site(prefill, decode, colocated, profile.speed, tokens // LAYOUT.block_tokens, profile.wire)
+    blocks = tokens // LAYOUT.block_tokens
+    return Site(prefill, decode, colocated, profile.speed, blocks, profile.wire, profile.decode_speed)
 
 
 def choose_pace(asked: Pacing, workload: Workload, site: Site) -> Pace:

@@ -228,9 +228,10 @@ class Engine:
             self._stepping = frozenset()
             self._heads.end_step()
             self._steps += 1
-            self._batcher.pace.times.learn(work, self._clock.now() - started)
             self._apply(chunks, sampled)
             self._backflow.send_early(self._batcher.admitted())
+            # With all that has to be done before the next one.
+            self._batcher.pace.times.learn(work, self._clock.now() - started)
 
     async def _sleep(self) -> None:
         """Until something arrives or is given back. What peers bring or free is looked for in between."""

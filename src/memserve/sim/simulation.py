@@ -326,7 +326,8 @@ class Simulation:
 
     def _add(self, instance: InstanceId, role: Role, incarnation: int) -> None:
         site = self._site
-        engine = SimEngine(instance, role, site.speed, site.blocks, self._clock, incarnation=incarnation)
+        speed = site.speed_of(role)
+        engine = SimEngine(instance, role, speed, site.blocks, self._clock, incarnation=incarnation)
         self._engines[instance] = engine
         self._busy.setdefault(instance, 0.0)
         self._introduce(engine)

@@ -14,7 +14,10 @@ from memserve.sim.engine import Speed
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """A cluster: instances by role, all alike; ``blocks`` of KV each."""
+    """A cluster: instances by role, with ``blocks`` of KV each.
+
+    All are alike, but those that only decode may have a ``decode_speed`` of their own.
+    """
 
     prefill: int
     decode: int
@@ -22,6 +25,11 @@ class Site:
     speed: Speed
     blocks: int
     wire: Wire
+    decode_speed: Speed | None = None
+
+    def speed_of(self, role: Role) -> Speed:
+        """How fast an instance is that begins in that role."""
+        return self.decode_speed or self.speed if role is Role.DECODE else self.speed
 
     @property
     def size(self) -> int:

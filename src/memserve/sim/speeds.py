@@ -15,9 +15,9 @@ from pathlib import Path
 import msgspec
 
 from memserve.core.errors import ConfigError
-from memserve.core.types import StepPrices
+from memserve.core.types import Role, StepPrices
 from memserve.scheduler.costs import Wire
-from memserve.server.views import ClusterBody
+from memserve.server.views import ClusterBody, InstanceBody
 from memserve.sim.engine import Speed
 
 _ATTAINED = 0.5
@@ -30,13 +30,17 @@ _TARGET_TPOT = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """What instances can do, where that is known from, and how many tokens of KV one has room for."""
+    """What instances can do, where that is known from, and how many tokens of KV one has room for.
+
+    ``decode_speed``: of those that only decode, where that is known to be another.
+    """
 
     name: str
     source: str
     speed: Speed
     wire: Wire
     kv_tokens: int
+    decode_speed: Speed | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,20 +148,29 @@ def profile_by_name(asked: str) -> Profile:
 
 
 def profile_of_cluster(body: ClusterBody, url: str) -> Profile:
-    """The median of what a server's instances have measured of themselves. Raises ``ConfigError``."""
-    measured = [one.prices for one in body.instances if one.prices]
+    """The median of what a server's instances have measured of themselves. Raises ``ConfigError``.
+
+    Those that only decode stand for their like: who prefills beside streams measures other prices.
+    """
+    measured = [one for one in body.instances if one.prices]
     if not measured:
         raise ConfigError(f"no instance of {url} has measured its steps yet; send it some requests first")
-    sizes = [one.blocks.total * body.block_tokens for one in body.instances if one.prices]
-    fields = StepPrices.__struct_fields__
-    prices = StepPrices(*(_median([one[field] for one in measured]) for field in fields))
+    decode = [one for one in measured if one.role == Role.DECODE]
     return Profile(
         body.model,
         f"medians of what {len(measured)} instances of {url} have measured",
-        Speed(prices, target_tpot=_TARGET_TPOT),
+        _median_speed([one for one in measured if one not in decode] or decode),
         Wire(body.block_bytes / body.block_tokens),
-        int(_median(sizes)),
+        int(_median([one.blocks.total * body.block_tokens for one in measured])),
+        _median_speed(decode) if decode else None,
     )
+
+
+def _median_speed(instances: Sequence[InstanceBody]) -> Speed:
+    told = [one.prices for one in instances if one.prices]
+    fields = StepPrices.__struct_fields__
+    prices = StepPrices(*(_median([one[field] for one in told]) for field in fields))
+    return Speed(prices, target_tpot=_TARGET_TPOT)
 
 
 def _of_file(known: SpeedFile, file: str) -> Profile:

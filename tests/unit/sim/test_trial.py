@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from memserve.bench.content import Run, Text, make_runs
 from memserve.bench.statistics import Slo
@@ -15,7 +17,7 @@ from memserve.bench.timeline import Pace
 from memserve.bench.trace import TraceLine, make_replay
 from memserve.bench.workload import Message
 from memserve.core.errors import ConfigError
-from memserve.core.types import InstanceId, Role
+from memserve.core.types import InstanceId, Role, StepPrices
 from memserve.server.views import ClusterBody, InstanceBlocks, InstanceBody
 from memserve.sim.page import render_page
 from memserve.sim.prompts import content_tokens, count_tokens, prompt_lengths, tokens_of
@@ -135,6 +137,18 @@ def test_a_server_s_prices_are_the_median_of_its_instances() -> None:
     assert (profile.speed.prices.token, profile.kv_tokens, profile.wire.bytes_per_token) == (3e-4, 1600, 100)
     with pytest.raises(ConfigError, match="send it some requests"):
         profile_of_cluster(cluster(None), "http://h")
+
+
+def test_instances_that_only_decode_have_prices_of_their_own() -> None:
+    known = dict.fromkeys(StepPrices.__struct_fields__, 1e-3)
+    body = cluster({**known, "token": 2e-4}, {**known, "token": 7e-4})
+    roles = ("prefill", "decode")
+    apart = [replace(one, role=role) for one, role in zip(body.instances, roles, strict=True)]
+    profile = profile_of_cluster(replace(body, instances=tuple(apart)), "http://h")
+    where = Site(1, 1, 1, profile.speed, 100, profile.wire, profile.decode_speed)
+    tokens = {role: where.speed_of(role).prices.token for role in Role}
+    assert tokens == {Role.PREFILL: 2e-4, Role.DECODE: 7e-4, Role.COLOCATED: 2e-4}
+    assert dataclasses.replace(where, decode_speed=None).speed_of(Role.DECODE) == where.speed
 
 
 # --- trials ---

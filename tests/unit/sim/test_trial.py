@@ -141,7 +141,7 @@ def test_a_server_s_prices_are_the_median_of_its_instances() -> None:
 
 
 def test_a_load_of_1_is_what_the_prefilling_instances_could_do() -> None:
-    lines = [TraceLine(float(n), 5120, 8, [n * 10 + k for k in range(10)]) for n in range(20)]
+    lines = [TraceLine(float(n), 8192, 8, [n * 16 + k for k in range(16)]) for n in range(20)]
     workload = make_replay(lines, CONTEXT)
     one = rate_of(workload, site(colocated=1), 1.0)
     seconds = 1 / one

@@ -4,9 +4,10 @@
                                      [--policy cost] [--out FILE]
 
 Each cluster (two colocated instances; one prefill and one decode instance) answers the beginning of a
-Mooncake-format trace, then the simulator does, with the prices that the instances' own steps have had
-(``/v1/cluster``) and the default link. ``ratio`` is simulated over live. The simulator has no HTTP, no
-tokenizer and no processes that share a machine.
+Mooncake-format trace, then the simulator does, with the default link and the prices that the instances
+believed while they had work (``/v1/cluster`` once a second, medians of those that had changed): after a run
+they describe its last requests, which share the machine with nobody. ``ratio`` is simulated over live. The
+simulator has no HTTP, no tokenizer and no processes that share a machine.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import statistics
+from collections.abc import Coroutine
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,7 @@ from memserve.sim.speeds import profile_of_cluster
 from memserve.sim.trial import Load, run_trial
 from recording import write_result
 
+_LOOK_SECONDS = 1.0
 CLUSTERS = {"2 colocated": (0, 0, 2), "1P1D": (1, 1, 0)}
 
 
@@ -72,8 +76,7 @@ async def compare(options: argparse.Namespace) -> None:
         async with open_target(Target(cluster, None, own), asyncio.Event()) as url:
             assert url is not None, "nobody asks it to stop"
             for rate in (float(text) for text in options.rates.split(",")):
-                live = await asyncio.to_thread(ask, url, rate, options)
-                shown = await read_cluster(url)
+                live, shown = await watch(url, asyncio.to_thread(ask, url, rate, options))
                 done = simulate(shown, (prefill, decode, colocated), workload, rate, options.policy)
                 pairs += pairs_of(cluster, rate, live, done)
                 for pair in pairs[-3:]:
@@ -105,6 +108,33 @@ def ask(url: str, rate: float, options: argparse.Namespace) -> dict[str, Any]:
     )
     entry: dict[str, Any] = report["entries"][0]
     return entry
+
+
+async def watch(url: str, asked: Coroutine[Any, Any, dict[str, Any]]) -> tuple[dict[str, Any], ClusterBody]:
+    """What ``asked`` returns, and the cluster with the prices that its instances had meanwhile."""
+    asking = asyncio.create_task(asked)
+    seen = [await read_cluster(url)]
+    while not asking.done():
+        await asyncio.wait([asking], timeout=_LOOK_SECONDS)
+        seen.append(await read_cluster(url))
+    return await asking, with_prices(seen[-1], busy_prices(seen))
+
+
+def busy_prices(seen: list[ClusterBody]) -> dict[str, float]:
+    """Medians of prices that steps had changed since the look before."""
+    changed = [
+        new.prices
+        for before, after in pairwise(seen)
+        for old, new in zip(before.instances, after.instances, strict=True)
+        if new.prices and new.prices != old.prices
+    ]
+    assert changed, "no instance has measured its steps"
+    return {name: statistics.median(one[name] for one in changed) for name in changed[0]}
+
+
+def with_prices(shown: ClusterBody, prices: dict[str, float]) -> ClusterBody:
+    alike = tuple(msgspec.structs.replace(one, prices=prices) for one in shown.instances)
+    return msgspec.structs.replace(shown, instances=alike)
 
 
 async def read_cluster(url: str) -> ClusterBody:

@@ -67,6 +67,12 @@ def test_who_comes_in_a_step_waits_for_its_end() -> None:
     assert done.at + done.ttft == pytest.approx(step + decoding + prefill)
 
 
+def test_of_two_that_come_at_once_the_second_uses_what_the_first_computes() -> None:
+    prompts = [np.concatenate((tokens(0, 32), tokens(n, 400))) for n in (50_000, 90_000)]
+    done = simulate(site(colocated=1), [SimRequest(0.0, one, tokens(0, 1)) for one in prompts])
+    assert [one.cached_tokens for one in sorted(done, key=lambda one: one.number)] == [0, 32]
+
+
 def test_a_step_gives_half_to_the_oldest_prompt_and_the_rest_to_the_shortest() -> None:
     prompts = [(500, 3000), (0, 2000), (0, 300)]
     first, *_ = plan_steps(Speed(PRICES, step_tokens=1000), prompts, 0, 0.0, 9, now=1.0)

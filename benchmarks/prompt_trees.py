@@ -21,10 +21,10 @@ import numpy as np
 import mooncake
 from memserve.core.config import TreeSource
 from memserve.scheduler.prompt_trees import TreeOptions
-from memserve.sim.engine import Speed
 from memserve.sim.journey import InOrder, Outcome, SimRequest
 from memserve.sim.simulation import Simulation
 from memserve.sim.site import Site
+from memserve.sim.steps import Speed
 from recording import write_result
 from routing_policies import CAPACITY, PRICES, STEP_TOKENS, WIRE, policy_of, requests_of, seconds_of
 

@@ -31,10 +31,10 @@ from memserve.core.types import StepPrices
 from memserve.scheduler.costs import Wire
 from memserve.scheduler.policies import Policy, policy_by_name
 from memserve.scheduler.policies.cost import LeastCost
-from memserve.sim.engine import Speed
 from memserve.sim.journey import InOrder, Outcome, SimRequest
 from memserve.sim.simulation import Simulation
 from memserve.sim.site import Site
+from memserve.sim.steps import Speed
 from mooncake import Request
 from recording import write_result
 

@@ -19,11 +19,11 @@ from pathlib import Path
 
 import numpy as np
 
-from memserve.sim.engine import Speed
 from memserve.sim.journey import InOrder, Outcome
 from memserve.sim.shards import Sharding
 from memserve.sim.simulation import Simulation
 from memserve.sim.site import Site
+from memserve.sim.steps import Speed
 from recording import write_result
 from routing_policies import (
     CAPACITY,

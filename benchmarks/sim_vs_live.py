@@ -4,9 +4,10 @@
                                      [--policy cost] [--clusters "2 colocated,1P1D"] [--out FILE]
 
 Each cluster (two colocated instances; one prefill and one decode instance) answers the beginning of a
-Mooncake-format trace, then the simulator does, with the mean of the prices that the instances' own steps had
-meanwhile (``/v1/cluster``) and the default link. ``ratio`` is simulated over live. The simulator has no HTTP,
-no tokenizer and no processes that share a machine.
+Mooncake-format trace, then the simulator does, with the default link and the prices that the instances
+believed while they had work (``/v1/cluster`` once a second, medians of those that had changed): after a run
+they describe its last requests, which share the machine with nobody. ``ratio`` is simulated over live. The
+simulator has no HTTP, no tokenizer and no processes that share a machine.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import statistics
+from collections.abc import Coroutine
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import httpx
 import msgspec
-from msgspec.structs import replace
 
 from bench_command import row_of, run_bench
 from memserve.bench.records import Record
@@ -34,7 +36,7 @@ from memserve.sim.speeds import profile_of_cluster
 from memserve.sim.trial import Load, run_trial
 from recording import write_result
 
-_SAMPLED_SECONDS = 2.0
+_LOOK_SECONDS = 1.0
 CLUSTERS = {"2 colocated": (0, 0, 2), "1P1D": (1, 1, 0)}
 
 
@@ -76,13 +78,8 @@ async def compare(options: argparse.Namespace) -> None:
         async with open_target(Target(cluster, None, own), asyncio.Event()) as url:
             assert url is not None, "nobody asks it to stop"
             for rate in (float(text) for text in options.rates.split(",")):
-                asking = asyncio.create_task(asyncio.to_thread(ask, url, rate, options))
-                shown = [await read_cluster(url)]
-                while not asking.done():
-                    await asyncio.wait([asking], timeout=_SAMPLED_SECONDS)
-                    shown.append(await read_cluster(url))
-                live = await asking
-                done = simulate(mean_of(shown), (prefill, decode, colocated), workload, rate, options.policy)
+                live, shown = await watch(url, asyncio.to_thread(ask, url, rate, options))
+                done = simulate(shown, (prefill, decode, colocated), workload, rate, options.policy)
                 pairs += pairs_of(cluster, rate, live, done)
                 for pair in pairs[-3:]:
                     print(
@@ -115,21 +112,31 @@ def ask(url: str, rate: float, options: argparse.Namespace) -> dict[str, Any]:
     return entry
 
 
+async def watch(url: str, asked: Coroutine[Any, Any, dict[str, Any]]) -> tuple[dict[str, Any], ClusterBody]:
+    """What ``asked`` returns, and the cluster with the prices that its instances had meanwhile."""
+    asking = asyncio.create_task(asked)
+    seen = [await read_cluster(url)]
+    while not asking.done():
+        await asyncio.wait([asking], timeout=_LOOK_SECONDS)
+        seen.append(await read_cluster(url))
+    return await asking, busy_prices(seen)
+
+
+def busy_prices(seen: list[ClusterBody]) -> ClusterBody:
+    """The last look, each instance with medians of its prices that steps had changed since the look before."""
+    instances = []
+    for looks in zip(*(body.instances for body in seen), strict=True):
+        changed = [new.prices for old, new in pairwise(looks) if new.prices and new.prices != old.prices]
+        names = changed[0] if changed else {}
+        prices = {name: statistics.median(one[name] for one in changed) for name in names}
+        instances.append(msgspec.structs.replace(looks[-1], prices=prices or looks[-1].prices))
+    return msgspec.structs.replace(seen[-1], instances=tuple(instances))
+
+
 async def read_cluster(url: str) -> ClusterBody:
     async with httpx.AsyncClient(trust_env=False) as http:
         answer = (await http.get(f"{url}/v1/cluster")).raise_for_status()
         return msgspec.json.decode(answer.content, type=ClusterBody)
-
-
-def mean_of(shown: list[ClusterBody]) -> ClusterBody:
-    """The last of them, with each instance's prices as they were on average."""
-    told = [{one.instance: one.prices for one in body.instances if one.prices} for body in shown]
-    instances = []
-    for one in shown[-1].instances:
-        prices = [names[one.instance] for names in told if one.instance in names]
-        mean = {field: statistics.mean(each[field] for each in prices) for field in prices[0]}
-        instances.append(replace(one, prices=mean))
-    return replace(shown[-1], instances=tuple(instances))
 
 
 def simulate(

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from memserve.core.types import RequestId
 from memserve.engine.pace import Budget, Pace, Work
 from memserve.engine.sequence import Sequence
+from memserve.engine.share_out import share_out
 from memserve.engine.speculation import Lookup
 
 WORTH = 1.2
@@ -141,8 +142,9 @@ class Batcher:
         prompts = [sequence for sequence in self._running if sequence.pending > 1]
         rows = max(self._step_tokens - sum(chunk.rows for chunk in decoding), 1)
         behind = prompts[0].computed if prompts else 0
-        budget = Budget(self.pace.times, rows, self.pace.seconds_left(work_of(decoding), behind))
-        return (*decoding, *_share_out(prompts, budget))
+        budget = Budget(self.pace.times.prefill, rows, self.pace.seconds_left(work_of(decoding), behind))
+        chunks = (Chunk(sequence, count) for sequence, count in share_out(prompts, budget))
+        return (*decoding, *chunks)
 
     def _speculate(self, lookup: Lookup, decoding: tuple[Chunk, ...]) -> Iterator[Chunk]:
         """Let streams propose tokens: in half of the rows that are left, and within the target time."""
@@ -172,22 +174,6 @@ class Batcher:
         for queue in (self._waiting, self._running):
             arrivals = [sequence.arrival for sequence in queue]
             assert arrivals == sorted(arrivals), "a queue is not in order of arrival"
-
-
-def _share_out(prompts: list[Sequence], budget: Budget) -> Iterator[Chunk]:
-    """Chunks of ``prompts``, which are in order of arrival, within ``budget``."""
-    if not prompts:
-        return
-    oldest = prompts[0]
-    sure = max(1, budget.fit(oldest.computed, oldest.pending, 0.5))
-    budget.spend(oldest.computed, sure)
-    counts = {oldest: sure}
-    for sequence in sorted(prompts, key=lambda each: each.pending):
-        given = counts.get(sequence, 0)
-        more = budget.fit(sequence.computed + given, sequence.pending - given)
-        budget.spend(sequence.computed + given, more)
-        counts[sequence] = given + more
-    yield from (Chunk(sequence, counts[sequence]) for sequence in prompts if counts[sequence])
 
 
 def _arrival(sequence: Sequence) -> int:

@@ -63,6 +63,24 @@ class Work:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class PrefillPrices:
+    """What prompt tokens add to a step, in seconds: each ``token``, and ``context`` for each before it."""
+
+    token: float
+    context: float
+
+    def seconds_of(self, computed: int, count: int) -> float:
+        """For ``count`` more tokens of a prompt with ``computed`` behind them."""
+        return self.token * count + self.context * (count * computed + count * count // 2)
+
+    def tokens_within(self, seconds: float, computed: int) -> int:
+        """The most tokens that add at most ``seconds``, with ``computed`` behind them: >= 0."""
+        linear, seconds = self.token + self.context * computed, max(seconds, 0)
+        # Positive root of context/2 n^2 + linear n = seconds, in a form that is exact for context -> 0.
+        return int(2 * seconds / (linear + math.sqrt(linear**2 + 2 * self.context * seconds)))
+
+
 class StepTimes:
     """What a step costs: fixed + decode rows and context + proposed rows + prefill.
 
@@ -94,10 +112,15 @@ class StepTimes:
         """How long a step of ``work`` will take."""
         return self._cost.predict(work.amounts)
 
+    @property
+    def prefill(self) -> PrefillPrices:
+        """What prompt tokens add to a step."""
+        *_, token, context = self._cost.prices
+        return PrefillPrices(token, context)
+
     def prefill_seconds(self, computed: int, count: int) -> float:
         """What ``count`` more tokens of a prompt with ``computed`` behind them add to a step."""
-        work = Work().prefill(computed, count)
-        return self.seconds_of(work) - self.seconds_of(Work())
+        return self.prefill.seconds_of(computed, count)
 
     def speculation_seconds(self, computed: int) -> float:
         """What a proposed token of a stream with ``computed`` tokens behind it adds to a step."""
@@ -105,10 +128,7 @@ class StepTimes:
 
     def tokens_within(self, seconds: float, computed: int) -> int:
         """The most prompt tokens that add at most ``seconds``, with ``computed`` behind them: >= 0."""
-        *_, token, context = self._cost.prices
-        linear = token + context * computed
-        # Positive root of context/2 n^2 + linear n = seconds, in a form that is exact for context -> 0.
-        return int(2 * max(seconds, 0) / (linear + math.sqrt(linear**2 + 2 * context * max(seconds, 0))))
+        return self.prefill.tokens_within(seconds, computed)
 
 
 class Pace:
@@ -126,15 +146,22 @@ class Pace:
         """
         if self.target is None or decoding.decode_rows == 0:
             return math.inf
-        floor = self.times.prefill_seconds(computed, FLOOR_TOKENS)
-        return max(floor, self.target - self.times.seconds_of(decoding))
+        return prefill_share(self.times.prefill, self.target, self.times.seconds_of(decoding), computed)
+
+
+def prefill_share(prices: PrefillPrices, target: float, decoding: float, computed: int) -> float:
+    """Seconds for prefill in a step that should take ``target`` and takes ``decoding`` without any.
+
+    At least ``FLOOR_TOKENS``' time, of a prompt with ``computed`` tokens behind it.
+    """
+    return max(prices.seconds_of(computed, FLOOR_TOKENS), target - decoding)
 
 
 @dataclass(slots=True)
 class Budget:
-    """What is left of a step for prefill: ``rows``, and ``seconds`` by ``times``."""
+    """What is left of a step for prefill: ``rows``, and ``seconds`` by ``prices``."""
 
-    times: StepTimes
+    prices: PrefillPrices
     rows: int
     seconds: float
 
@@ -143,9 +170,9 @@ class Budget:
         count = min(wanted, int(self.rows * share))
         if math.isinf(self.seconds):
             return count
-        return min(count, self.times.tokens_within(self.seconds * share, computed))
+        return min(count, self.prices.tokens_within(self.seconds * share, computed))
 
     def spend(self, computed: int, count: int) -> None:
         """Take ``count`` tokens, with ``computed`` behind them, out of the budget."""
         self.rows -= count
-        self.seconds -= self.times.prefill_seconds(computed, count)
+        self.seconds -= self.prices.seconds_of(computed, count)

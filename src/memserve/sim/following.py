@@ -2,39 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from memserve.core.radix import common_tokens
-from memserve.core.types import Namespace, StepPrices, Tokens
+from memserve.core.types import Namespace, Tokens
 
 _WORTH_TOKENS = 64
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """Prefill by prices: from the seconds that are left of it to the tokens that are done, and back."""
-
-    prices: StepPrices
-    step_tokens: int
-
-    @property
-    def _token(self) -> float:
-        return self.prices.token + self.prices.step / self.step_tokens
-
-    def left(self, prompt: int, computed: float) -> float:
-        """Seconds, alone in its steps, for what lies behind the first ``computed`` of ``prompt`` tokens."""
-        context = self.prices.token_context
-        return self._token * (prompt - computed) + context * (prompt**2 - computed**2) / 2
-
-    def computed(self, prompt: int, left: float) -> float:
-        """Tokens that are done when ``left`` seconds are left."""
-        token, context = self._token, self.prices.token_context
-        done = self.left(prompt, 0) - left
-        if context == 0:
-            return done / token
-        return (math.sqrt(token**2 + 2 * context * done) - token) / context
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,7 +17,7 @@ class Prefill:
 
     namespace: Namespace
     prompt: Tokens
-    computed: float
+    computed: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,7 +26,7 @@ class Lead:
 
     leader: int
     tokens: int
-    computed: float
+    computed: int
 
     def worth_waiting(self, follower: int) -> bool:
         """Whether a prompt of ``follower`` tokens does better to wait than to compute that as well."""

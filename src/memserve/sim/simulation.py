@@ -181,7 +181,7 @@ class Simulation:
             if self._lives(holder):
                 engine.receive(SPACE, tokens[:have], Origin.PEER)
             job.waits = False
-            self._advance(engine)
+            engine.look_again()
             self._settle(engine)
 
         self._after(self._wire.seconds(missing), deliver)
@@ -218,12 +218,13 @@ class Simulation:
         if not engine.starved:
             return
         self._advance(engine)
+        engine.look_again()
         self._settle(engine)
 
     def _answered(self, job: Job) -> None:
         journey = self._journeys.pop(job.request)
         self._scheduler.answered(len(job.answer))
-        self._scheduler.learn_answer(job.request, SPACE, job.computed)
+        self._scheduler.learn_answer(job.request, SPACE, job.whole)
         self._scheduler.finish(job.request)
         if job.decode_on is not None:
             self._send_back(self._engines.get(journey.outcome.decisions[-1].prefill), job)
@@ -235,7 +236,7 @@ class Simulation:
         def deliver() -> None:
             if source is None or not self._lives(source):
                 return
-            source.receive(SPACE, job.computed, Origin.BACKFLOW)
+            source.receive(SPACE, job.whole, Origin.BACKFLOW)
             self._tell(source)
 
         self._after(self._wire.seconds(len(job.answer)), deliver)
@@ -346,8 +347,8 @@ class Simulation:
 
     def _settle(self, engine: SimEngine) -> None:
         """After a change: tell what the pool holds, and wake the engine when something ends in it."""
-        self._tell(engine)
         due = engine.next_event()
+        self._tell(engine)
         self._due[engine.instance] = due
         if due != float("inf"):
             self._at(due, lambda: self._wake(engine, due))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from memserve.core.errors import ConfigError
 from memserve.core.types import InstanceId, Role
 from memserve.scheduler.costs import Wire
-from memserve.sim.engine import Speed
+from memserve.sim.steps import Speed
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from memserve.core.errors import ConfigError
 from memserve.core.types import Role, StepPrices
 from memserve.scheduler.costs import Wire
 from memserve.server.views import ClusterBody, InstanceBody
-from memserve.sim.engine import Speed
+from memserve.sim.steps import Speed
 
 _ATTAINED = 0.5
 """Share of the data sheets' peaks, of arithmetic and of memory alike."""

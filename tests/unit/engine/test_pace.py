@@ -120,7 +120,7 @@ def test_tokens_within_is_the_most_that_fits(seconds: float, computed: int) -> N
 def test_attention_of_a_long_context_counts() -> None:
     times = StepTimes()
     assert times.tokens_within(0.1, 8000) < times.tokens_within(0.1, 0)
-    budget = Budget(times, 512, 0.1)
+    budget = Budget(times.prefill, 512, 0.1)
     first = budget.fit(0, 1000, 0.5)
     budget.spend(0, first)
     assert 0 < budget.fit(8000, 1000) < first

@@ -19,10 +19,10 @@ from memserve.scheduler.decision_log import AnswerLearnt, Closed, RecordingSched
 from memserve.scheduler.policies import policy_by_name
 from memserve.scheduler.prompt_trees import TreeOptions
 from memserve.scheduler.replay import Replayed, read_log, replay
-from memserve.sim.engine import Speed
 from memserve.sim.journey import InOrder, SimRequest
 from memserve.sim.simulation import Simulation
 from memserve.sim.site import Loss, RoleChange, Site
+from memserve.sim.steps import Speed
 
 PRICES = StepPrices(step=0.01, row=0.002, row_context=1e-7, token=1e-4, token_context=1e-9)
 WIRE = Wire(bytes_per_token=1000.0, bandwidth=1e8, latency=0.001)

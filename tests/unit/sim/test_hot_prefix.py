@@ -7,10 +7,10 @@ import numpy as np
 from memserve.core.types import StepPrices
 from memserve.scheduler.costs import Wire
 from memserve.scheduler.policies.cost import LeastCost
-from memserve.sim.engine import Speed
 from memserve.sim.journey import InOrder, Outcome, SimRequest
 from memserve.sim.simulation import Simulation
 from memserve.sim.site import Site
+from memserve.sim.steps import Speed
 
 PRICES = StepPrices(step=0.01, row=0.002, row_context=1e-7, token=1e-4, token_context=1e-9)
 WIRE = Wire(bytes_per_token=1000.0, bandwidth=1e9, latency=0.001)

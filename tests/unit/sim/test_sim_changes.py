@@ -12,10 +12,10 @@ from memserve.core.errors import ConfigError
 from memserve.core.types import InstanceId, Role, StepPrices, Tokens
 from memserve.scheduler.costs import Wire
 from memserve.scheduler.policies import policy_by_name
-from memserve.sim.engine import Speed
 from memserve.sim.journey import InOrder, Outcome, SimRequest
 from memserve.sim.simulation import Simulation
 from memserve.sim.site import Change, Loss, RoleChange, Site
+from memserve.sim.steps import Speed
 
 PRICES = StepPrices(step=0.01, row=0.002, row_context=1e-7, token=1e-4, token_context=1e-9)
 C0, P0, D0 = InstanceId("colocated-0"), InstanceId("prefill-0"), InstanceId("decode-0")

@@ -8,11 +8,11 @@ import pytest
 from memserve.core.types import Namespace, StepPrices, Tokens
 from memserve.scheduler.costs import Wire
 from memserve.scheduler.policies import policy_by_name
-from memserve.sim.engine import Speed
-from memserve.sim.following import Prefill, Work, lead_of
+from memserve.sim.following import Prefill, lead_of
 from memserve.sim.journey import InOrder, Outcome, SimRequest
 from memserve.sim.simulation import Simulation
 from memserve.sim.site import Site
+from memserve.sim.steps import Speed
 
 PRICES = StepPrices(step=0.01, row=0.002, row_context=1e-7, token=1e-4, token_context=1e-9)
 SPACE = Namespace("m")
@@ -32,19 +32,12 @@ def simulate(*requests: SimRequest) -> list[Outcome]:
     return sorted(done, key=lambda one: one.at)
 
 
-@pytest.mark.parametrize("context", [0.0, 1e-9])
-def test_seconds_and_tokens_are_two_sides_of_one_thing(context: float) -> None:
-    work = Work(StepPrices(step=0.01, token=1e-4, token_context=context), 1000)
-    for computed in (0, 160, 799):
-        assert work.computed(800, work.left(800, computed)) == pytest.approx(computed, abs=1e-6)
-
-
 def test_the_lead_is_who_shares_most_and_is_worth_waiting_for_while_much_is_coming() -> None:
-    running = [Prefill(SPACE, tokens(0, 400), 0.0), Prefill(SPACE, tokens(0, 900), 500.0)]
+    running = [Prefill(SPACE, tokens(0, 400), 0), Prefill(SPACE, tokens(0, 900), 500)]
     lead = lead_of(SPACE, tokens(0, 800), running, 16)
     assert lead is not None
     assert (lead.leader, lead.tokens, lead.worth_waiting(800)) == (1, 784, True)
-    done = lead_of(SPACE, tokens(0, 800), [Prefill(SPACE, tokens(0, 900), 780.0)], 16)
+    done = lead_of(SPACE, tokens(0, 800), [Prefill(SPACE, tokens(0, 900), 780)], 16)
     assert done is not None
     assert not done.worth_waiting(800)
     assert lead_of(Namespace("other"), tokens(0, 800), running, 16) is None

@@ -10,10 +10,10 @@ from memserve.core.types import StepPrices, Tokens
 from memserve.scheduler.costs import Wire
 from memserve.scheduler.policies import Policy, policy_by_name
 from memserve.scheduler.policies.cost import LeastCost
-from memserve.sim.engine import Speed
 from memserve.sim.journey import InOrder, Outcome, SimRequest
 from memserve.sim.simulation import Simulation
 from memserve.sim.site import Site
+from memserve.sim.steps import Span, Speed, plan_steps
 
 PRICES = StepPrices(step=0.01, row=0.002, row_context=1e-7, token=1e-4, token_context=1e-9)
 WIRE = Wire(bytes_per_token=1000.0, bandwidth=1e8, latency=0.001)
@@ -45,12 +45,65 @@ def sessions(count: int) -> list[SimRequest]:
 
 
 def test_one_request_takes_what_its_steps_cost() -> None:
-    (done,) = simulate(site(colocated=1), [SimRequest(1.0, tokens(0, 800), tokens(0, 11))])
-    prefill = 800 * (1e-4 + 0.01 / 1000) + 1e-9 * 800**2 / 2
+    (done,) = simulate(site(colocated=1), [SimRequest(1.0, tokens(0, 1000), tokens(0, 11))])
+    prefill = 0.01 + 1000 * 1e-4 + 1e-9 * 1000**2 / 2
     assert done.ttft == pytest.approx(prefill)
-    step = 0.01 + 0.002 + 1e-7 * (800 + 11 / 2)
+    step = 0.01 + 0.002 + 1e-7 * (1000 + 11 / 2)
     assert done.jct - done.ttft == pytest.approx(10 * step)
     assert done.decision.predicted_ttft == pytest.approx(done.ttft, rel=1e-2)
+
+
+def test_a_prompt_bears_whole_steps() -> None:
+    (done,) = simulate(site(colocated=1), [SimRequest(1.0, tokens(0, 1100), tokens(0, 2))])
+    assert done.ttft == pytest.approx(2 * 0.01 + 1100 * 1e-4 + 1e-9 * 1100**2 / 2)
+
+
+def test_who_comes_in_a_step_waits_for_its_end() -> None:
+    long, short = SimRequest(0.0, tokens(0, 1000), tokens(0, 2)), tokens(90_000, 16)
+    step = 0.01 + 1000 * 1e-4 + 1e-9 * 1000**2 / 2
+    _, done = simulate(site(colocated=1), [long, SimRequest(step / 10, short, tokens(0, 1))])
+    decoding = 0.002 + 1e-7 * (1000 + 2 / 2)
+    prefill = 0.01 + 16 * 1e-4 + 1e-9 * 16**2 / 2
+    assert done.at + done.ttft == pytest.approx(step + decoding + prefill)
+
+
+def test_of_two_that_come_at_once_the_second_uses_what_the_first_computes() -> None:
+    prompts = [np.concatenate((tokens(0, 32), tokens(n, 400))) for n in (50_000, 90_000)]
+    done = simulate(site(colocated=1), [SimRequest(0.0, one, tokens(0, 1)) for one in prompts])
+    assert [one.cached_tokens for one in sorted(done, key=lambda one: one.number)] == [0, 32]
+
+
+def test_a_step_gives_half_to_the_oldest_prompt_and_the_rest_to_the_shortest() -> None:
+    prompts = [(500, 3000), (0, 2000), (0, 300)]
+    first, *_ = plan_steps(Speed(PRICES, step_tokens=1000), prompts, 0, 0.0, 9, now=1.0)
+    assert dict(first.chunks) == {0: 500, 1: 200, 2: 300}
+    assert first.start == 1.0
+    assert first.seconds == pytest.approx(
+        0.01 + 1000 * 1e-4 + 1e-9 * (500 * 500 + (500**2 + 200**2 + 300**2) / 2)
+    )
+
+
+def test_a_plan_is_no_longer_than_the_first_prompt_and_the_first_stream() -> None:
+    speed = Speed(PRICES, step_tokens=1000)
+    assert [span.count for span in plan_steps(speed, [(0, 3500)], 0, 0.0, 99, 0.0)] == [1, 1, 1, 1]
+    assert [span.count for span in plan_steps(speed, [(0, 3500)], 2, 100.0, 2, 0.0)] == [1, 1]
+    assert [span.count for span in plan_steps(speed, [], 2, 100.0, 7, 0.0)] == [7]
+
+
+def test_streams_keep_their_pace_while_a_prompt_is_prefilled() -> None:
+    speed = Speed(PRICES, step_tokens=1000, target_tpot=0.05)
+    paced = [span.seconds for span in plan_steps(speed, [(0, 3500)], 2, 100.0, 99, 0.0)]
+    assert len(paced) > 4
+    assert max(paced) <= 0.05
+    assert min(paced[:-1]) > 0.049
+
+
+def test_a_span_is_over_step_by_step_and_ends_with_the_running_one() -> None:
+    span = Span(1.0, 0.5, 10)
+    assert (span.finish(1.4), span.finish(2.0), span.finish(2.1)) == (0, 2, 0)
+    span.cut(2.1)
+    assert (span.count, span.end) == (3, 2.5)
+    assert (span.finish(2.5), span.done) == (1, 3)
 
 
 def test_a_prefix_is_not_computed_again() -> None:

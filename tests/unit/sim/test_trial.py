@@ -155,7 +155,7 @@ def test_instances_that_only_decode_have_prices_of_their_own() -> None:
 
 
 def test_a_load_of_1_is_what_the_prefilling_instances_could_do() -> None:
-    lines = [TraceLine(float(n), 5120, 8, [n * 10 + k for k in range(10)]) for n in range(20)]
+    lines = [TraceLine(float(n), 8192, 8, [n * 16 + k for k in range(16)]) for n in range(20)]
     workload = make_replay(lines, CONTEXT)
     one = rate_of(workload, site(colocated=1), 1.0)
     seconds = 1 / one

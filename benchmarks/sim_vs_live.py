@@ -123,7 +123,7 @@ async def watch(url: str, asked: Coroutine[Any, Any, dict[str, Any]]) -> tuple[d
 
 
 def busy_prices(seen: list[ClusterBody]) -> ClusterBody:
-    """The last look, each instance with medians of its prices that steps had changed since the look before."""
+    """The last look, each instance with medians of those prices that its steps had changed since the last."""
     instances = []
     for looks in zip(*(body.instances for body in seen), strict=True):
         changed = [new.prices for old, new in pairwise(looks) if new.prices and new.prices != old.prices]

@@ -10,7 +10,7 @@ from memserve.core.types import StepPrices
 from memserve.engine.pace import Budget, PrefillPrices, prefill_share
 from memserve.engine.share_out import share_out
 
-_AHEAD = 64
+_AHEAD = 6
 """Steps with prompts that are planned at a time; whoever comes has the plan made anew."""
 _DONE = 1e-9
 """Seconds that count as nothing: times are sums."""

@@ -26,7 +26,7 @@ def observed(cost: LinearCost, truth: tuple[float, ...], steps: int, seed: int, 
 @settings(deadline=None)
 def test_what_is_measured_is_predicted(truth: tuple[float, ...], seed: int) -> None:
     cost = LinearCost(PRIOR)
-    observed(cost, truth, 400, seed)
+    observed(cost, truth, 1500, seed)
     for amounts in ((1, 8, 0), (1, 8, 64), (1, 0, 200)):
         assert cost.predict(amounts) == pytest.approx(LinearCost(truth).predict(amounts), rel=0.25)
 
@@ -35,7 +35,7 @@ def test_what_is_measured_is_predicted(truth: tuple[float, ...], seed: int) -> N
 @settings(deadline=None)
 def test_noise_and_outliers_move_it_little(truth: tuple[float, ...], seed: int) -> None:
     cost = LinearCost(PRIOR)
-    observed(cost, truth, 300, seed, noise=0.2)
+    observed(cost, truth, 1500, seed, noise=0.2)
     before = cost.predict((1, 8, 64))
     assert before == pytest.approx(LinearCost(truth).predict((1, 8, 64)), rel=0.3)
     cost.learn((1, 8, 64), before * 1000)

@@ -35,7 +35,14 @@ _ERROR = re.compile(r'^memserve_ttft_prediction_error\{.*quantile="([\d.]+)".*\}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = load_parser(__doc__, "policies_live")
+    parser.add_argument("--rounds", type=int, default=1)
+    asyncio.run(compare(parser.parse_args()))
+
+
+def load_parser(description: str | None, name: str) -> argparse.ArgumentParser:
+    """Options of the sessions that are sent, for a benchmark with results of that name."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="the folder with the data sets")
     parser.add_argument("--workloads", default="sharegpt,loogle,react")
     parser.add_argument("--sessions", type=int, default=12)
@@ -43,9 +50,8 @@ def main() -> None:
     parser.add_argument(
         "--think", type=float, default=0.5, help="mean seconds between an answer and the next turn"
     )
-    parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/policies_live.json")
-    asyncio.run(compare(parser.parse_args()))
+    parser.add_argument("--out", type=Path, help=f"default: benchmarks/results/{name}.json")
+    return parser
 
 
 async def compare(options: argparse.Namespace) -> None:

@@ -1,6 +1,6 @@
 """How far off predictions of the time to the first token are, on one running cluster after the other.
 
-    python benchmarks/predictions_live.py --data DIR [--workloads sharegpt,loogle,react] [--sessions 16]
+    python benchmarks/predictions_live.py --data DIR [--workloads sharegpt,loogle,react] [--sessions 12]
                                           [--rate 0.4] [--think 0.5] [--out FILE]
 
 Each workload runs on servers of its own: two colocated instances, then one prefill and one decode instance,
@@ -13,27 +13,17 @@ from __future__ import annotations
 import argparse
 import asyncio
 from contextlib import AsyncExitStack
-from pathlib import Path
 
 from bench_command import row_of, run_bench
 from memserve.bench.target import Target, open_target
-from policies_live import APART, COLOCATED, KV_MEMORY, read_errors
+from policies_live import APART, COLOCATED, KV_MEMORY, load_parser, read_errors
 from recording import write_result
 
 CLUSTERS = {"2 colocated": COLOCATED, "1P1D": APART}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="the folder with the data sets")
-    parser.add_argument("--workloads", default="sharegpt,loogle,react")
-    parser.add_argument("--sessions", type=int, default=16)
-    parser.add_argument("--rate", type=float, default=0.4, help="sessions that begin per second")
-    parser.add_argument(
-        "--think", type=float, default=0.5, help="mean seconds between an answer and the next turn"
-    )
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/predictions_live.json")
-    options = parser.parse_args()
+    options = load_parser(__doc__, "predictions_live").parse_args()
     rows = []
     print("| workload | cluster | turns (failed) | TTFT mean s | error p50 | p90 |")
     print("|---|---|---|---|---|---|")

@@ -126,10 +126,6 @@ class StepTimes:
         """What a proposed token of a stream with ``computed`` tokens behind it adds to a step."""
         return self.seconds_of(Work().speculate(computed, 1)) - self.seconds_of(Work())
 
-    def tokens_within(self, seconds: float, computed: int) -> int:
-        """The most prompt tokens that add at most ``seconds``, with ``computed`` behind them: >= 0."""
-        return self.prefill.tokens_within(seconds, computed)
-
 
 class Pace:
     """``target`` is the time between two tokens of a stream, in seconds; None means: as it comes."""

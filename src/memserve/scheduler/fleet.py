@@ -14,8 +14,7 @@ from memserve.core.types import StepPrices
 
 Floats = NDArray[np.float64]
 Flags = NDArray[np.bool_]
-Indices = NDArray[np.intp]
-Slots = Indices
+Slots = NDArray[np.intp]
 """Row numbers: intp[n]."""
 
 FLOOR_TOKENS = 16

@@ -1,6 +1,6 @@
 """What a decision saw: kept as it was, and put into words only when somebody asks. Pure.
 
-Most decisions are never asked about, so deciding pays for references and a few array rows, not for the words.
+Most decisions are never asked about, so deciding pays for references, not for the words.
 """
 
 from __future__ import annotations

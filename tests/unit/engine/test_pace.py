@@ -110,7 +110,7 @@ def test_the_configuration_sets_the_target_and_zero_none() -> None:
 def test_tokens_within_is_the_most_that_fits(seconds: float, computed: int) -> None:
     times = StepTimes()
     times.learn(Work().decode(100).prefill(0, 100), 0.2)
-    count = times.tokens_within(seconds, computed)
+    count = times.prefill.tokens_within(seconds, computed)
     # Half an attended token more or less is the rounding of n^2 / 2.
     slack = times.prefill_seconds(0, 1)
     assert times.prefill_seconds(computed, count) <= seconds + slack
@@ -119,7 +119,7 @@ def test_tokens_within_is_the_most_that_fits(seconds: float, computed: int) -> N
 
 def test_attention_of_a_long_context_counts() -> None:
     times = StepTimes()
-    assert times.tokens_within(0.1, 8000) < times.tokens_within(0.1, 0)
+    assert times.prefill.tokens_within(0.1, 8000) < times.prefill.tokens_within(0.1, 0)
     budget = Budget(times.prefill, 512, 0.1)
     first = budget.fit(0, 1000, 0.5)
     budget.spend(0, first)

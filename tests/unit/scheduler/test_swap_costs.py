@@ -9,6 +9,7 @@ import pytest
 from memserve.core.clock import VirtualClock
 from memserve.core.types import InstanceId, RequestId, StepPrices
 from memserve.scheduler.decision import Decision, decide, decide_recorded
+from memserve.scheduler.hindsight import Outcome
 from memserve.scheduler.policies import policy_by_name
 from memserve.scheduler.policies.cost import LeastCost
 from memserve.scheduler.record import Candidate
@@ -145,6 +146,16 @@ def test_where_it_decodes_it_costs_too(cluster) -> None:
     assert place(cluster).decode == "d0"
 
 
+def begin_to_answer(scheduler: GlobalScheduler, clock: VirtualClock, decision: Decision) -> Outcome:
+    """The first token comes when it was foreseen, with what thirty blocks hold."""
+    clock.advance(decision.predicted_ttft)
+    scheduler.first_token(decision.request, cached=480)
+    why = scheduler.explain(decision.request)
+    assert why is not None
+    assert why.outcome is not None
+    return why.outcome
+
+
 def test_hindsight_prices_what_lay_below(cluster) -> None:
     """c1 had it on the device: that much sooner. c0 has it there by now, but had to bring it up."""
     clock = VirtualClock(5.0)
@@ -154,17 +165,13 @@ def test_hindsight_prices_what_lay_below(cluster) -> None:
     decision = scheduler.route(cluster.request("r", blocks=40))
     assert decision.prefill == "c0"
     cluster.apply("c0", 1, cluster.moved(0, 30, 10, "device"))
-    clock.advance(decision.predicted_ttft)
-    scheduler.first_token(decision.request, cached=480)
-    why = scheduler.explain(decision.request)
-    assert why is not None
-    assert why.outcome is not None
-    c0, c1 = why.outcome.places
+    outcome = begin_to_answer(scheduler, clock, decision)
+    c0, c1 = outcome.places
     seconds = 320 * 1e-4
     assert (c0.cached_tokens, c1.cached_tokens) == (480, 480)
     assert c0.prefill == pytest.approx(c1.prefill + seconds)
-    assert why.outcome.regret == pytest.approx(seconds)
-    assert why.outcome.best == "c1"
+    assert outcome.regret == pytest.approx(seconds)
+    assert outcome.best == "c1"
 
 
 def test_hindsight_knows_what_others_have_lowered_since(cluster) -> None:
@@ -177,12 +184,8 @@ def test_hindsight_knows_what_others_have_lowered_since(cluster) -> None:
     decision = scheduler.route(cluster.request("r", blocks=40))
     assert decision.prefill == "c1"
     cluster.apply("c0", 2, cluster.moved(0, 30, 20))
-    clock.advance(decision.predicted_ttft)
-    scheduler.first_token(decision.request, cached=480)
-    why = scheduler.explain(decision.request)
-    assert why is not None
-    assert why.outcome is not None
-    c0, c1 = why.outcome.places
+    outcome = begin_to_answer(scheduler, clock, decision)
+    c0, c1 = outcome.places
     assert c0.prefill == pytest.approx(c1.prefill + 160 * 1e-4)
 
 

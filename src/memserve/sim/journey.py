@@ -83,6 +83,11 @@ class Outcome(msgspec.Struct):
         return self.first_token - self.at
 
     @property
+    def served(self) -> float:
+        """The first token's time without the wait in line: what decisions predict."""
+        return self.first_token - self.decision.decided_at
+
+    @property
     def jct(self) -> float:
         return self.ended - self.at
 

@@ -1,14 +1,14 @@
 """Several schedulers side by side, each for the prompts that begin alike: the simulator's model of sharding.
 
 A request goes to the shard that its namespace and first tokens name, so that those who share a prefix meet.
-What other shards have booked at an instance a shard only knows from heartbeats.
+What other shards have booked at an instance a shard only knows from heartbeats. Each has a line of its own.
 """
 
 from __future__ import annotations
 
 import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple, dataclass
 
 from memserve.core.messages import Heartbeat, Member, PoolEvents, Ready
@@ -17,6 +17,8 @@ from memserve.scheduler.accuracy import TreeAccuracy
 from memserve.scheduler.costs import Wire
 from memserve.scheduler.decision import Decision, RouteRequest
 from memserve.scheduler.service import GlobalScheduler
+from memserve.sim.front_line import FrontLine
+from memserve.sim.journey import Journey
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,41 +33,72 @@ class Sharding:
     owned: bool = False
 
 
+class Shard:
+    """A scheduler, and who waits in front of it."""
+
+    def __init__(self, scheduler: GlobalScheduler) -> None:
+        self.scheduler = scheduler
+        self.line = FrontLine(scheduler)
+
+
 class Shards:
     """Several schedulers behind those calls that a simulation makes."""
 
     def __init__(self, make: Callable[[], GlobalScheduler], sharding: Sharding) -> None:
-        self._all = [make() for _ in range(sharding.shards)]
+        self._all = [Shard(make()) for _ in range(sharding.shards)]
         self._sharding = sharding
-        self._owners: dict[InstanceId, Sequence[GlobalScheduler]] = {}
+        self._owners: dict[InstanceId, Sequence[Shard]] = {}
         self._joined: Counter[Role] = Counter()
-        self._chosen: dict[RequestId, GlobalScheduler] = {}
+        self._chosen: dict[RequestId, Shard] = {}
 
     @property
     def accuracy(self) -> TreeAccuracy:
         """How true their trees were, together."""
-        sums = [astuple(one.state.accuracy) for one in self._all]
+        sums = [astuple(one.scheduler.state.accuracy) for one in self._all]
         return TreeAccuracy(*map(sum, zip(*sums, strict=True)))
+
+    # --- requests ---
+
+    @property
+    def waiting(self) -> int:
+        """Journeys in all lines."""
+        return sum(len(one.line) for one in self._all)
+
+    def join(self, namespace: Namespace, journey: Journey) -> None:
+        """Let a journey wait in front of its shard."""
+        self._shard(namespace, journey.prompt).line.join(journey)
+
+    def take(self, *, coming: bool) -> Iterable[Journey]:
+        """Those whose turn it is, one after the other: each is to be routed before the next is asked for."""
+        for one in self._all:
+            while (journey := one.line.take(coming=coming)) is not None:
+                yield journey
 
     def route(self, request: RouteRequest) -> Decision:
         """Its shard decides. Raises ``NoInstance``."""
-        chosen = self._all[self._shard(request.namespace, request.tokens)]
+        chosen = self._shard(request.namespace, request.tokens)
         self._chosen[request.request] = chosen
-        return chosen.route(request)
+        return chosen.scheduler.route(request)
 
     def first_token(self, request: RequestId, cached: int) -> None:
-        self._chosen[request].first_token(request, cached)
+        chosen = self._chosen[request]
+        chosen.scheduler.first_token(request, cached)
+        self._look_again(chosen, request)
 
     def finish(self, request: RequestId) -> None:
         """The last that is heard of it."""
-        self._chosen.pop(request).finish(request)
+        chosen = self._chosen.pop(request)
+        self._look_again(chosen, request)
+        chosen.scheduler.finish(request)
 
     def learn_answer(self, request: RequestId, namespace: Namespace, tokens: Tokens) -> None:
-        self._chosen[request].learn_answer(request, namespace, tokens)
+        self._chosen[request].scheduler.learn_answer(request, namespace, tokens)
 
     def answered(self, tokens: int) -> None:
         for one in self._all:
-            one.answered(tokens)
+            one.scheduler.answered(tokens)
+
+    # --- instances ---
 
     def member_ready(self, member: Member, ready: Ready) -> None:
         if self._sharding.owned and member.instance not in self._owners:
@@ -73,35 +106,47 @@ class Shards:
             self._joined[member.role] += 1
             self._owners[member.instance] = (self._all[at],)
         for one in self._owners.get(member.instance, self._all):
-            one.member_ready(member, ready)
+            one.scheduler.member_ready(member, ready)
+            one.line.look_at(member.instance)
 
     def member_role_changed(self, member: Member) -> None:
         for one in self._all:
-            one.member_role_changed(member)
+            one.scheduler.member_role_changed(member)
+            one.line.look_everywhere()
 
     def member_lost(self, instance: InstanceId) -> None:
         for one in self._all:
-            one.member_lost(instance)
+            one.scheduler.member_lost(instance)
+            one.line.look_everywhere()
 
     def on_heartbeat(self, heartbeat: Heartbeat) -> None:
         for one in self._owners.get(heartbeat.instance, self._all):
-            one.on_heartbeat(heartbeat)
+            one.scheduler.on_heartbeat(heartbeat)
+            one.line.look_at(heartbeat.instance)
 
     def on_pool_events(self, events: PoolEvents) -> None:
         for one in self._owners.get(events.instance, self._all):
-            one.on_pool_events(events)
+            one.scheduler.on_pool_events(events)
 
     def set_link(self, wire: Wire) -> None:
         for one in self._all:
-            one.set_link(wire)
+            one.scheduler.set_link(wire)
 
     def check(self) -> None:
-        """See ``SchedulerState.check``."""
+        """See ``SchedulerState.check``; nobody waits."""
         for one in self._all:
-            one.state.check()
+            one.scheduler.state.check()
+        assert not self.waiting, f"{self.waiting} requests wait"
 
-    def _shard(self, namespace: Namespace, tokens: Tokens) -> int:
+    # --- inside ---
+
+    def _look_again(self, chosen: Shard, request: RequestId) -> None:
+        decision = chosen.scheduler.decision(request)
+        if decision is not None:
+            chosen.line.look_at_places(decision)
+
+    def _shard(self, namespace: Namespace, tokens: Tokens) -> Shard:
         if len(self._all) == 1:
-            return 0
+            return self._all[0]
         first = tokens[: self._sharding.key_tokens].tobytes()
-        return zlib.crc32(first, zlib.crc32(repr(namespace).encode())) % len(self._all)
+        return self._all[zlib.crc32(first, zlib.crc32(repr(namespace).encode())) % len(self._all)]

@@ -90,10 +90,12 @@ class Simulation:
                 self._clock.advance(max(at - self._clock.now(), 0.0))
                 for request in source.take_due(self._clock.now()):
                     self._arrive(request)
+                    self._move_on()
             elif self._heap:
                 at, _, act = heapq.heappop(self._heap)
                 self._clock.advance(max(at - self._clock.now(), 0.0))
                 act()
+                self._move_on()
             else:
                 return
 
@@ -140,10 +142,15 @@ class Simulation:
         if LAYOUT.blocks_for(tokens) > self._site.blocks:
             self._end(journey, f"{tokens} tokens do not fit into an instance")
             return
-        try:
-            self._begin(journey)
-        except NoInstance as error:
-            self._end(journey, str(error))
+        self._scheduler.join(SPACE, journey)
+
+    def _move_on(self) -> None:
+        """Let those begin whose turn it is."""
+        for journey in self._scheduler.take(coming=self._coming > 0):
+            try:
+                self._begin(journey)
+            except NoInstance as error:
+                self._end(journey, str(error))
 
     def _begin(self, journey: Journey) -> None:
         """Make an attempt. Raises ``NoInstance``."""
@@ -387,7 +394,7 @@ class Simulation:
         for engine in self._engines.values():
             load = engine.read_load(now)
             self._scheduler.on_heartbeat(Heartbeat(engine.instance, engine.incarnation, load))
-        if source.next_at() is not None or self._journeys or self._homeless:
+        if source.next_at() is not None or self._journeys or self._homeless or self._scheduler.waiting:
             self._after(_REPORT_SECONDS, lambda: self._report(source))
 
     # --- time ---

@@ -93,14 +93,14 @@ def run_trial(
         simulation.close()
     outcomes = sessions.outcomes
     last = max((one.ended for one in outcomes), default=0.0)
-    answered = [one for one in outcomes if one.first_token and one.ttft > 0]
+    answered = [one for one in outcomes if one.first_token and one.served > 0]
     return Trial(
         policy,
         site,
         Round(0, last, tuple(sessions.records)),
         sum(len(one.decisions) > 1 for one in outcomes),
         sum(any(decision.fetch_from for decision in one.decisions) for one in outcomes),
-        tuple(abs(one.decision.predicted_ttft - one.ttft) / one.ttft for one in answered),
+        tuple(abs(one.decision.predicted_ttft - one.served) / one.served for one in answered),
         tuple(Busy(instance, seconds) for instance, seconds in simulation.busy.items()),
         stopped=len(outcomes) < load.workload.turns,
     )

@@ -59,7 +59,7 @@ nb::tuple packed(const std::vector<WeighedPlace>& places) {
 
 nb::tuple weigh(const Table& table, const Array<int64_t>& start, const Array<bool>& only_decodes,
                 const Array<bool>& hands_over, const Array<int64_t>& decode, const nb::list& held,
-                const nb::list& lowered, const nb::list& fetchable, const std::array<double, 5>& question, const std::array<double, 4>& weights,
+                const nb::list& lowered, const nb::list& fetchable, const std::array<double, 6>& question, const std::array<double, 5>& weights,
                 size_t starts, size_t decodes) {
   const FleetTable fleet = table_of(table);
   if (start.size() == 0) throw std::invalid_argument("there is no place to start");
@@ -67,13 +67,13 @@ nb::tuple weigh(const Table& table, const Array<int64_t>& start, const Array<boo
     throw std::invalid_argument("only_decodes and hands_over must be as long as start");
   require_slots(start, fleet);
   require_slots(decode, fleet);
-  const auto [prompt, answer, now, latency, token] = question;
-  const auto [opportunity, append, streams, own] = weights;
+  const auto [prompt, answer, now, behind, latency, token] = question;
+  const auto [opportunity, append, line, streams, own] = weights;
   const PlaceLists places{start.data(),  only_decodes.data(), hands_over.data(),
                           start.size(), decode.data(),       decode.size()};
-  const Question asked{prompt, answer, now, latency, token, tiers_of(held), tiers_of(lowered),
+  const Question asked{prompt, answer, now, behind, latency, token, tiers_of(held), tiers_of(lowered),
                        tiers_of(fetchable)};
-  const Verdict verdict = weigh_places(fleet, places, asked, {opportunity, append, streams, own}, starts, decodes);
+  const Verdict verdict = weigh_places(fleet, places, asked, {opportunity, append, line, streams, own}, starts, decodes);
   return nb::make_tuple(packed(verdict.start), packed(verdict.decode), verdict.wait, verdict.prefill, verdict.answering,
                         verdict.source);
 }

@@ -80,8 +80,9 @@ class Weighing {
   }
 
   double others(size_t slot, const Prefill& prefill, bool only_decodes) const {
-    const double behind = weights_.opportunity + weights_.append * (only_decodes ? 1.0 : 0.0);
-    return (behind + weights_.streams * get(kStreams, slot)) * prefill.work;
+    // Those in line will be prefilled elsewhere than where only answers are decoded.
+    const double behind = weights_.opportunity + (only_decodes ? weights_.append : question_.behind);
+    return (behind + weights_.line * get(kLine, slot) + weights_.streams * get(kStreams, slot)) * prefill.work;
   }
 
   WeighedPlace take_over(size_t place, size_t slot) const {

@@ -23,6 +23,7 @@ enum FleetRow : size_t {
   kContext,
   kRoom,
   kSwap,
+  kLine,
   kFleetRows
 };
 
@@ -43,6 +44,7 @@ struct Question {
   double prompt;  // tokens
   double answer;  // tokens expected
   double now;
+  double behind;  // requests in line for each place to prefill: who computes there keeps all of them waiting
   double wire_latency;
   double wire_token;  // seconds per token of KV
   // The longest first; of an instance that occurs twice the longer counts.
@@ -64,6 +66,7 @@ struct PlaceLists {
 struct CostWeights {
   double opportunity;
   double append;
+  double line;
   double streams;
   double decode;
 };

@@ -220,8 +220,8 @@ def weigh_places(
     held: list[tuple[int, bytes]],
     lowered: list[tuple[int, bytes]],
     fetchable: list[tuple[int, bytes]],
-    question: tuple[float, float, float, float, float],
-    weights: tuple[float, float, float, float],
+    question: tuple[float, float, float, float, float, float],
+    weights: tuple[float, float, float, float, float],
     starts: int,
     decodes: int,
 ) -> tuple[tuple[list[int], bytes], tuple[list[int], bytes], float, float, float, int]:

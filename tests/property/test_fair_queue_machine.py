@@ -75,9 +75,16 @@ class FairQueueMachine(RuleBasedStateMachine):
         for _ in range(min(turns, len(self.queue))):
             self.take_one()
 
+    @rule()
+    def peek(self) -> None:
+        first = self.queue.peek()
+        assert first is self.queue.peek()
+        assert (first is None) == (not len(self.queue))
+
     def take_one(self) -> None:
-        taken = self.queue.take()
+        first, taken = self.queue.peek(), self.queue.take()
         assert taken is not None
+        assert taken is first
         tenant = self.tenants[taken.tenant]
         oldest = next(iter(tenant.waiting.values()))
         assert tenant.waiting.pop(taken.request) is taken

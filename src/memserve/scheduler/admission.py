@@ -63,6 +63,9 @@ class Room:
     decode has a stream to spare, and KV for as many tokens, or an eighth of its KV. Policies that crowd one
     place find the other ones open; they are stopped at twice the streams that all can run.
 
+    Where no place to prefill has room, a decode instance may have: for the next one, if the policy would let
+    that begin there. Others who only find it open would pile up elsewhere.
+
     It has to be told where something changes, and then looks there only: a place that had no room has none
     until then.
     """
@@ -72,25 +75,39 @@ class Room:
         self._max_running = max_running
         self._prefill: dict[InstanceId, None] = {}
         self._decode: dict[InstanceId, None] = {}
+        self._helpers: dict[InstanceId, None] = {}
         """Who may have room, in the order in which they are to be looked at."""
 
     def look_at(self, instance: InstanceId) -> None:
         """Something has changed there."""
-        self._prefill[instance] = self._decode[instance] = None
+        self._prefill[instance] = self._decode[instance] = self._helpers[instance] = None
 
     def look_everywhere(self) -> None:
         """Who there is, or what they do, has changed."""
         self._prefill = dict.fromkeys(self._state.places(Leg.PREFILL).by_id)
         self._decode = dict.fromkeys(self._state.places(Leg.DECODE).by_id)
+        self._helpers = self._decode.copy()
 
-    def is_left(self, in_flight: int) -> bool:
-        """Whether there is room with so many streams under way."""
+    def is_left(self, in_flight: int, where: Callable[[], InstanceId]) -> bool:
+        """Whether there is room with so many streams under way.
+
+        ``where``: at which place the next one would begin. Asked only where that matters.
+        """
         prefill, decode = self._state.places(Leg.PREFILL).by_id, self._state.places(Leg.DECODE).by_id
         return (
             in_flight < 2 * self._max_running * len(decode)
-            and _find_open(self._prefill, prefill, _prefills_soon)
             and _find_open(self._decode, decode, self._decodes_soon)
+            and (_find_open(self._prefill, prefill, _prefills_soon) or self._is_helped(decode, where))
         )
+
+    def _is_helped(self, decode: dict[InstanceId, InstanceState], where: Callable[[], InstanceId]) -> bool:
+        if not _find_open(self._helpers, decode, _helps_soon):
+            return False
+        chosen = decode.get(where())
+        if chosen is not None and _helps_soon(chosen):
+            return True
+        self._helpers.clear()
+        return False
 
     def _decodes_soon(self, place: InstanceState) -> bool:
         report = place.report
@@ -251,6 +268,10 @@ def _prefills_soon(place: InstanceState) -> bool:
     # Steps as the engine makes them: beside streams they hold fewer prompt tokens than they could.
     lead = LEAD_STEPS * place.step_ahead(math.inf)
     return place.line.behind_first(lead) < lead
+
+
+def _helps_soon(place: InstanceState) -> bool:
+    return not place.role.prefills and _prefills_soon(place)
 
 
 def _find_open(

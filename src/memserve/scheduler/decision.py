@@ -23,13 +23,17 @@ _NOTHING = Forecast()
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RouteRequest:
-    """A request to place. ``tokens``: contiguous int32[n], n at least 1; ``max_tokens`` 0: unknown."""
+    """A request to place. ``tokens``: contiguous int32[n], n at least 1; ``max_tokens`` 0: unknown.
+
+    ``behind``: how many wait in line behind it.
+    """
 
     request: RequestId
     namespace: Namespace
     tokens: Tokens
     session: str | None = None
     max_tokens: int = 0
+    behind: int = 0
 
 
 class Decision(msgspec.Struct, frozen=True, gc=False):
@@ -153,6 +157,7 @@ def _ask(request: RouteRequest, state: SchedulerState, now: float, answer: float
         wire=state.wire,
         cached=state.tree.held_tokens,
         error=state.predictions.typical,
+        behind=request.behind / len(prefill.instances),
     )
 
 

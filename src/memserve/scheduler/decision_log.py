@@ -51,6 +51,7 @@ class Routed(Entry, frozen=True, tag="routed"):
     max_tokens: int
     decision: Decision | None
     error: str = ""
+    behind: int = 0
 
 
 class Foreseen(Entry, frozen=True, tag="foreseen"):
@@ -61,6 +62,7 @@ class Foreseen(Entry, frozen=True, tag="foreseen"):
     tokens: bytes
     session: str | None
     max_tokens: int
+    behind: int = 0
 
 
 class FirstToken(Entry, frozen=True, tag="first-token"):
@@ -216,10 +218,11 @@ class RecordingScheduler(GlobalScheduler):
                     request.max_tokens,
                     decision,
                     problem,
+                    request.behind,
                 )
             )
 
-    def foresee(self, request: RouteRequest) -> float:
+    def foresee(self, request: RouteRequest) -> Decision:
         tokens = pack_tokens(request.tokens)
         self._write(
             Foreseen(
@@ -229,6 +232,7 @@ class RecordingScheduler(GlobalScheduler):
                 tokens,
                 request.session,
                 request.max_tokens,
+                request.behind,
             )
         )
         return super().foresee(request)

@@ -142,6 +142,14 @@ class FairQueue:
 
     def take(self) -> Waiting | None:
         """Remove and return the request whose turn it is; None when nobody waits."""
+        waiting = self.peek()
+        if waiting is not None:
+            self._lanes[waiting.tenant].take(waiting)
+            self._left(waiting)
+        return waiting
+
+    def peek(self) -> Waiting | None:
+        """The request whose turn it is, unless others come or go before it is taken."""
         if not self._round:
             return None
         self._skip_rounds()
@@ -152,8 +160,6 @@ class FairQueue:
                 lane.deficit += QUANTUM * lane.weight
             waiting = lane.peek()
             if waiting.tokens <= lane.deficit:
-                lane.take(waiting)
-                self._left(waiting)
                 return waiting
             lane.visited = False
             self._round.rotate(-1)

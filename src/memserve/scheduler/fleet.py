@@ -30,6 +30,7 @@ class Columns(NamedTuple):
     streams, context : requests that decode, and the tokens they attend to.
     room : tokens of KV that fit beside what is in use.
     swap : seconds per token to bring KV up to the device.
+    line : prompts in the prefill line that one more would delay.
     """
 
     step: Floats
@@ -43,6 +44,7 @@ class Columns(NamedTuple):
     context: Floats
     room: Floats
     swap: Floats
+    line: Floats
 
 
 class Fleet:

@@ -32,7 +32,7 @@ class PrefillLine:
     line is never later than everything that is left would take from now on, and never earlier than now.
     """
 
-    __slots__ = ("_at", "_joined", "_left", "_marks", "_numbers", "_whole", "free_at")
+    __slots__ = ("_at", "_joined", "_left", "_marks", "_numbers", "_stepping", "_whole", "free_at")
 
     def __init__(self) -> None:
         self.free_at = 0.0
@@ -43,6 +43,8 @@ class PrefillLine:
         """Seconds of work that each came with."""
         self._numbers: dict[RequestId, int] = {}
         self._joined = 0
+        self._stepping = 0
+        """Who came up to then may be in the step that runs."""
         self._marks: deque[Mark] = deque()
 
     def behind_first(self, enough: float) -> float:
@@ -57,11 +59,20 @@ class PrefillLine:
                 break
         return seconds
 
+    def count_delayed(self, step: float) -> int:
+        """How many would be done later if one more joined, where a whole step of prompts takes ``step`` s.
+
+        All but those who may be done with the step that runs: whoever comes now gets into the next one.
+        """
+        return sum(left > step or self._numbers[one] > self._stepping for one, left in self._left.items())
+
     def join(self, request: RequestId, now: float, seconds: float) -> float:
         """Add a request at the end; returns when the line will be done."""
         self._advance(now)
         self.free_at = max(now, self.free_at) + seconds
         self._joined += 1
+        if not self._left:
+            self._stepping = self._joined
         self._left[request] = self._whole[request] = seconds
         self._numbers[request] = self._joined
         return self.free_at
@@ -71,6 +82,8 @@ class PrefillLine:
         if request not in self._left:
             return
         self._advance(now)
+        # First tokens come with the end of a step, and who has come by then gets into the next.
+        self._stepping = self._joined
         del self._left[request], self._whole[request], self._numbers[request]
         self.free_at = now + sum(self._left.values())
         self._move_on(now)

@@ -99,7 +99,7 @@ def replay(opened: Opened, news: Iterable[tuple[int, News]], policy: Policy) -> 
 
 def _request_of(entry: Routed | Foreseen) -> RouteRequest:
     tokens = unpack_tokens(entry.tokens)
-    return RouteRequest(entry.request, entry.namespace, tokens, entry.session, entry.max_tokens)
+    return RouteRequest(entry.request, entry.namespace, tokens, entry.session, entry.max_tokens, entry.behind)
 
 
 def _route(scheduler: GlobalScheduler, request: RouteRequest) -> Decision | str:

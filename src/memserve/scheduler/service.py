@@ -65,10 +65,9 @@ class GlobalScheduler:
         self.state.promise(decision.request, decision.prefill, request.namespace, request.tokens, now)
         return decision
 
-    def foresee(self, request: RouteRequest) -> float:
-        """Seconds to the first token, were the request routed now; books nothing. Raises ``NoInstance``."""
-        now = self._clock.now()
-        return decide(request, self.state, self._policy, now, self._answer).predicted_ttft
+    def foresee(self, request: RouteRequest) -> Decision:
+        """What :meth:`route` would decide now; books nothing. Raises ``NoInstance``."""
+        return decide(request, self.state, self._policy, self._clock.now(), self._answer)
 
     def tokens_of(self, prompt: Tokens, max_tokens: int) -> int:
         """What a request takes of a tenant's part: its prompt, and an answer as they are on average."""

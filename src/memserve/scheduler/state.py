@@ -251,6 +251,7 @@ class SchedulerState:
         columns, slot, load = self.fleet.columns, state.slot, state.load
         streams, context = load.streams + state.foreign.streams, load.context_tokens
         columns.free_at[slot] = state.view.free_at
+        columns.line[slot] = state.line.count_delayed(state.step_tokens * state.prices.token)
         columns.streams[slot] = streams
         columns.context[slot] = context
         columns.room[slot] = state.capacity - context

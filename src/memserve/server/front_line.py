@@ -13,7 +13,7 @@ from memserve.core.clock import Clock
 from memserve.core.errors import MemServeError, Refusal
 from memserve.core.types import InstanceId, Namespace, RequestId
 from memserve.scheduler.admission import LineLimits, Room, WaitingLine, is_served, price_rate
-from memserve.scheduler.decision import RouteRequest
+from memserve.scheduler.decision import Decision, RouteRequest
 from memserve.scheduler.fair_queue import FairQueue, Waiting
 from memserve.scheduler.service import GlobalScheduler
 from memserve.server.backend import Counter, LineView, TenantView
@@ -34,8 +34,8 @@ class _Turn:
 class FrontLine:
     """Lets streams through while there is room, and one after the other when there is not.
 
-    ``begin`` sends a stream or raises; ``restarting`` tells whether a lost instance is on its way back;
-    ``weight`` is that of a tenant.
+    ``begin`` sends a stream, with the number of those behind it, or raises; ``restarting`` tells whether a
+    lost instance is on its way back; ``weight`` is that of a tenant.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class FrontLine:
         clock: Clock,
         model: str,
         *,
-        begin: Callable[[Stream], None],
+        begin: Callable[[Stream, int], None],
         restarting: Callable[[], bool],
         limits: LineLimits,
         weight: Callable[[str], float],
@@ -75,7 +75,7 @@ class FrontLine:
             self._clock.now(),
         )
         # Where nobody is, nothing is to be waited for: the attempt says who is missing.
-        at_once = not is_served(self._scheduler.state) or (not len(self._line) and self._has_room())
+        at_once = not is_served(self._scheduler.state) or (not len(self._line) and self._has_room(stream))
         if request.slo_ttft is not None:
             self._require_in_time(stream, waiting, request.slo_ttft, at_once=at_once)
         if at_once:
@@ -134,7 +134,7 @@ class FrontLine:
 
     def _move(self) -> None:
         """Begin those whose turn it is, as far as there is room."""
-        while len(self._line) and self._is_open():
+        while (first := self._line.queue.peek()) and self._is_open(self._turns[first.request].stream):
             waiting = self._line.take(self._clock.now())
             assert waiting is not None, "somebody waits"
             turn = self._turns[waiting.request]
@@ -167,24 +167,27 @@ class FrontLine:
 
     def _require_in_time(self, stream: Stream, waiting: Waiting, slo: float, *, at_once: bool) -> None:
         state = self._scheduler.state
-        if not is_served(state):
-            return
+        if is_served(state):
+            service = self._foresee(stream).predicted_ttft
+            self._line.require_in_time(waiting, slo, price_rate(state), service, at_once=at_once)
+
+    def _foresee(self, stream: Stream) -> Decision:
         request = stream.request
-        service = self._scheduler.foresee(
+        return self._scheduler.foresee(
             RouteRequest(
                 request.request,
                 Namespace(self._model, salt=request.salt),
                 request.tokens,
                 request.session,
                 request.sampling.max_tokens,
+                max(len(self._line) - 1, 0),
             )
         )
-        self._line.require_in_time(waiting, slo, price_rate(state), service, at_once=at_once)
 
-    def _is_open(self) -> bool:
+    def _is_open(self, stream: Stream) -> bool:
         """Whether the next one may begin, if only to learn that nobody is left and nobody comes."""
         if is_served(self._scheduler.state):
-            return self._has_room()
+            return self._has_room(stream)
         if not self._restarting():
             return True
         if self._look is None:
@@ -195,12 +198,12 @@ class FrontLine:
         self._look = None
         self._move()
 
-    def _has_room(self) -> bool:
-        return self._room.is_left(len(self._in_flight))
+    def _has_room(self, stream: Stream) -> bool:
+        return self._room.is_left(len(self._in_flight), lambda: self._foresee(stream).prefill)
 
     def _start(self, stream: Stream) -> None:
         self._in_flight.add(stream.request.request)
-        self._begin(stream)
+        self._begin(stream, len(self._line))
 
     def _try_to_start(self, stream: Stream) -> MemServeError | None:
         try:

@@ -70,13 +70,16 @@ class Placement:
         """Whether the present attempt of any stream was sent to ``instance``."""
         return any(stream.uses(instance) for stream in self._attempts.values())
 
-    def begin(self, stream: Stream) -> None:
-        """Make an attempt. Raises ``NoInstance``, or ``PeerLost`` where the chosen one is gone already."""
+    def begin(self, stream: Stream, behind: int = 0) -> None:
+        """Make an attempt, with so many waiting behind it.
+
+        Raises ``NoInstance``, or ``PeerLost`` where the chosen one is gone already.
+        """
         request, attempt = stream.request, stream.next_attempt
         namespace, tokens = Namespace(self._model, salt=request.salt), stream.tokens()
         sampling = stream.sampling()
         decision = self._scheduler.route(
-            RouteRequest(attempt, namespace, tokens, request.session, sampling.max_tokens)
+            RouteRequest(attempt, namespace, tokens, request.session, sampling.max_tokens, behind)
         )
         self._note(request.request, "scheduler.decide", decision.reason)
         stream.begin(decision)

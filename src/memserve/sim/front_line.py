@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from memserve.core.types import InstanceId, RequestId
 from memserve.scheduler.admission import Room, is_served
-from memserve.scheduler.decision import Decision
+from memserve.scheduler.decision import Decision, RouteRequest
 from memserve.scheduler.fair_queue import FairQueue, Waiting
 from memserve.scheduler.service import GlobalScheduler
-from memserve.sim.journey import Journey
+from memserve.sim.journey import SPACE, Journey
 
 _TENANT = "all"
 _STREAMS = 1 << 30
@@ -38,11 +38,11 @@ class FrontLine:
 
     def take(self, *, coming: bool) -> Journey | None:
         """Whose turn it is, if there is room; ``coming``: whether a lost instance is on its way back."""
-        if not self._journeys or not self._is_open(coming):
+        first = self._queue.peek()
+        if first is None or not self._is_open(first.request, coming):
             return None
-        waiting = self._queue.take()
-        assert waiting is not None, "somebody waits"
-        return self._journeys.pop(waiting.request)
+        self._queue.take()
+        return self._journeys.pop(first.request)
 
     def look_at(self, instance: InstanceId) -> None:
         """Something has changed there."""
@@ -57,7 +57,13 @@ class FrontLine:
         """Who there is, or what they do, has changed."""
         self._room.look_everywhere()
 
-    def _is_open(self, coming: bool) -> bool:
+    def _is_open(self, request: RequestId, coming: bool) -> bool:
         if is_served(self._scheduler.state):
-            return self._room.is_left(0)
+            return self._room.is_left(0, lambda: self._foresee(request).prefill)
         return not coming
+
+    def _foresee(self, name: RequestId) -> Decision:
+        journey = self._journeys[name]
+        request, answer = journey.request, len(journey.answer)
+        asked = RouteRequest(name, SPACE, journey.prompt, request.session, answer, len(self) - 1)
+        return self._scheduler.foresee(asked)

@@ -9,9 +9,12 @@ from typing import Protocol
 import msgspec
 import numpy as np
 
-from memserve.core.types import InstanceId, Ledger, Tokens
+from memserve.core.types import InstanceId, Ledger, Namespace, Tokens
 from memserve.scheduler.decision import Decision
 from memserve.sim.engine import Job, SimEngine
+
+SPACE = Namespace("simulated")
+"""That of all prompts."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from memserve.scheduler.costs import Wire
 from memserve.scheduler.decision import Decision, RouteRequest
 from memserve.scheduler.service import GlobalScheduler
 from memserve.sim.front_line import FrontLine
-from memserve.sim.journey import Journey
+from memserve.sim.journey import SPACE, Journey
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,15 +64,18 @@ class Shards:
         """Journeys in all lines."""
         return sum(len(one.line) for one in self._all)
 
-    def join(self, namespace: Namespace, journey: Journey) -> None:
+    def join(self, journey: Journey) -> None:
         """Let a journey wait in front of its shard."""
-        self._shard(namespace, journey.prompt).line.join(journey)
+        self._shard(SPACE, journey.prompt).line.join(journey)
 
-    def take(self, *, coming: bool) -> Iterable[Journey]:
-        """Those whose turn it is, one after the other: each is to be routed before the next is asked for."""
+    def take(self, *, coming: bool) -> Iterable[tuple[Journey, int]]:
+        """Those whose turn it is, and how many are behind them.
+
+        Each is to be routed before the next is asked for. ``coming``: whether a lost instance is on its way.
+        """
         for one in self._all:
             while (journey := one.line.take(coming=coming)) is not None:
-                yield journey
+                yield journey, len(one.line)
 
     def route(self, request: RouteRequest) -> Decision:
         """Its shard decides. Raises ``NoInstance``."""

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from memserve.core.clock import VirtualClock
 from memserve.core.errors import ConfigError, NoInstance, OutOfBlocks
 from memserve.core.messages import Heartbeat, Member, Ready
-from memserve.core.types import InstanceId, Namespace, RequestId, Role
+from memserve.core.types import InstanceId, RequestId, Role
 from memserve.mempool.address import Origin
 from memserve.scheduler.accuracy import TreeAccuracy
 from memserve.scheduler.decision import Decision, RouteRequest
@@ -25,11 +25,10 @@ from memserve.server.placement import MAX_ATTEMPTS
 from memserve.server.roles import missing_legs
 from memserve.server.stream import attempt_of
 from memserve.sim.engine import LAYOUT, Job, SimEngine, ledger_of
-from memserve.sim.journey import Journey, Outcome, SimRequest, Source
+from memserve.sim.journey import SPACE, Journey, Outcome, SimRequest, Source
 from memserve.sim.shards import Sharding, Shards
 from memserve.sim.site import Change, Loss, RoleChange, Site, check_changes
 
-SPACE = Namespace("simulated")
 _HISTORY = 1 << 16
 _REPORT_SECONDS = 1.0
 _RETRY_SECONDS = 0.1
@@ -142,22 +141,23 @@ class Simulation:
         if LAYOUT.blocks_for(tokens) > self._site.blocks:
             self._end(journey, f"{tokens} tokens do not fit into an instance")
             return
-        self._scheduler.join(SPACE, journey)
+        self._scheduler.join(journey)
 
     def _move_on(self) -> None:
         """Let those begin whose turn it is."""
-        for journey in self._scheduler.take(coming=self._coming > 0):
+        for journey, behind in self._scheduler.take(coming=self._coming > 0):
             try:
-                self._begin(journey)
+                self._begin(journey, behind)
             except NoInstance as error:
                 self._end(journey, str(error))
 
-    def _begin(self, journey: Journey) -> None:
-        """Make an attempt. Raises ``NoInstance``."""
+    def _begin(self, journey: Journey, behind: int = 0) -> None:
+        """Make an attempt, with so many waiting behind it. Raises ``NoInstance``."""
         request, outcome = journey.request, journey.outcome
         name = attempt_of(RequestId(f"r{outcome.number}"), len(outcome.decisions) + 1)
         prompt, answer = journey.prompt, journey.answer
-        decision = self._scheduler.route(RouteRequest(name, SPACE, prompt, request.session, len(answer)))
+        asked = RouteRequest(name, SPACE, prompt, request.session, len(answer), behind)
+        decision = self._scheduler.route(asked)
         outcome.decisions += (decision,)
         journey.fruitless += 1
         engine = self._engines[decision.prefill]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from memserve.core.errors import Overloaded, Refusal
@@ -39,10 +41,19 @@ def lead_of(state: SchedulerState) -> float:
     return LEAD_STEPS * place.step_tokens * place.prices.token
 
 
-def has_room(state: SchedulerState, max_running: int, in_flight: int) -> bool:
+def nobody_asks() -> InstanceId:
+    raise AssertionError("the policy is asked without need")
+
+
+def has_room(
+    state: SchedulerState,
+    max_running: int,
+    in_flight: int,
+    where: Callable[[], InstanceId] = nobody_asks,
+) -> bool:
     room = Room(state, max_running)
     room.look_everywhere()
-    return room.is_left(in_flight)
+    return room.is_left(in_flight, where)
 
 
 def book(state: SchedulerState, name: str, seconds: float, place: str = "c1", tokens: int = 100) -> None:
@@ -113,16 +124,48 @@ def test_a_small_pool_runs_several_beside_each_other(cluster: Cluster) -> None:
 
 def test_room_is_looked_for_where_something_changed(cluster: Cluster) -> None:
     cluster.add("p1", "p2", "d1")
-    room = Room(cluster.state, 64)
-    assert not room.is_left(0), "nobody has told of anything"
+    where, room = lambda: InstanceId("p1"), Room(cluster.state, 64)
+    assert not room.is_left(0, where), "nobody has told of anything"
     room.look_at(InstanceId("p1"))
-    assert not room.is_left(0), "nobody is known to decode"
+    assert not room.is_left(0, where), "nobody is known to decode"
     room.look_at(InstanceId("d1"))
-    assert room.is_left(0)
+    assert room.is_left(0, where)
     cluster.state.drop_instance(InstanceId("p1"))
-    assert not room.is_left(0)
+    assert not room.is_left(0, where)
     room.look_everywhere()
-    assert room.is_left(0)
+    assert room.is_left(0, where)
+
+
+def fill_prefill(cluster: Cluster) -> None:
+    """A prefill instance without room beside a decode instance that has nothing to do yet."""
+    cluster.add("d1", "p1")
+    for name in ("a", "b"):
+        share = Share(InstanceId("p1"), Work(prefill_tokens=100), lead_of(cluster.state))
+        cluster.state.book(RequestId(name), share, Share(InstanceId("d1"), Work(requests=1)), 0.0)
+
+
+@pytest.mark.parametrize(("chosen", "room"), [("d1", True), ("p1", False), ("gone", False)])
+def test_a_decode_instance_has_room_for_whom_the_policy_would_begin_there(
+    cluster: Cluster, chosen: str, room: bool
+) -> None:
+    fill_prefill(cluster)
+    assert has_room(cluster.state, 64, 2, lambda: InstanceId(chosen)) is room
+
+
+def test_who_helps_is_asked_for_once_until_something_changes_there(cluster: Cluster) -> None:
+    fill_prefill(cluster)
+    asked: list[InstanceId] = []
+
+    def where() -> InstanceId:
+        asked.append(InstanceId("p1"))
+        return asked[-1]
+
+    room = Room(cluster.state, 64)
+    room.look_everywhere()
+    for changed, times in (("p1", 1), ("p1", 1), ("d1", 2)):
+        room.look_at(InstanceId(changed))
+        assert not room.is_left(2, where)
+        assert len(asked) == times
 
 
 @pytest.mark.parametrize(

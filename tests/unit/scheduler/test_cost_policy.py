@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from memserve.core.errors import NoInstance
@@ -128,6 +130,32 @@ def test_hands_over_where_streams_would_suffer(priced) -> None:
         priced.state.finish_prefill(RequestId(f"s{n}"))
     decision = place(priced)
     assert (decision.prefill, decision.decode) == ("p0", "d0")
+
+
+def test_of_equal_lines_the_one_with_fewer_prompts_is_taken(priced) -> None:
+    priced.add_priced("c0", "c1")
+    lines = {"c0": (1.0, 0.1, 0.1, 0.1), "c1": (1.0, 0.35)}
+    for name, prompts in lines.items():
+        for number, seconds in enumerate(prompts):
+            share = Share(InstanceId(name), Work(prefill_tokens=1), seconds)
+            other = Share(InstanceId(name), Work(context_tokens=1, requests=1))
+            priced.state.book(RequestId(f"{name}-{number}"), share, other, 0.0)
+    assert place(priced).prefill == "c1"
+    assert place(priced, LeastCost(Weights(line=0.0))).prefill == "c0", "its line is shorter in seconds"
+
+
+def test_who_waits_in_front_makes_a_decode_instance_help(priced) -> None:
+    priced.add_priced("p0", "d0")
+    occupy(priced, "p0", 0.5)
+    for n in range(2):
+        share = Share(InstanceId("p0"), Work())
+        priced.state.book(RequestId(f"s{n}"), share, Share(InstanceId("d0"), Work(context_tokens=500)))
+        priced.state.finish_prefill(RequestId(f"s{n}"))
+    request = priced.request("r", blocks=40)
+    chosen = [
+        decide(replace(request, behind=behind), priced.state, LeastCost(), 0.0).prefill for behind in (0, 8)
+    ]
+    assert chosen == ["p0", "d0"]
 
 
 def test_a_full_decode_place_is_the_last_resort(priced) -> None:

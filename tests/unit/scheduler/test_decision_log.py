@@ -98,7 +98,7 @@ def test_foresight_counts_as_use_and_replays() -> None:
         tokens = pack_tokens(np.arange(1000 * at, 1000 * at + 320, dtype=np.int32))
         scheduler.on_pool_events(PoolEvents(name, 1, at, (Stored(space, tokens),)))
         # What is asked for stays known, however little room there is.
-        assert scheduler.foresee(asked(at, 0)) > 0
+        assert scheduler.foresee(asked(at, 0)).predicted_ttft > 0
         scheduler.route(asked(at, 1000 * (at // 2)))
     replayed = again(lines)
     assert [one.now for one in replayed] == [one.then for one in replayed]

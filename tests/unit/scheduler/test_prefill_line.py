@@ -111,3 +111,20 @@ def test_one_that_is_overdue_lets_nobody_pass_who_is_longer() -> None:
     line.join(A, 0.0, 1.0)
     line.join(B, 0.0, 2.0)
     assert line.forecast(5.0, 3.0) == pytest.approx(5.0), "A is done at any moment, B has not begun"
+
+
+def test_who_comes_later_delays_all_but_those_in_the_running_step() -> None:
+    line, step = PrefillLine(), 1.0
+    assert line.count_delayed(step) == 0
+    line.join(RequestId("computed"), 0.0, 0.4)
+    assert line.count_delayed(step) == 0, "it is done with its step"
+    line.join(RequestId("short"), 0.1, 0.2)
+    line.join(RequestId("long"), 0.2, 3.0)
+    assert line.count_delayed(step) == 2, "both get into the next step"
+    line.leave(RequestId("computed"), 0.4)
+    assert line.count_delayed(step) == 1, "the long one takes more than the step that has begun"
+    line.join(RequestId("next"), 0.5, 0.2)
+    assert line.count_delayed(step) == 2
+    line.leave(RequestId("short"), 0.6)
+    line.leave(RequestId("long"), 3.6)
+    assert line.count_delayed(step) == 0

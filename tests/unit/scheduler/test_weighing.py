@@ -35,6 +35,7 @@ class Case:
     prompt: int
     answer: float
     now: float
+    behind: float
     latency: float
     token: float
 
@@ -48,7 +49,7 @@ class Case:
             tiers_of(self.held),
             self.lowered(),
             tiers_of(self.there)[:FETCHED_LENGTHS],
-            (self.prompt, self.answer, self.now, self.latency, self.token),
+            (self.prompt, self.answer, self.now, self.behind, self.latency, self.token),
             astuple(Weights()),
             starts,
             decodes,
@@ -135,8 +136,9 @@ def expected_start(case: Case, handed: float) -> tuple[Prefill, np.ndarray, Floa
         costs = Prefill(*(np.where(better, new, old) for old, new in zip(costs, other, strict=True)))
         fetched = np.where(better, number, fetched)
     decodes = np.array(case.decodes)
-    only = weights.append * decodes
-    others = (weights.opportunity + only + weights.streams * places.streams) * costs.work
+    behind = np.where(decodes, weights.append, case.behind)
+    behind = weights.opportunity + behind + weights.line * places.line
+    others = (behind + weights.streams * places.streams) * costs.work
     own, beside = decode_at(places, case, weights)
     return costs, fetched, costs.ttft + others + np.where(decodes, own + beside, handed)
 
@@ -172,7 +174,7 @@ def cases(draw) -> Case:
         if coarse
         else random.random((len(Columns._fields), slots))
     )
-    scales = [1e-2, 1e-3, 1e-6, 1e-3, 1e-6, 2.0, 5.0, 4.0, 1e3, 1e4, 2e-3]
+    scales = [1e-2, 1e-3, 1e-6, 1e-3, 1e-6, 2.0, 5.0, 4.0, 1e3, 1e4, 2e-3, 9.0]
     chosen = draw(st.lists(st.integers(0, slots - 1), min_size=1, unique=True))
     lengths = st.integers(0, 60)
     held = draw(st.lists(lengths, min_size=slots, max_size=slots))
@@ -187,6 +189,7 @@ def cases(draw) -> Case:
         draw(st.integers(1, 50)),
         draw(st.floats(1, 300)),
         draw(st.floats(0, 5)),
+        draw(st.sampled_from([0.0, 1.0, 7 / 3])),
         draw(st.sampled_from([0.0, 2e-3])),
         draw(st.sampled_from([0.0, 1e-5, 3e-3])),
     )
@@ -230,7 +233,7 @@ def test_shows_as_many_as_are_asked_for_and_the_same_ones(case: Case, starts: in
 
 def some_case(**changes) -> Case:
     given = {
-        "table": np.ones((11, 2)),
+        "table": np.ones((12, 2)),
         "start": [0, 1],
         "decodes": [True, True],
         "decode": [],
@@ -240,6 +243,7 @@ def some_case(**changes) -> Case:
         "prompt": 10,
         "answer": 1.0,
         "now": 0.0,
+        "behind": 0.0,
         "latency": 0.0,
         "token": 0.0,
     }
@@ -249,7 +253,7 @@ def some_case(**changes) -> Case:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"table": np.ones((9, 2))}, "9 columns and not 11"),
+        ({"table": np.ones((9, 2))}, "9 columns and not 12"),
         ({"start": [0, 2]}, "slot 2 is not one of the fleet's 2"),
         ({"start": [-1, 0]}, "slot -1"),
         ({"decode": [7]}, "slot 7"),

@@ -27,14 +27,17 @@ _CHEAPEST_TO_DECODE = 2
 class Weights:
     """What a second of each kind counts.
 
-    opportunity : work on an instance, for those who will come behind.
-    append : the same where only streams run otherwise, in addition: more of them will come.
+    opportunity : work on an instance, for those who will come behind. Those who wait in line already are
+        counted in addition, but where only streams run otherwise.
+    append : work there, in addition: more streams will come.
+    line : a second by which each of the prompts in the instance's own line is delayed.
     streams : a second by which each of the streams beside it is delayed.
     decode : of the request's own answer.
     """
 
     opportunity: float = 1.0
     append: float = 2.0
+    line: float = 1.0
     streams: float = 1.0
     decode: float = 1.0
 
@@ -67,7 +70,7 @@ class LeastCost:
             _masks(query.held.tiers, query.fleet.rows),
             _masks(query.held.lowered, query.fleet.rows),
             _masks(there[:_FETCHED_TIERS], query.fleet.rows) if self._fetches else [],
-            (query.prompt, query.answer, query.now, wire.latency, wire.token),
+            (query.prompt, query.answer, query.now, query.behind, wire.latency, wire.token),
             self._weights,
             _shown(start, _CHEAPEST),
             _shown(decode, _CHEAPEST_TO_DECODE),

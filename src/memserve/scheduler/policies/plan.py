@@ -41,7 +41,7 @@ class Query(msgspec.Struct, frozen=True, gc=False):
     ``prompt`` in tokens, at least 1; ``answer``: how many tokens are expected. ``there`` is what instances
     hold of it, ``held`` what they will when its turn comes. ``decode`` may be empty where ``prefill`` has
     places that decode themselves. ``start``: see ``Leg.START``; ``cached``: see ``LegQuery``. ``error``: the
-    relative error of what was predicted of late.
+    relative error of what was predicted of late. ``behind``: requests in line, per place to prefill.
     """
 
     prompt: int
@@ -58,6 +58,7 @@ class Query(msgspec.Struct, frozen=True, gc=False):
     wire: Wire
     cached: Callable[[InstanceId], int]
     error: float = 0.0
+    behind: float = 0.0
 
     def leg(self, leg: Leg) -> LegQuery:
         """The part of it that concerns one leg."""

@@ -112,6 +112,49 @@ size_t common_prefix_of(const Array<const int32_t>& a, const Array<const int32_t
   return common_prefix(a.data(), b.data() + start, std::min(a.size(), b.size() - start));
 }
 
+// The words of a buffer, while it is looked at. Any contiguous array has one; looking costs less than a cast.
+class Words {
+ public:
+  explicit Words(nb::handle array) {
+    if (PyObject_GetBuffer(array.ptr(), &view_, PyBUF_SIMPLE) != 0) nb::raise_python_error();
+  }
+  ~Words() { PyBuffer_Release(&view_); }
+  Words(const Words&) = delete;
+  Words& operator=(const Words&) = delete;
+  const int32_t* data() const { return static_cast<const int32_t*>(view_.buf); }
+  size_t size() const { return static_cast<size_t>(view_.len) / sizeof(int32_t); }
+
+ private:
+  Py_buffer view_;
+};
+
+// Follows tokens from the children `top` of a radix tree's root as far as whole blocks agree. Nodes have `key` and `children`.
+nb::tuple walk_edges(nb::dict top, const Array<const int32_t>& tokens, size_t block) {
+  if (block == 0) throw std::invalid_argument("a block has tokens");
+  static const nb::handle key_name = nb::str("key").release(), children_name = nb::str("children").release();
+  const size_t end = tokens.size() / block * block;
+  nb::list nodes;
+  nb::object children = std::move(top);
+  size_t at = 0, tail = 0;
+  while (at < end) {
+    const nb::bytes name(tokens.data() + at, block * sizeof(int32_t));
+    const nb::handle child = PyDict_GetItemWithError(children.ptr(), name.ptr());
+    if (!child.is_valid()) {
+      if (PyErr_Occurred() != nullptr) nb::raise_python_error();
+      break;
+    }
+    nodes.append(child);
+    const nb::object key = child.attr(key_name);
+    const Words edge(key);
+    const size_t same = common_prefix(edge.data(), tokens.data() + at, std::min(edge.size(), end - at)) / block;
+    tail = same;
+    at += same * block;
+    if (same * block < edge.size()) break;
+    children = child.attr(children_name);
+  }
+  return nb::make_tuple(nodes, tail, at / block);
+}
+
 nb::list recall_runs(const Array<uint8_t>& table, const Array<const int32_t>& tokens, size_t span, uint64_t seed,
                      uint8_t follows, double stamp) {
   const size_t places = table.size() / sizeof(Remembered);
@@ -140,6 +183,7 @@ void bind_pool_passes(nb::module_& m) {
   m.def("idle_tail", &count_idle_tail);
   m.def("count_different", &count_different_blocks);
   m.def("common_prefix", &common_prefix_of, "a"_a, "b"_a, "start"_a = 0);
+  m.def("walk_edges", &walk_edges);
   m.def("recall_prefix", &recall_runs);
 }
 

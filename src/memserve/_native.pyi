@@ -1,7 +1,7 @@
 """The C++ kernels. Addresses are of this process and are trusted; shapes and indices are checked."""
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -202,6 +202,12 @@ def count_different(edges: list[NDArray[np.int32]], numbers: NDArray[np.int64]) 
 
 def common_prefix(a: NDArray[np.int32], b: NDArray[np.int32], start: int = 0) -> int:
     """How many leading tokens of ``a`` agree with those of ``b`` from ``start`` on."""
+
+def walk_edges(top: dict[bytes, Any], tokens: NDArray[np.int32], block: int) -> tuple[list[Any], int, int]:
+    """The nodes on the way of ``tokens`` from the children ``top``, by their ``key`` and ``children``.
+
+    With them how many blocks of the last one agree, and how many there are in all.
+    """
 
 def recall_prefix(
     table: NDArray[np.uint8], tokens: NDArray[np.int32], span: int, seed: int, follows: int, stamp: float

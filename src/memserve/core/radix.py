@@ -12,7 +12,7 @@ from typing import Generic, NamedTuple, Protocol, Self, TypeVar
 
 import numpy as np
 
-from memserve._native import common_prefix
+from memserve._native import common_prefix, walk_edges
 from memserve.core.types import Tokens
 
 
@@ -109,23 +109,7 @@ class RadixTree(Generic[P]):
 
     def walk(self, tokens: Tokens) -> Path[P]:
         """Follow ``tokens`` (contiguous int32[n]) as far as whole blocks agree. Changes nothing."""
-        page = self.block_tokens
-        end = len(tokens) // page * page
-        nodes: list[Node[P]] = []
-        children = self._top
-        at = tail = 0
-        while at < end:
-            child = children.get(tokens[at : at + page].tobytes())
-            if child is None:
-                break
-            same = common_prefix(child.key, tokens, at) // page * page
-            nodes.append(child)
-            tail = same // page
-            at += same
-            if same < len(child.key):
-                break
-            children = child.children
-        return Path(nodes, tail, at // page)
+        return Path(*walk_edges(self._top, tokens, self.block_tokens))
 
     def blocks_of(self, node: Node[P]) -> int:
         """Blocks of ``node``'s own edge."""

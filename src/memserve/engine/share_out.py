@@ -29,6 +29,11 @@ def share_out(prompts: Sequence[P], budget: Budget) -> Iterator[tuple[P, int]]:
     if not prompts:
         return
     oldest = prompts[0]
+    if len(prompts) == 1:
+        count = max(1, budget.fit(oldest.computed, oldest.pending))
+        budget.spend(oldest.computed, count)
+        yield oldest, count
+        return
     sure = max(1, budget.fit(oldest.computed, oldest.pending, 0.5))
     budget.spend(oldest.computed, sure)
     counts = {id(oldest): sure}

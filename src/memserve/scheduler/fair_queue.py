@@ -152,6 +152,9 @@ class FairQueue:
         """The request whose turn it is, unless others come or go before it is taken."""
         if not self._round:
             return None
+        first = self._round[0]
+        if first.visited and first.peek().tokens <= first.deficit:
+            return first.peek()
         self._skip_rounds()
         while True:
             lane = self._round[0]

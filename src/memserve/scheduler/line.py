@@ -64,6 +64,8 @@ class PrefillLine:
 
         All but those who may be done with the step that runs: whoever comes now gets into the next one.
         """
+        if not self._left:
+            return 0
         return sum(left > step or self._numbers[one] > self._stepping for one, left in self._left.items())
 
     def join(self, request: RequestId, now: float, seconds: float) -> float:

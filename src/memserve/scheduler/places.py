@@ -124,6 +124,7 @@ class InstanceState:
     prefill_order: tuple[int, int] = (0, 0)
     decode_order: tuple[int, int] = (0, 0)
     view: View = field(init=False)
+    _booked_then: Work | None = None
 
     def __post_init__(self) -> None:
         self.look()
@@ -150,9 +151,13 @@ class InstanceState:
             part = min(part, max(FLOOR_TOKENS * prices.token, self.target_tpot - decoding))
         return decoding + min(part, line)
 
+    def knows(self, report: LoadReport) -> bool:
+        """Whether ``report`` says what the last one did, and nothing has been booked or unbooked since."""
+        return report == self.report and self.booked is self._booked_then and self.foreign[1:] == (0.0, 0.0)
+
     def take_report(self, report: LoadReport, now: float) -> None:
         """Replace the last load report."""
-        self.report = report
+        self.report, self._booked_then = report, self.booked
         self.foreign = self._foreign_of(report, now)
         if report.prices is not None:
             self.prices = report.prices

@@ -141,10 +141,11 @@ class SchedulerState:
     def apply_load(self, heartbeat: Heartbeat, now: float = 0.0) -> None:
         """Take a load report in; one of another incarnation is ignored."""
         state = self._instances.get(heartbeat.instance)
-        if state is not None and state.incarnation == heartbeat.incarnation:
-            state.take_report(heartbeat.load, now)
-            self.fleet.set_prices(state.slot, state.prices, state.step_tokens, state.swap)
-            self._update_fleet(state)
+        if state is None or state.incarnation != heartbeat.incarnation or state.knows(heartbeat.load):
+            return
+        state.take_report(heartbeat.load, now)
+        self.fleet.set_prices(state.slot, state.prices, state.step_tokens, state.swap)
+        self._update_fleet(state)
 
     # --- what pools hold ---
 
@@ -201,8 +202,8 @@ class SchedulerState:
         booked[0][0].line.join(request, now, prefill.seconds)
         for state, work in booked:
             state.book(work)
-            self._update_fleet(state)
         self._bookings[request] = booked
+        self._update_fleet(booked[0][0], booked[1][0])
 
     def finish_prefill(self, request: RequestId, now: float = 0.0) -> None:
         """The first token is out: the prefill share is done. Repeats and unknown requests are ignored."""
@@ -210,17 +211,20 @@ class SchedulerState:
         if len(booked) < 2:
             return
         self.tree.prefilled(request, now)
-        self._unbook(request, *booked.pop(0), now)
-        state, work = booked[0]
-        booked[0] = (state, work.plus(_STREAM))
+        (first, done), (state, work) = booked
+        first.line.leave(request, now)
+        first.unbook(done)
         state.book(_STREAM)
-        self._update_fleet(state)
+        booked[:] = [(state, work.plus(_STREAM))]
+        self._update_fleet(first, state)
 
     def unbook(self, request: RequestId, now: float = 0.0) -> None:
         """The request ended, however. Unknown requests are ignored."""
         self.tree.ended(request)
         for state, work in self._bookings.pop(request, []):
-            self._unbook(request, state, work, now)
+            state.line.leave(request, now)
+            state.unbook(work)
+            self._update_fleet(state)
 
     def is_booked(self, instance: InstanceId) -> bool:
         """Whether work is booked on an instance; unknown ones have none."""
@@ -239,15 +243,13 @@ class SchedulerState:
 
     # --- inside ---
 
-    def _unbook(self, request: RequestId, state: InstanceState, work: Work, now: float) -> None:
-        state.line.leave(request, now)
-        state.unbook(work)
-        self._update_fleet(state)
+    def _update_fleet(self, *changed: InstanceState) -> None:
+        for state in dict.fromkeys(changed):
+            state.look()
+            if self._instances.get(state.instance) is state:
+                self._write_row(state)
 
-    def _update_fleet(self, state: InstanceState) -> None:
-        state.look()
-        if self._instances.get(state.instance) is not state:
-            return
+    def _write_row(self, state: InstanceState) -> None:
         columns, slot, load = self.fleet.columns, state.slot, state.load
         streams, context = load.streams + state.foreign.streams, load.context_tokens
         columns.free_at[slot] = state.view.free_at

@@ -223,9 +223,12 @@ class SimEngine:
 
     def read_load(self, now: float) -> LoadReport:
         """As an engine would report at ``now``, :meth:`next_event` at most."""
-        left = sum(len(job.prompt) - job.computed for job in self._prefilling)
-        left -= sum(count for span in self._spans if span.end <= now for _, count in span.chunks)
-        left += sum(len(job.prompt) for job in self._waiting)
+        left = 0
+        if self._prefilling:
+            left += sum(len(job.prompt) - job.computed for job in self._prefilling)
+            left -= sum(count for span in self._spans if span.end <= now for _, count in span.chunks)
+        if self._waiting:
+            left += sum(len(job.prompt) for job in self._waiting)
         return LoadReport(
             waiting=len(self._waiting),
             running=len(self._prefilling) + len(self._joining) + len(self._streams),

@@ -50,6 +50,8 @@ class Shards:
         self._owners: dict[InstanceId, Sequence[Shard]] = {}
         self._joined: Counter[Role] = Counter()
         self._chosen: dict[RequestId, Shard] = {}
+        self.waiting = 0
+        """Journeys in all lines."""
 
     @property
     def accuracy(self) -> TreeAccuracy:
@@ -59,22 +61,19 @@ class Shards:
 
     # --- requests ---
 
-    @property
-    def waiting(self) -> int:
-        """Journeys in all lines."""
-        return sum(len(one.line) for one in self._all)
-
     def join(self, journey: Journey) -> None:
         """Let a journey wait in front of its shard."""
         self._shard(SPACE, journey.prompt).line.join(journey)
+        self.waiting += 1
 
     def take(self, *, coming: bool) -> Iterable[tuple[Journey, int]]:
         """Those whose turn it is, and how many are behind them.
 
         Each is to be routed before the next is asked for. ``coming``: whether a lost instance is on its way.
         """
-        for one in self._all:
+        for one in self._all if self.waiting else ():
             while (journey := one.line.take(coming=coming)) is not None:
+                self.waiting -= 1
                 yield journey, len(one.line)
 
     def route(self, request: RouteRequest) -> Decision:
@@ -139,7 +138,7 @@ class Shards:
         """See ``SchedulerState.check``; nobody waits."""
         for one in self._all:
             one.scheduler.state.check()
-        assert not self.waiting, f"{self.waiting} requests wait"
+            assert not len(one.line), f"{len(one.line)} requests wait"
 
     # --- inside ---
 

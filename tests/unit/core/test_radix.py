@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from memserve._native import common_prefix
+from memserve._native import common_prefix, walk_edges
 from memserve.core.radix import RadixTree
+from memserve.core.types import Tokens
 
 PAGE = 4
 
@@ -165,3 +168,36 @@ def test_common_prefix_equals_a_plain_search(size: int) -> None:
         b[at] += 1
         assert common_prefix(a, b) == at
         assert common_prefix(a[:at], b) == at
+
+
+PROMPTS = st.lists(
+    st.lists(st.integers(0, 1), max_size=24).map(lambda one: np.array(one, np.int32)), max_size=12
+)
+
+
+@given(PROMPTS, PROMPTS)
+def test_a_walk_goes_as_far_as_any_path_does(stored: list[Tokens], asked: list[Tokens]) -> None:
+    tree: RadixTree[Labels] = RadixTree(4)
+    for tokens in stored:
+        path = tree.walk(tokens)
+        if path.blocks < len(tokens) // 4:
+            tree.extend(path, tokens, Labels([0] * (len(tokens) // 4 - path.blocks)))
+    for tokens in asked:
+        path = tree.walk(tokens)
+        longest = max((common_prefix(one[: len(one) // 4 * 4], tokens) // 4 for one in stored), default=0)
+        assert path.blocks == min(longest, len(tokens) // 4)
+        edges = [tree.blocks_of(node) for node in path.nodes]
+        assert path.blocks == sum(edges[:-1]) + path.tail
+        if path.nodes:
+            assert 0 < path.tail <= edges[-1]
+            assert np.array_equal(
+                tree.path_tokens(path.nodes[-1])[: 4 * path.blocks], tokens[: 4 * path.blocks]
+            )
+
+
+def test_walk_edges_refuses_what_is_no_tree() -> None:
+    tokens, name = np.zeros(4, np.int32), np.zeros(4, np.int32).tobytes()
+    with pytest.raises(ValueError, match="a block has tokens"):
+        walk_edges({}, tokens, 0)
+    with pytest.raises(AttributeError, match="key"):
+        walk_edges({name: object()}, tokens, 4)

@@ -71,9 +71,10 @@ def cluster(
     limits: LineLimits | None = None,
     trees: TreeOptions | None = None,
     weight: Callable[[str], float] = lambda tenant: 1.0,
+    policy: str = "prompt-tree",
 ) -> tuple[Dispatcher, Outbox]:
     clock = VirtualClock()
-    scheduler = GlobalScheduler(policy_by_name("prompt-tree"), clock, trees=trees)
+    scheduler = GlobalScheduler(policy_by_name(policy), clock, trees=trees)
     dispatcher = Dispatcher(scheduler, clock, Quiet(), model="m", limits=limits, weight=weight)
     outbox = Outbox()
     dispatcher.manager = outbox  # type: ignore[assignment]

@@ -152,10 +152,12 @@ def test_who_waits_in_front_makes_a_decode_instance_help(priced) -> None:
         priced.state.book(RequestId(f"s{n}"), share, Share(InstanceId("d0"), Work(context_tokens=500)))
         priced.state.finish_prefill(RequestId(f"s{n}"))
     request = priced.request("r", blocks=40)
-    chosen = [
-        decide(replace(request, behind=behind), priced.state, LeastCost(), 0.0).prefill for behind in (0, 8)
-    ]
-    assert chosen == ["p0", "d0"]
+    calm, crowded = (
+        decide(replace(request, behind=behind), priced.state, LeastCost(), 0.0) for behind in (0, 8)
+    )
+    assert (calm.prefill, crowded.prefill) == ("p0", "d0")
+    assert "in line" not in calm.reason
+    assert "8.0 in line per place to prefill" in crowded.reason
 
 
 def test_a_full_decode_place_is_the_last_resort(priced) -> None:

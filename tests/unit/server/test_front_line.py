@@ -24,8 +24,12 @@ Answer = asyncio.Task[list[Generated]]
 class Cluster:
     """A prefill and a decode instance, and tasks that ask them."""
 
-    def __init__(self, limits: LineLimits = ONE_STREAM, **weights: float) -> None:
-        self.dispatcher, self.outbox = cluster(limits, weight=lambda tenant: weights.get(tenant, 1.0))
+    def __init__(
+        self, limits: LineLimits = ONE_STREAM, policy: str = "prompt-tree", **weights: float
+    ) -> None:
+        self.dispatcher, self.outbox = cluster(
+            limits, weight=lambda tenant: weights.get(tenant, 1.0), policy=policy
+        )
         self.tasks: dict[str, Answer] = {}
 
     async def ask(
@@ -125,6 +129,24 @@ def test_an_engine_gets_two_steps_of_prompts_behind_the_first() -> None:
         each = next(iter(place.line._whole.values()))
         behind = (len(at.begun()) - 1) * each
         assert 2 * step <= behind < 2 * step + each
+        await at.end()
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(("policy", "used"), [("cost", {P, D}), ("prompt-tree", {P})])
+def test_a_decode_instance_takes_prompts_off_the_line_if_the_policy_would(
+    policy: str, used: set[InstanceId]
+) -> None:
+    async def scenario() -> None:
+        at = Cluster(LineLimits(), policy)
+        for number in range(80):
+            await at.ask(f"r{number}")
+        assert {place for place, _ in at.outbox.submitted()} == used
+        waiting = at.waiting()["a"]
+        assert waiting > 0, "nobody gets more than its lead"
+        at.dispatcher.on_heartbeat(Heartbeat(D, 1, LoadReport(blocks=1024)))
+        assert at.waiting()["a"] == waiting, "nothing has been done there meanwhile"
         await at.end()
 
     run(scenario())

@@ -81,6 +81,8 @@ class LeastCost:
             tier = there[first.figures()[0].tier]
             fetch = Fetch(tier.numbering.names[source], min(tier.tokens, query.prompt - 1))
             reason = f"{reason}, fetches {fetch.tokens} tokens from {fetch.source}"
+        if query.behind:
+            reason = f"{reason}, {query.behind:.1f} in line per place to prefill"
         prefill = Choice(start.instances[first.numbers[0]], reason)
         if prefill.place.role.decodes:
             return Plan(prefill, None, fetch, first)

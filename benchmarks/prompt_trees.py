@@ -24,9 +24,8 @@ from memserve.scheduler.prompt_trees import TreeOptions
 from memserve.sim.journey import InOrder, Outcome, SimRequest
 from memserve.sim.simulation import Simulation
 from memserve.sim.site import Site
-from memserve.sim.steps import Speed
 from recording import write_result
-from routing_policies import CAPACITY, PRICES, STEP_TOKENS, WIRE, policy_of, requests_of, seconds_of
+from routing_policies import CAPACITY, PRICES, SPEED, WIRE, policy_of, requests_of, seconds_of
 
 BURST = 16
 PREFIX = 8000
@@ -59,7 +58,7 @@ def main() -> None:
     options = parser.parse_args()
     n = options.instances
     shape = (0, 0, n) if options.colocated else (n, n, 0)
-    site = Site(*shape, Speed(PRICES, STEP_TOKENS), options.capacity // 16, WIRE)
+    site = Site(*shape, SPEED, options.capacity // 16, WIRE)
     rows: list[dict[str, str | float]] = []
     for load, policy, mode in product(
         map(float, options.loads.split(",")), options.policies.split(","), options.modes.split(",")

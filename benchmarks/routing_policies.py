@@ -1,15 +1,16 @@
 """Which routing policy serves a trace best: time to first token, by the real scheduler in simulation.
 
     python benchmarks/routing_policies.py --traces DIR [--trace conversation,synthetic,azure]
-        [--instances 8,64] [--loads 0.75,0.95] [--requests 4000] [--policies NAMES] [--out FILE]
+        [--instances 8,64] [--loads 0.75,0.95] [--requests 4000] [--policies NAMES] [--step-tokens 8192]
+        [--out FILE]
 
 ``--instances`` prefill and as many decode. Engines are modelled by the prices of a 70 B dense model on
 eight A800-class GPUs at half of their peak (2 x 70e9 FLOP per token, attention 2 x 80 x 8192 FLOP per pair
-of tokens); KV of 320 KiB per token travels at 100 Gb/s. A load of 1 is what the prefill instances would get
-done without any cache. Larger clusters get copies of the trace with other tokens. ``azure`` has arrivals and
-lengths of a chat service, and no prefixes in common. ``cost-without-fetch`` never brings a prefix from a
-peer. ``bound`` is no policy: one queue for all in order of arrival, and whatever anybody has computed is
-everywhere at once.
+of tokens); KV of 320 KiB per token travels at 100 Gb/s. Steps have up to ``--step-tokens`` tokens; 100000 are
+whole prompts, as without chunked prefill. A load of 1 is what the prefill instances would get done without
+any cache. Larger clusters get copies of the trace with other tokens. ``azure`` has arrivals and lengths of a
+chat service, and no prefixes in common. ``cost-without-fetch`` never brings a prefix from a peer. ``bound``
+is no policy: one queue for all in order of arrival, and whatever anybody has computed is everywhere at once.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ from recording import write_result
 
 PRICES = StepPrices(step=0.02, row=1e-5, row_context=1e-9, token=1.12e-4, token_context=2.1e-9)
 WIRE = Wire(bytes_per_token=320 * 1024, bandwidth=12.5e9, latency=2e-3)
-STEP_TOKENS = 100_000
+STEP_TOKENS = 8192
+SPEED = Speed(PRICES, STEP_TOKENS)
 CAPACITY = 3_000_000
 """Tokens of KV per instance."""
 COPY = 100_000_000
@@ -61,17 +63,20 @@ def main() -> None:
     parser.add_argument("--loads", default="0.75,0.95")
     parser.add_argument("--requests", type=int, default=4000, help="of the trace's beginning")
     parser.add_argument("--policies", default=",".join((*POLICIES, ALONE, BOUND)))
+    parser.add_argument("--step-tokens", type=int, default=STEP_TOKENS)
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/routing_policies.json")
     options = parser.parse_args()
     rows: list[dict[str, str | float]] = []
     loads = [float(text) for text in options.loads.split(",")]
+    speed = Speed(PRICES, options.step_tokens)
     for name, size in product(options.trace.split(","), map(int, options.instances.split(","))):
         trace = load_trace(options.traces, name)[: options.requests]
         for load, policy in product(loads, options.policies.split(",")):
-            row = measure(trace, policy, size, load)
+            row = measure(trace, policy, size, load, speed)
             rows.append({"trace": name, "instances": size, "load": load, **row})
             print(rows[-1], flush=True)
-            write_result("routing_policies", {"requests": options.requests, "rows": rows}, options.out)
+            settings = {"requests": options.requests, "step_tokens": options.step_tokens}
+            write_result("routing_policies", {**settings, "rows": rows}, options.out)
 
 
 def load_trace(folder: Path, name: str) -> list[Request]:
@@ -88,18 +93,18 @@ def load_trace(folder: Path, name: str) -> list[Request]:
     ]
 
 
-def measure(trace: list[Request], name: str, instances: int, load: float) -> dict[str, str | float]:
+def measure(
+    trace: list[Request], name: str, instances: int, load: float, speed: Speed
+) -> dict[str, str | float]:
     """One policy under one load."""
-    copies = max(1, instances // PER_COPY)
     if name == BOUND:
-        return bound(trace, instances, load, copies)
-    work = copies * sum(seconds_of(request.tokens) for request in trace)
-    stretch = work / instances / load / trace[-1].at
+        return bound(trace, instances, load, speed)
+    stretch = stretch_of(trace, instances, load, speed)
     done: list[Outcome] = []
-    site = Site(instances, instances, 0, Speed(PRICES, STEP_TOKENS), CAPACITY // 16, WIRE)
+    site = Site(instances, instances, 0, speed, CAPACITY // 16, WIRE)
     simulation = Simulation(site, policy_of(name), done.append)
     started = time.process_time()
-    simulation.run(InOrder(requests_of(trace, copies, stretch)))
+    simulation.run(InOrder(requests_of(trace, copies_for(instances), stretch)))
     seconds = time.process_time() - started
     simulation.close()
     ttft = np.array([one.ttft for one in done])
@@ -116,9 +121,9 @@ def measure(trace: list[Request], name: str, instances: int, load: float) -> dic
     }
 
 
-def bound(trace: list[Request], instances: int, load: float, copies: int) -> dict[str, str | float]:
+def bound(trace: list[Request], instances: int, load: float, speed: Speed) -> dict[str, str | float]:
     """The same figures where nobody ever chooses wrongly, forgets or sends."""
-    stretch = copies * sum(seconds_of(one.tokens) for one in trace) / instances / load / trace[-1].at
+    stretch, copies = stretch_of(trace, instances, load, speed), copies_for(instances)
     free_at = [0.0] * instances
     known: set[tuple[int, int, int]] = set()
     ttft, hit, total = [], 0, 0
@@ -128,7 +133,7 @@ def bound(trace: list[Request], instances: int, load: float, copies: int) -> dic
         )
         known.update((copy, n, name) for n, name in enumerate(request.ids))
         cached = min(depth * mooncake.HASHED, request.tokens - 1)
-        done = max(at, heapq.heappop(free_at)) + seconds_of(request.tokens) - seconds_of(cached)
+        done = max(at, heapq.heappop(free_at)) + seconds_of(request.tokens, speed) - seconds_of(cached, speed)
         heapq.heappush(free_at, done)
         ttft.append(done - at)
         hit, total = hit + cached, total + request.tokens
@@ -145,10 +150,22 @@ def policy_of(name: str) -> Policy:
     return LeastCost(fetches=False) if name == ALONE else policy_by_name(name)
 
 
-def seconds_of(prompt: int) -> float:
+def seconds_of(prompt: int, speed: Speed = SPEED) -> float:
     """To prefill a prompt alone."""
-    token = PRICES.token + PRICES.step / STEP_TOKENS
-    return token * prompt + PRICES.token_context * prompt**2 / 2
+    prices = speed.prices
+    token = prices.token + prices.step / speed.step_tokens
+    return token * prompt + prices.token_context * prompt**2 / 2
+
+
+def copies_for(instances: int) -> int:
+    """Of the trace: larger clusters get more."""
+    return max(1, instances // PER_COPY)
+
+
+def stretch_of(trace: list[Request], instances: int, load: float, speed: Speed) -> float:
+    """What its times are to be multiplied with so that it is that load."""
+    work = copies_for(instances) * sum(seconds_of(request.tokens, speed) for request in trace)
+    return work / instances / load / trace[-1].at
 
 
 def in_order(trace: list[Request], copies: int, stretch: float) -> list[tuple[float, int, Request]]:

@@ -23,13 +23,11 @@ from memserve.sim.journey import InOrder, Outcome
 from memserve.sim.shards import Sharding
 from memserve.sim.simulation import Simulation
 from memserve.sim.site import Site
-from memserve.sim.steps import Speed
 from recording import write_result
 from routing_policies import (
     CAPACITY,
     PER_COPY,
-    PRICES,
-    STEP_TOKENS,
+    SPEED,
     TRACES,
     WIRE,
     Request,
@@ -84,7 +82,7 @@ def measure(
     work = copies * sum(seconds_of(request.tokens) for request in trace)
     stretch = work / instances / load / trace[-1].at
     done: list[Outcome] = []
-    site = Site(instances, instances, 0, Speed(PRICES, STEP_TOKENS), CAPACITY // 16, WIRE)
+    site = Site(instances, instances, 0, SPEED, CAPACITY // 16, WIRE)
     simulation = Simulation(site, policy_of(policy), done.append, sharding=sharding)
     simulation.run(InOrder(requests_of(trace, copies, stretch)))
     busy = [seconds for name, seconds in simulation.busy.items() if name.startswith("prefill")]

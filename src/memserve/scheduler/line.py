@@ -64,9 +64,12 @@ class PrefillLine:
 
         All but those who may be done with the step that runs: whoever comes now gets into the next one.
         """
-        if not self._left:
-            return 0
-        return sum(left > step or self._numbers[one] > self._stepping for one, left in self._left.items())
+        delayed = len(self._left)
+        for request, left in self._left.items():
+            if self._numbers[request] > self._stepping:
+                break
+            delayed -= left <= step
+        return delayed
 
     def join(self, request: RequestId, now: float, seconds: float) -> float:
         """Add a request at the end; returns when the line will be done."""

@@ -203,7 +203,9 @@ class SchedulerState:
         for state, work in booked:
             state.book(work)
         self._bookings[request] = booked
-        self._update_fleet(booked[0][0], booked[1][0])
+        self._update_fleet(booked[0][0])
+        if booked[1][0] is not booked[0][0]:
+            self._update_fleet(booked[1][0])
 
     def finish_prefill(self, request: RequestId, now: float = 0.0) -> None:
         """The first token is out: the prefill share is done. Repeats and unknown requests are ignored."""
@@ -216,7 +218,9 @@ class SchedulerState:
         first.unbook(done)
         state.book(_STREAM)
         booked[:] = [(state, work.plus(_STREAM))]
-        self._update_fleet(first, state)
+        self._update_fleet(state)
+        if first is not state:
+            self._update_fleet(first)
 
     def unbook(self, request: RequestId, now: float = 0.0) -> None:
         """The request ended, however. Unknown requests are ignored."""
@@ -243,13 +247,10 @@ class SchedulerState:
 
     # --- inside ---
 
-    def _update_fleet(self, *changed: InstanceState) -> None:
-        for state in dict.fromkeys(changed):
-            state.look()
-            if self._instances.get(state.instance) is state:
-                self._write_row(state)
-
-    def _write_row(self, state: InstanceState) -> None:
+    def _update_fleet(self, state: InstanceState) -> None:
+        state.look()
+        if self._instances.get(state.instance) is not state:
+            return
         columns, slot, load = self.fleet.columns, state.slot, state.load
         streams, context = load.streams + state.foreign.streams, load.context_tokens
         columns.free_at[slot] = state.view.free_at

@@ -30,14 +30,14 @@ class Weights:
     opportunity : work on an instance, for those who will come behind. Those who wait in line already are
         counted in addition, but where only streams run otherwise.
     append : work there, in addition: more streams will come.
-    line : a second by which each of the prompts in the instance's own line is delayed.
+    line : work beside each of the prompts in the instance's own line: half of each step stays the oldest's.
     streams : a second by which each of the streams beside it is delayed.
     decode : of the request's own answer.
     """
 
     opportunity: float = 1.0
     append: float = 2.0
-    line: float = 1.0
+    line: float = 0.5
     streams: float = 1.0
     decode: float = 1.0
 

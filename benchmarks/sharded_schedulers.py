@@ -2,7 +2,7 @@
 
     python benchmarks/sharded_schedulers.py --traces DIR [--trace conversation] [--instances 64]
         [--loads 0.75,0.95] [--requests 1500] [--shards 1,4,16,64] [--key-tokens 1024]
-        [--policies cost,least-load] [--out FILE]
+        [--policies cost,least-load] [--capacity TOKENS] [--owned-only] [--out FILE]
 
 A request goes to the shard that its first --key-tokens tokens name; all of a trace begin with the same 512.
 Shards hear of instances by heartbeats (one per second) and KV events, and of what others have booked by
@@ -48,6 +48,8 @@ def main() -> None:
     parser.add_argument("--shards", default="1,4,16,64")
     parser.add_argument("--key-tokens", type=int, default=1024, help="that name a request's shard")
     parser.add_argument("--policies", default="cost,least-load")
+    parser.add_argument("--capacity", type=int, default=CAPACITY, help="tokens of KV per instance")
+    parser.add_argument("--owned-only", action="store_true", help="leave out shards that share all instances")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/sharded_schedulers.json")
     options = parser.parse_args()
     trace = load_trace(options.traces, options.trace)[: options.requests]
@@ -59,10 +61,10 @@ def main() -> None:
         (False, True),
     )
     for load, policy, shards, owned in cells:
-        if owned and shards == 1:
+        if (shards == 1) if owned else (shards > 1 and options.owned_only):
             continue
         sharding = Sharding(shards, options.key_tokens, owned)
-        row = measure(trace, policy, options.instances, load, sharding)
+        row = measure(trace, policy, options.instances, load, sharding, options.capacity)
         rows.append({"load": load, "shards": shards, "owned": owned, **row})
         print(rows[-1], flush=True)
         figures = {
@@ -70,19 +72,20 @@ def main() -> None:
             "trace": options.trace,
             "instances": options.instances,
             "requests": len(trace),
+            "capacity": options.capacity,
         }
         write_result("sharded_schedulers", {**figures, "rows": rows}, options.out)
 
 
 def measure(
-    trace: list[Request], policy: str, instances: int, load: float, sharding: Sharding
+    trace: list[Request], policy: str, instances: int, load: float, sharding: Sharding, capacity: int
 ) -> dict[str, str | float]:
     """One cell of the table."""
     copies = max(1, instances // PER_COPY)
     work = copies * sum(seconds_of(request.tokens) for request in trace)
     stretch = work / instances / load / trace[-1].at
     done: list[Outcome] = []
-    site = Site(instances, instances, 0, SPEED, CAPACITY // 16, WIRE)
+    site = Site(instances, instances, 0, SPEED, capacity // 16, WIRE)
     simulation = Simulation(site, policy_of(policy), done.append, sharding=sharding)
     simulation.run(InOrder(requests_of(trace, copies, stretch)))
     busy = [seconds for name, seconds in simulation.busy.items() if name.startswith("prefill")]

@@ -11,6 +11,7 @@ whole prompts, as without chunked prefill. A load of 1 is what the prefill insta
 any cache. Larger clusters get copies of the trace with other tokens. ``azure`` has arrivals and lengths of a
 chat service, and no prefixes in common. ``cost-without-fetch`` never brings a prefix from a peer. ``bound``
 is no policy: one queue for all in order of arrival, and whatever anybody has computed is everywhere at once.
+``shortest`` is the same with the shortest prompt first, and each prompt bears a step of its own.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ TRACES = (*mooncake.NAMES, AZURE)
 _AZURE_IDS = 1 << 40
 ALONE = "cost-without-fetch"
 BOUND = "bound"
+SHORTEST = "shortest"
 
 
 def main() -> None:
@@ -62,7 +64,7 @@ def main() -> None:
     parser.add_argument("--instances", default="8", help="several: by commas")
     parser.add_argument("--loads", default="0.75,0.95")
     parser.add_argument("--requests", type=int, default=4000, help="of the trace's beginning")
-    parser.add_argument("--policies", default=",".join((*POLICIES, ALONE, BOUND)))
+    parser.add_argument("--policies", default=",".join((*POLICIES, ALONE, BOUND, SHORTEST)))
     parser.add_argument("--step-tokens", type=int, default=STEP_TOKENS)
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/routing_policies.json")
     options = parser.parse_args()
@@ -97,8 +99,8 @@ def measure(
     trace: list[Request], name: str, instances: int, load: float, speed: Speed
 ) -> dict[str, str | float]:
     """One policy under one load."""
-    if name == BOUND:
-        return bound(trace, instances, load, speed)
+    if name in (BOUND, SHORTEST):
+        return bound(trace, name, instances, load, speed)
     stretch = stretch_of(trace, instances, load, speed)
     done: list[Outcome] = []
     site = Site(instances, instances, 0, speed, CAPACITY // 16, WIRE)
@@ -121,29 +123,60 @@ def measure(
     }
 
 
-def bound(trace: list[Request], instances: int, load: float, speed: Speed) -> dict[str, str | float]:
+def bound(
+    trace: list[Request], name: str, instances: int, load: float, speed: Speed
+) -> dict[str, str | float]:
     """The same figures where nobody ever chooses wrongly, forgets or sends."""
     stretch, copies = stretch_of(trace, instances, load, speed), copies_for(instances)
-    free_at = [0.0] * instances
     known: set[tuple[int, int, int]] = set()
-    ttft, hit, total = [], 0, 0
+    jobs, hit, total = [], 0, 0
     for at, copy, request in in_order(trace, copies, stretch):
         depth = next(
             (n for n, name in enumerate(request.ids) if (copy, n, name) not in known), len(request.ids)
         )
         known.update((copy, n, name) for n, name in enumerate(request.ids))
         cached = min(depth * mooncake.HASHED, request.tokens - 1)
-        done = max(at, heapq.heappop(free_at)) + seconds_of(request.tokens, speed) - seconds_of(cached, speed)
-        heapq.heappush(free_at, done)
-        ttft.append(done - at)
+        jobs.append((at, seconds_of(request.tokens, speed) - seconds_of(cached, speed)))
         hit, total = hit + cached, total + request.tokens
+    if name == SHORTEST:
+        ttft = serve_shortest([(at, work + speed.prices.step) for at, work in jobs], instances)
+    else:
+        ttft = serve_in_order(jobs, instances)
     return {
-        "policy": BOUND,
+        "policy": name,
         "ttft_mean": float(np.mean(ttft)),
         "ttft_p50": float(np.median(ttft)),
         "ttft_p99": float(np.percentile(ttft, 99)),
         "hit": hit / total,
     }
+
+
+def serve_in_order(jobs: list[tuple[float, float]], places: int) -> list[float]:
+    """From the arrival of each job (when, seconds of work) to its end, one after the other."""
+    free_at, took = [0.0] * places, []
+    for at, work in jobs:
+        done = max(at, heapq.heappop(free_at)) + work
+        heapq.heappush(free_at, done)
+        took.append(done - at)
+    return took
+
+
+def serve_shortest(jobs: list[tuple[float, float]], places: int) -> list[float]:
+    """The same, always the shortest of those that wait."""
+    free_at, took, come, now = [0.0] * places, [], 0, 0.0
+    waiting: list[tuple[float, float]] = []
+    while come < len(jobs) or waiting:
+        # Whoever was free earlier had nothing to do.
+        now = max(now, heapq.heappop(free_at))
+        if not waiting:
+            now = max(now, jobs[come][0])
+        while come < len(jobs) and jobs[come][0] <= now:
+            heapq.heappush(waiting, jobs[come][::-1])
+            come += 1
+        work, at = heapq.heappop(waiting)
+        heapq.heappush(free_at, now + work)
+        took.append(now + work - at)
+    return took
 
 
 def policy_of(name: str) -> Policy:

@@ -21,6 +21,11 @@ class Prompt(Protocol):
 P = TypeVar("P", bound=Prompt)
 
 
+def fit_alone(computed: int, pending: int, budget: Budget) -> int:
+    """How many tokens a prompt gets beside which there is no other."""
+    return max(1, budget.fit(computed, pending))
+
+
 def share_out(prompts: Sequence[P], budget: Budget) -> Iterator[tuple[P, int]]:
     """How many tokens each of ``prompts`` gets, which are in order of arrival, within ``budget``.
 
@@ -30,7 +35,7 @@ def share_out(prompts: Sequence[P], budget: Budget) -> Iterator[tuple[P, int]]:
         return
     oldest = prompts[0]
     if len(prompts) == 1:
-        count = max(1, budget.fit(oldest.computed, oldest.pending))
+        count = fit_alone(oldest.computed, oldest.pending, budget)
         budget.spend(oldest.computed, count)
         yield oldest, count
         return

@@ -29,8 +29,12 @@ class FrontLine:
     def __len__(self) -> int:
         return len(self._journeys)
 
+    def lets_through(self, journey: Journey, *, coming: bool) -> bool:
+        """Whether it may begin at once, as nobody waits and there is room."""
+        return not self._journeys and self._is_open(journey, 0, coming)
+
     def join(self, journey: Journey) -> None:
-        """Let it wait for its turn; that may be now."""
+        """Let it wait for its turn."""
         request = RequestId(f"r{journey.outcome.number}")
         tokens = self._scheduler.tokens_of(journey.prompt, len(journey.answer))
         self._queue.add(Waiting(request, _TENANT, tokens, since=journey.outcome.at))
@@ -39,7 +43,7 @@ class FrontLine:
     def take(self, *, coming: bool) -> Journey | None:
         """Whose turn it is, if there is room; ``coming``: whether a lost instance is on its way back."""
         first = self._queue.peek()
-        if first is None or not self._is_open(first.request, coming):
+        if first is None or not self._is_open(self._journeys[first.request], len(self) - 1, coming):
             return None
         self._queue.take()
         return self._journeys.pop(first.request)
@@ -57,13 +61,14 @@ class FrontLine:
         """Who there is, or what they do, has changed."""
         self._room.look_everywhere()
 
-    def _is_open(self, request: RequestId, coming: bool) -> bool:
+    def _is_open(self, journey: Journey, behind: int, coming: bool) -> bool:
         if is_served(self._scheduler.state):
-            return self._room.is_left(0, lambda: self._foresee(request).prefill)
+            return self._room.is_left(0, lambda: self._foresee(journey, behind).prefill)
         return not coming
 
-    def _foresee(self, name: RequestId) -> Decision:
-        journey = self._journeys[name]
+    def _foresee(self, journey: Journey, behind: int) -> Decision:
+        name = RequestId(f"r{journey.outcome.number}")
         request, answer = journey.request, len(journey.answer)
-        asked = RouteRequest(name, SPACE, journey.prompt, request.session, answer, len(self) - 1)
-        return self._scheduler.foresee(asked)
+        return self._scheduler.foresee(
+            RouteRequest(name, SPACE, journey.prompt, request.session, answer, behind)
+        )

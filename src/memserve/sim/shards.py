@@ -61,15 +61,22 @@ class Shards:
 
     # --- requests ---
 
-    def join(self, journey: Journey) -> None:
-        """Let a journey wait in front of its shard."""
-        self._shard(SPACE, journey.prompt).line.join(journey)
+    def join(self, journey: Journey, *, coming: bool) -> bool:
+        """Whether a journey may begin at once; else it waits in front of its shard.
+
+        ``coming``: whether a lost instance is on its way.
+        """
+        line = self._shard(SPACE, journey.prompt).line
+        if line.lets_through(journey, coming=coming):
+            return True
+        line.join(journey)
         self.waiting += 1
+        return False
 
     def take(self, *, coming: bool) -> Iterable[tuple[Journey, int]]:
         """Those whose turn it is, and how many are behind them.
 
-        Each is to be routed before the next is asked for. ``coming``: whether a lost instance is on its way.
+        Each is to be routed before the next is asked for.
         """
         for one in self._all if self.waiting else ():
             while (journey := one.line.take(coming=coming)) is not None:

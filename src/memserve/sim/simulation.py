@@ -89,7 +89,7 @@ class Simulation:
                 self._clock.advance(max(at - self._clock.now(), 0.0))
                 for request in source.take_due(self._clock.now()):
                     self._arrive(request)
-                    self._move_on()
+                self._move_on()
             elif self._heap:
                 at, _, act = heapq.heappop(self._heap)
                 self._clock.advance(max(at - self._clock.now(), 0.0))
@@ -141,15 +141,19 @@ class Simulation:
         if LAYOUT.blocks_for(tokens) > self._site.blocks:
             self._end(journey, f"{tokens} tokens do not fit into an instance")
             return
-        self._scheduler.join(journey)
+        if self._scheduler.join(journey, coming=self._coming > 0):
+            self._start(journey, 0)
 
     def _move_on(self) -> None:
         """Let those begin whose turn it is."""
         for journey, behind in self._scheduler.take(coming=self._coming > 0):
-            try:
-                self._begin(journey, behind)
-            except NoInstance as error:
-                self._end(journey, str(error))
+            self._start(journey, behind)
+
+    def _start(self, journey: Journey, behind: int) -> None:
+        try:
+            self._begin(journey, behind)
+        except NoInstance as error:
+            self._end(journey, str(error))
 
     def _begin(self, journey: Journey, behind: int = 0) -> None:
         """Make an attempt, with so many waiting behind it. Raises ``NoInstance``."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from memserve.core.types import StepPrices
 from memserve.engine.pace import Budget, PrefillPrices, prefill_share
-from memserve.engine.share_out import share_out
+from memserve.engine.share_out import fit_alone, share_out
 
 _AHEAD = 6
 """Steps with prompts that are planned at a time; whoever comes has the plan made anew."""
@@ -78,9 +78,21 @@ def plan_steps(
         if lasting > 0:
             yield Span(now, decoding, lasting)
         return
-    planned = [_Planned(number, *prompt) for number, prompt in enumerate(prompts)]
     costs = PrefillPrices(prices.token, prices.token_context)
     rows = max(speed.step_tokens - streams, 1)
+    if len(prompts) == 1:
+        # Most steps are like this: the general way would make lists of one.
+        computed, pending = prompts[0]
+        for _ in range(min(lasting, _AHEAD)):
+            budget = Budget(costs, rows, _seconds_left(speed, costs, streams, decoding, computed))
+            count = fit_alone(computed, pending, budget)
+            seconds = decoding + costs.seconds_of(computed, count)
+            yield Span(now, seconds, 1, ((0, count),))
+            computed, pending, now = computed + count, pending - count, now + seconds
+            if not pending:
+                break
+        return
+    planned = [_Planned(number, *prompt) for number, prompt in enumerate(prompts)]
     for _ in range(min(lasting, _AHEAD)):
         budget = Budget(costs, rows, _seconds_left(speed, costs, streams, decoding, planned[0].computed))
         seconds, chunks = decoding, []

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import msgspec
 import numpy as np
 import pytest
 
 from memserve.core.types import StepPrices, Tokens
+from memserve.engine.pace import Budget, PrefillPrices, prefill_share
+from memserve.engine.share_out import share_out
 from memserve.scheduler.costs import Wire
 from memserve.scheduler.policies import Policy, policy_by_name
 from memserve.scheduler.policies.cost import LeastCost
@@ -17,6 +22,11 @@ from memserve.sim.steps import Span, Speed, plan_steps
 
 PRICES = StepPrices(step=0.01, row=0.002, row_context=1e-7, token=1e-4, token_context=1e-9)
 WIRE = Wire(bytes_per_token=1000.0, bandwidth=1e8, latency=0.001)
+
+
+class Prefill(NamedTuple):
+    computed: int
+    pending: int
 
 
 def tokens(start: int, count: int) -> Tokens:
@@ -167,3 +177,19 @@ def test_a_busy_holder_sends_its_prefix_elsewhere() -> None:
     assert fetches.decision.fetch_from is not None
     assert fetches.cached_tokens == 8000
     assert fetches.ttft < stays.ttft
+
+
+@pytest.mark.parametrize(("streams", "target"), [(0, 0.0), (3, 0.0), (3, 0.05)])
+def test_a_lone_prompt_is_gets_what_an_engine_would_give_it(streams: int, target: float) -> None:
+    speed = Speed(PRICES, step_tokens=1000, target_tpot=target)
+    lone = list(plan_steps(speed, [(40, 3500)], streams, 100.0 * streams, 99, 2.0))
+    costs = PrefillPrices(PRICES.token, PRICES.token_context)
+    decoding = PRICES.step + PRICES.row * streams + PRICES.row_context * 100.0 * streams
+    computed, pending, now = 40, 3500, 2.0
+    for span in lone:
+        left = prefill_share(costs, target, decoding, computed) if target and streams else math.inf
+        ((_, count),) = share_out([Prefill(computed, pending)], Budget(costs, 1000 - streams, left))
+        assert (span.start, span.chunks) == (now, ((0, count),))
+        assert span.end - span.start == pytest.approx(decoding + costs.seconds_of(computed, count))
+        computed, pending, now = computed + count, pending - count, span.end
+    assert pending == 0 or len(lone) == 6

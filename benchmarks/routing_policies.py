@@ -9,7 +9,8 @@ eight A800-class GPUs at half of their peak (2 x 70e9 FLOP per token, attention 
 of tokens); KV of 320 KiB per token travels at 100 Gb/s. Steps have up to ``--step-tokens`` tokens; 100000 are
 whole prompts, as without chunked prefill. A load of 1 is what the prefill instances would get done without
 any cache. Larger clusters get copies of the trace with other tokens. ``azure`` has arrivals and lengths of a
-chat service, and no prefixes in common. ``cost-without-fetch`` never brings a prefix from a peer. ``bound``
+chat service, and no prefixes in common. ``cost-without-fetch`` never brings a prefix from a peer,
+``cost-line-W`` gives prompts of an instance's own line the weight W. ``bound``
 is no policy: one queue for all in order of arrival, and whatever anybody has computed is everywhere at once.
 ``shortest`` is the same with the shortest prompt first, and each prompt bears a step of its own.
 """
@@ -32,7 +33,7 @@ from memserve.core.config import POLICIES
 from memserve.core.types import StepPrices
 from memserve.scheduler.costs import Wire
 from memserve.scheduler.policies import Policy, policy_by_name
-from memserve.scheduler.policies.cost import LeastCost
+from memserve.scheduler.policies.cost import LeastCost, Weights
 from memserve.sim.journey import InOrder, Outcome, SimRequest
 from memserve.sim.simulation import Simulation
 from memserve.sim.site import Site
@@ -53,6 +54,7 @@ AZURE = "azure"
 TRACES = (*mooncake.NAMES, AZURE)
 _AZURE_IDS = 1 << 40
 ALONE = "cost-without-fetch"
+LINE = "cost-line-"
 BOUND = "bound"
 SHORTEST = "shortest"
 
@@ -180,6 +182,8 @@ def serve_shortest(jobs: list[tuple[float, float]], places: int) -> list[float]:
 
 
 def policy_of(name: str) -> Policy:
+    if name.startswith(LINE):
+        return LeastCost(Weights(line=float(name.removeprefix(LINE))))
     return LeastCost(fetches=False) if name == ALONE else policy_by_name(name)
 
 

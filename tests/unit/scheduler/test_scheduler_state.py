@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from memserve.core.errors import LayoutMismatch
-from memserve.core.messages import Moved
+from memserve.core.messages import LoadReport, Moved
 from memserve.core.types import InstanceId, Namespace, RequestId, Role
 from memserve.scheduler.feeds import EventOutcome
 from memserve.scheduler.places import Admission, Leg, Work
@@ -202,3 +202,17 @@ def test_suspects_are_a_last_resort_and_draining_none(cluster) -> None:
     assert names(cluster, Leg.PREFILL) == []
     cluster.state.set_admission(InstanceId("p1"), Admission.OPEN)
     assert names(cluster, Leg.PREFILL) == ["p1"]
+
+
+def test_a_report_is_news_unless_it_says_the_same_and_nothing_was_booked_since(cluster) -> None:
+    cluster.add("c1")
+    (place,) = cluster.state.instances()
+    cluster.report("c1", active_blocks=8)
+    assert place.knows(LoadReport(active_blocks=8))
+    assert not place.knows(LoadReport(active_blocks=9))
+    cluster.book("r", "c1", "c1", 64)
+    assert not place.knows(LoadReport(active_blocks=8)), "load is the report's and what was booked since"
+    cluster.report("c1", active_blocks=8)
+    assert place.knows(LoadReport(active_blocks=8))
+    cluster.report("c1", waiting=5, tokens_to_prefill=900)
+    assert not place.knows(place.report), "what others sent is less after a while"
